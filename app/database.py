@@ -1,0 +1,55 @@
+"""The engine, its sessions, and bringing the schema up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from app.settings import Settings
+
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+Sessions = async_sessionmaker[AsyncSession]
+
+
+def asyncpg_url(database_url: str) -> str:
+    """The same database through the driver that this service uses, whichever scheme was given."""
+    return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
+def create_engine(settings: Settings) -> AsyncEngine:
+    milliseconds = str(int(settings.statement_seconds * 1000))
+    return create_async_engine(
+        asyncpg_url(settings.database_url),
+        pool_size=settings.pool_size,
+        max_overflow=settings.pool_overflow,
+        pool_pre_ping=True,  # a restarted database costs one retry here instead of one failed request per connection
+        connect_args={
+            "timeout": 10,
+            "server_settings": {
+                "application_name": "gradient-blueprints",
+                "statement_timeout": milliseconds,
+                "idle_in_transaction_session_timeout": milliseconds,
+                "timezone": "UTC",
+            },
+        },
+    )
+
+
+def create_sessions(engine: AsyncEngine) -> Sessions:
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+def alembic_config(database_url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["database_url"] = asyncpg_url(database_url)
+    return config
+
+
+def migrate(database_url: str, revision: str = "head") -> None:
+    """Bring the schema to `revision`; of several processes at once one does it, the others wait (migrations/env.py)."""
+    command.upgrade(alembic_config(database_url), revision)

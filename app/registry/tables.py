@@ -1,0 +1,304 @@
+"""The schema. What is immutable is also guarded by triggers (migrations/versions/0001)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from gradient_blueprints.models import JobState
+
+IMMUTABLE_TABLES = ("documents", "layers", "attachments", "versions", "blobs", "alias_moves", "audit", "job_events")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - read by SQLAlchemy, never changed
+        str: Text,
+        int: BigInteger,
+        bytes: LargeBinary,
+        datetime: DateTime(timezone=True),
+        Decimal: Numeric(5, 4),
+        list[str]: ARRAY(Text),
+        dict[str, Any]: JSONB,
+        list[dict[str, Any]]: JSONB,
+    }
+
+
+def _identity() -> Mapped[int]:
+    return mapped_column(BigInteger, Identity(always=True), primary_key=True)
+
+
+def _now() -> Mapped[datetime]:
+    return mapped_column(server_default=func.now())
+
+
+class Lab(Base):
+    __tablename__ = "labs"
+
+    id: Mapped[int] = _identity()
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = _now()
+
+
+class Key(Base):
+    __tablename__ = "keys"
+
+    id: Mapped[int] = _identity()
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"), index=True)
+    name: Mapped[str]
+    prefix: Mapped[str]
+    hash: Mapped[bytes] = mapped_column(unique=True)
+    scopes: Mapped[list[str]]
+    bootstrap: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = _now()
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class Model(Base):
+    __tablename__ = "models"
+    __table_args__ = (
+        Index("ix_models_name_trigrams", "name", postgresql_using="gin", postgresql_ops={"name": "gin_trgm_ops"}),
+    )
+
+    id: Mapped[int] = _identity()
+    name: Mapped[str] = mapped_column(unique=True)
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"), index=True)  # the owner
+    created_at: Mapped[datetime] = _now()
+
+
+class Checkpoint(Base):
+    """The row that is locked to hand out version numbers."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        UniqueConstraint("model_id", "fraction"),
+        CheckConstraint("fraction > 0 AND fraction <= 1", name="fraction"),
+    )
+
+    id: Mapped[int] = _identity()
+    model_id: Mapped[int] = mapped_column(ForeignKey("models.id"))
+    fraction: Mapped[Decimal]
+    last_version: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    created_at: Mapped[datetime] = _now()
+
+
+class Document(Base):
+    """The canonical bytes that a digest names."""
+
+    __tablename__ = "documents"
+
+    id: Mapped[int] = _identity()
+    digest: Mapped[bytes] = mapped_column(unique=True)
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id"), index=True)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    size: Mapped[int] = mapped_column(Integer)
+    layer_count: Mapped[int] = mapped_column(Integer)
+    warnings: Mapped[list[dict[str, Any]]]
+    created_at: Mapped[datetime] = _now()
+
+
+class Layer(Base):
+    """A layer of a document, in columns that SQL can aggregate."""
+
+    __tablename__ = "layers"
+
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    layer_id: Mapped[str]
+    gradient_norm: Mapped[float]
+    gradient_norm_low: Mapped[float | None]
+    gradient_norm_high: Mapped[float | None]
+    alpha: Mapped[float | None]
+    gamma: Mapped[float | None]
+    k_star: Mapped[float | None]
+    example_norm: Mapped[float | None]
+    signal: Mapped[float | None]
+    spread: Mapped[float | None]
+    first_order: Mapped[float | None]
+    parameters: Mapped[int | None]
+    kind: Mapped[str | None]
+    depth: Mapped[int | None] = mapped_column(Integer)
+    domain_tags: Mapped[dict[str, Any] | None]
+
+
+class Version(Base):
+    """A publication of a document by a lab under the next number of its checkpoint."""
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        UniqueConstraint("checkpoint_id", "number"),
+        UniqueConstraint("checkpoint_id", "lab_id", "document_id"),
+        Index("ix_versions_checkpoint_id_lab_id_number", "checkpoint_id", "lab_id", text("number DESC")),
+        CheckConstraint("number >= 1", name="number"),
+    )
+
+    id: Mapped[int] = _identity()
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id"))
+    number: Mapped[int] = mapped_column(Integer)
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), index=True)
+    created_at: Mapped[datetime] = _now()
+
+
+class Yank(Base):
+    """Present while its version is yanked; the past is in the audit."""
+
+    __tablename__ = "yanks"
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id"), primary_key=True, autoincrement=False)
+    reason: Mapped[str]
+    yanked_at: Mapped[datetime] = _now()
+
+
+class Blob(Base):
+    """A file in the store whose bytes were verified against its digest."""
+
+    __tablename__ = "blobs"
+
+    digest: Mapped[bytes] = mapped_column(primary_key=True)
+    size: Mapped[int]
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    created_at: Mapped[datetime] = _now()
+
+
+class Attachment(Base):
+    __tablename__ = "attachments"
+
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    blob_digest: Mapped[bytes] = mapped_column(ForeignKey("blobs.digest"), index=True)
+
+
+class Alias(Base):
+    __tablename__ = "aliases"
+
+    model_id: Mapped[int] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id"))
+    revision: Mapped[int] = mapped_column(Integer)
+    updated_at: Mapped[datetime] = _now()
+
+
+class AliasMove(Base):
+    """Every move of an alias; a removal has no version."""
+
+    __tablename__ = "alias_moves"
+
+    model_id: Mapped[int] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    version_id: Mapped[int | None] = mapped_column(ForeignKey("versions.id"))
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    moved_at: Mapped[datetime] = _now()
+
+
+class AuditEntry(Base):
+    __tablename__ = "audit"
+
+    id: Mapped[int] = _identity()
+    at: Mapped[datetime] = _now()
+    key_id: Mapped[int | None] = mapped_column(ForeignKey("keys.id"))
+    lab_id: Mapped[int | None] = mapped_column(ForeignKey("labs.id"))
+    action: Mapped[str]
+    subject: Mapped[str]
+    details: Mapped[dict[str, Any]]
+    request_id: Mapped[str | None]
+
+
+class IdempotentRequest(Base):
+    """What a request with an Idempotency-Key was answered, so that its repetition gets the same."""
+
+    __tablename__ = "idempotent_requests"
+
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"), primary_key=True)
+    token: Mapped[str] = mapped_column(primary_key=True)
+    request_digest: Mapped[bytes]
+    status: Mapped[int] = mapped_column(Integer)
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = _now()
+
+
+class Job(Base):
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({', '.join(repr(state.value) for state in JobState)})", name="state"),
+        Index("ix_jobs_lab_id_id", "lab_id", "id"),
+        Index(
+            "ix_jobs_lease_expires_at", "lease_expires_at", postgresql_where=text("state IN ('running', 'cancelling')")
+        ),
+        Index("ix_jobs_announced_at", "announced_at", postgresql_where=text("state = 'queued'")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    request: Mapped[dict[str, Any]]  # gradient_blueprints.models.NewJob
+    state: Mapped[str]
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    max_attempts: Mapped[int] = mapped_column(Integer)
+    lease_token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing: rises with each claim
+    lease_expires_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None]
+    version_id: Mapped[int | None] = mapped_column(ForeignKey("versions.id"))
+    announced_at: Mapped[datetime | None]
+    announcements: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    created_at: Mapped[datetime] = _now()
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobEvent(Base):
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job_id_id", "job_id", "id"),)
+
+    id: Mapped[int] = _identity()
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"))
+    at: Mapped[datetime] = _now()
+    state: Mapped[str]
+    progress: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None]
+
+
+class OutboxMessage(Base):
+    """A message that must reach the broker; the relay deletes it once it has."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = _identity()
+    task: Mapped[str]
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), index=True)
+    created_at: Mapped[datetime] = _now()

@@ -1,0 +1,40 @@
+"""Everything an operator can set, read once from the environment (prefix BLUEPRINTS_) by the entry points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1 << 20
+
+
+class Settings(BaseSettings):
+    """Built in one place and passed on; nothing else reads the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="BLUEPRINTS_", frozen=True, extra="ignore")
+
+    database_url: str = Field(description="PostgreSQL URL, `postgresql://user:password@host/name`")
+    broker_url: str | None = Field(None, description="Redis or Valkey URL that announces jobs; the relay needs it")
+    secret: SecretStr = Field(description="keys the hash of API keys; at least 32 characters, the same on every process")
+    admin_key: SecretStr | None = Field(None, description="bootstrap key with the scope admin; replacing it revokes the old")
+    operator_lab: str = Field("operator", description="lab of the bootstrap key")
+    store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
+    public_url: str | None = Field(None, description="URL under which clients reach the registry")
+
+    public_reads: bool = Field(True, description="whether reading needs no key")
+    max_document_bytes: int = Field(16 * MEBIBYTE, gt=0, description="largest blueprint body")
+    max_blob_bytes: int = Field(8 << 30, gt=0, description="largest attachment")
+    max_body_bytes: int = Field(MEBIBYTE, gt=0, description="largest body of every other request")
+    body_seconds: float = Field(60, gt=0, description="time in which a request body other than a blob must arrive")
+    document_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="memory for blueprint bodies, per process")
+
+    pool_size: int = Field(10, gt=0, description="database connections kept, per process")
+    pool_overflow: int = Field(10, ge=0, description="further connections under load, per process")
+    statement_seconds: float = Field(30, gt=0, description="time limit of one SQL statement")
+
+    lease_seconds: float = Field(60, gt=0, description="time after which a silent worker loses its job")
+    max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
+    reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")
+    sweep_seconds: float = Field(5, gt=0, description="pause between two looks for lost leases")
