@@ -17,8 +17,12 @@ class Settings(BaseSettings):
 
     database_url: str = Field(description="PostgreSQL URL, `postgresql://user:password@host/name`")
     broker_url: str | None = Field(None, description="Redis or Valkey URL that announces jobs; the relay needs it")
-    secret: SecretStr = Field(description="keys the hash of API keys; at least 32 characters, the same on every process")
-    admin_key: SecretStr | None = Field(None, description="bootstrap key with the scope admin; replacing it revokes the old")
+    secret: SecretStr = Field(
+        description="keys the hash of API keys; at least 32 characters, the same on every process"
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="bootstrap key with the scope admin; replacing it revokes the old"
+    )
     operator_lab: str = Field("operator", description="lab of the bootstrap key")
     store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
     public_url: str | None = Field(None, description="URL under which clients reach the registry")

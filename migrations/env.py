@@ -15,7 +15,9 @@ MIGRATION_LOCK = 7_306_155_821_414_904  # any number that nobody else takes an a
 
 
 def _run(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=Base.metadata, compare_type=True, compare_server_default=True)
+    context.configure(
+        connection=connection, target_metadata=Base.metadata, compare_type=True, compare_server_default=True
+    )
     with context.begin_transaction():
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         connection.execute(text("SET LOCAL lock_timeout = '10s'"))

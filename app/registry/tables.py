@@ -29,8 +29,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from gradient_blueprints.models import JobState
 
-IMMUTABLE_TABLES = ("documents", "layers", "attachments", "versions", "blobs", "alias_moves", "audit", "job_events")
-
 
 class Base(DeclarativeBase):
     metadata = MetaData(

@@ -29,7 +29,13 @@ _INTERVALS = ("gradient_norm_ci", "alpha_ci")
 _TAIL_FIT = tuple(f"tail_fit.{name}" for name in ("method", "start", "entries", "ks", "versus_lognormal"))
 _OPEN_COLUMNS = ("domain_tags", "domain_norms", "retained_mass")
 _FIXED_COLUMNS = frozenset(
-    (*KEY_COLUMNS, *DOCUMENT_COLUMNS, *_SCALARS, *_TAIL_FIT, *(f"{name}.{end}" for name in _INTERVALS for end in ("low", "high")))
+    (
+        *KEY_COLUMNS,
+        *DOCUMENT_COLUMNS,
+        *_SCALARS,
+        *_TAIL_FIT,
+        *(f"{name}.{end}" for name in _INTERVALS for end in ("low", "high")),
+    )
 )
 
 

@@ -266,7 +266,11 @@ ERRORS_BY_STATUS: dict[int, type[ApiError]] = {
 
 
 def error_from_problem(
-    status: int, problem: Mapping[str, Any], *, retry_after: float | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    problem: Mapping[str, Any],
+    *,
+    retry_after: float | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> ApiError:
     """The error that a problem+json body stands for.
 

@@ -6,6 +6,7 @@ The blueprint schema lives here and nowhere else. A document is valid exactly wh
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -91,9 +92,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 LayerId = Annotated[
     str, StringConstraints(pattern=r"^[^\s\x00-\x1f\x7f=+\-@][^\x00-\x1f\x7f]*$", min_length=1, max_length=256)
 ]
-Tag = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/ -]*$", min_length=1, max_length=64)
-]
+Tag = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/ -]*$", min_length=1, max_length=64)]
 Text = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00]*$")]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -187,7 +186,7 @@ class Layer(Wire):
     @model_validator(mode="after")
     def _ascending_retained_mass(self) -> Self:
         ks = [k for k, _ in self.retained_mass or ()]
-        if any(later <= earlier for earlier, later in zip(ks, ks[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(ks)):
             raise PydanticCustomError("retained_mass_order", "the fractions of retained_mass must ascend strictly")
         return self
 
@@ -293,9 +292,7 @@ class Blueprint(Wire):
     training_checkpoint: Checkpoint
     statistic: Statistic | None = None
     cost_model: CostModel | None = None
-    layers: Annotated[
-        tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS), AfterValidator(_unique_layer_ids)
-    ]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS), AfterValidator(_unique_layer_ids)]
     attachments: Annotated[tuple[Attachment, ...], Field(max_length=64)] | None = None
     provenance: Provenance | None = None
     extra: dict[str, JsonValue] | None = Field(None, description="anything else; kept, never interpreted")
@@ -354,7 +351,7 @@ class Blueprint(Wire):
 
     @classmethod
     def from_csv(cls, text: str) -> Blueprint:
-        from gradient_blueprints.csv_tables import blueprint_from_csv  # noqa: PLC0415 - csv_tables imports this module
+        from gradient_blueprints.csv_tables import blueprint_from_csv
 
         return blueprint_from_csv(text)
 
@@ -371,7 +368,7 @@ class Blueprint(Wire):
 
     def to_csv(self) -> str:
         """The same table, a row a layer; `from_csv` gives back an equal document."""
-        from gradient_blueprints.csv_tables import blueprint_to_csv  # noqa: PLC0415 - csv_tables imports this module
+        from gradient_blueprints.csv_tables import blueprint_to_csv
 
         return blueprint_to_csv(self)
 

@@ -1,0 +1,41 @@
+"""Keyset paging: a cursor holds the sort key of the last row seen, so that a page costs the same wherever it is."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from gradient_blueprints.errors import InvalidRequest
+
+Row = TypeVar("Row")
+DEFAULT_LIMIT = 50
+MAX_LIMIT = 200
+
+
+def encode_cursor(*key: str | int) -> str:
+    return base64.urlsafe_b64encode(json.dumps(key).encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str | None, *types: type) -> tuple[Any, ...] | None:
+    """The sort key in a cursor; InvalidRequest for one that no page gave out."""
+    if cursor is None:
+        return None
+    try:
+        key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error):
+        key = None
+    if not isinstance(key, list) or [type(part) for part in key] != list(types):
+        raise InvalidRequest("This cursor was not given out by this listing; start again without one.")
+    if any(isinstance(part, int) and not -(2**63) <= part < 2**63 or isinstance(part, str) and "\0" in part for part in key):
+        raise InvalidRequest("This cursor was not given out by this listing; start again without one.")
+    return tuple(key)
+
+
+def split_page(rows: Sequence[Row], limit: int, key: Callable[[Row], tuple[str | int, ...]]) -> tuple[Sequence[Row], str | None]:
+    """Of `limit + 1` rows asked for, the page and the cursor of the next one."""
+    if len(rows) <= limit:
+        return rows, None
+    return rows[:limit], encode_cursor(*key(rows[limit - 1]))
