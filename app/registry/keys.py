@@ -49,8 +49,6 @@ def hash_secret(secret: str, pepper: SecretStr) -> bytes:
     return hmac.digest(pepper.get_secret_value().encode(), secret.encode(), "sha256")
 
 
-
-
 async def authenticate(session: AsyncSession, secret: str, pepper: SecretStr, *, request_id: str | None) -> Caller:
     """Who presents this key. Read at every request, so that revocation takes effect at once."""
     row = (
@@ -67,7 +65,9 @@ async def authenticate(session: AsyncSession, secret: str, pepper: SecretStr, *,
     if key.revoked_at is not None:
         raise Unauthenticated(f"The key {key.prefix}… was revoked; ask an administrator for a new one.")
     if key.expires_at is not None and key.expires_at <= datetime.now(UTC):
-        raise Unauthenticated(f"The key {key.prefix}… expired at {key.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one.")
+        raise Unauthenticated(
+            f"The key {key.prefix}… expired at {key.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one."
+        )
     return Caller(
         key_id=key.id,
         lab_id=key.lab_id,
@@ -97,7 +97,9 @@ async def create_key(session: AsyncSession, caller: Caller, new: models.NewKey, 
     lab = await labs.get_lab(session, new.lab)
     secret = generate_secret()
     row = await _insert(session, lab.id, secret, pepper, new.scopes, name=new.name, expires_at=new.expires_at)
-    await audit.record(session, caller, "key.create", row.prefix, lab=new.lab, scopes=[str(scope) for scope in new.scopes])
+    await audit.record(
+        session, caller, "key.create", row.prefix, lab=new.lab, scopes=[str(scope) for scope in new.scopes]
+    )
     return models.IssuedKey(**_as_wire(row, new.lab).model_dump(), secret=secret)
 
 

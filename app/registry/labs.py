@@ -35,4 +35,6 @@ async def list_labs(session: AsyncSession, *, limit: int, cursor: str | None) ->
         query = query.where(tables.Lab.name > after[0])
     rows = (await session.scalars(query.order_by(tables.Lab.name).limit(limit + 1))).all()
     page, following = paging.split_page(rows, limit, lambda lab: (lab.name,))
-    return models.LabPage(labs=tuple(models.Lab(name=lab.name, created_at=lab.created_at) for lab in page), next=following)
+    return models.LabPage(
+        labs=tuple(models.Lab(name=lab.name, created_at=lab.created_at) for lab in page), next=following
+    )

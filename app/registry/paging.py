@@ -6,9 +6,11 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from gradient_blueprints.errors import InvalidRequest
+from gradient_blueprints.models import parse_checkpoint
 
 Row = TypeVar("Row")
 DEFAULT_LIMIT = 50
@@ -28,14 +30,30 @@ def decode_cursor(cursor: str | None, *types: type) -> tuple[Any, ...] | None:
     except (ValueError, binascii.Error):
         key = None
     if not isinstance(key, list) or [type(part) for part in key] != list(types):
-        raise InvalidRequest("This cursor was not given out by this listing; start again without one.")
-    if any(isinstance(part, int) and not -(2**63) <= part < 2**63 or isinstance(part, str) and "\0" in part for part in key):
-        raise InvalidRequest("This cursor was not given out by this listing; start again without one.")
+        raise _foreign_cursor()
+    if any(
+        (isinstance(part, int) and not -(2**63) <= part < 2**63) or (isinstance(part, str) and "\0" in part) for part in key
+    ):
+        raise _foreign_cursor()
     return tuple(key)
 
 
-def split_page(rows: Sequence[Row], limit: int, key: Callable[[Row], tuple[str | int, ...]]) -> tuple[Sequence[Row], str | None]:
+def split_page(
+    rows: Sequence[Row], limit: int, key: Callable[[Row], tuple[str | int, ...]]
+) -> tuple[Sequence[Row], str | None]:
     """Of `limit + 1` rows asked for, the page and the cursor of the next one."""
     if len(rows) <= limit:
         return rows, None
     return rows[:limit], encode_cursor(*key(rows[limit - 1]))
+
+
+def decimal_of(text: str) -> Decimal:
+    """A fraction out of a cursor."""
+    try:
+        return parse_checkpoint(text)
+    except ValueError:
+        raise _foreign_cursor() from None
+
+
+def _foreign_cursor() -> InvalidRequest:
+    return InvalidRequest("This cursor was not given out by this listing; start again without one.")

@@ -1,0 +1,93 @@
+"""Attachments: files kept under their digest, streamed in and out, never held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.registry import audit, tables
+from app.registry.blueprints import digest_bytes
+from app.registry.callers import Caller
+from gradient_blueprints import models
+from gradient_blueprints.errors import BlobNotFound, DigestMismatch, PayloadTooLarge
+
+
+def blob_path(store: Path, digest: str) -> Path:
+    hexadecimal = digest.removeprefix("sha256:")
+    return store / "blobs" / hexadecimal[:2] / hexadecimal
+
+
+async def receive(store: Path, digest: str, chunks: AsyncIterator[bytes], *, max_bytes: int) -> int:
+    """Write a body into the store under its digest; returns its size in bytes.
+
+    It is written beside its place, verified, made durable, and only then renamed: what stands under
+    a digest always has it. A body of another digest leaves nothing behind.
+    """
+    place = blob_path(store, digest)
+    incoming = store / "incoming" / secrets.token_hex(16)
+    for folder in (place.parent, incoming.parent):
+        await anyio.Path(folder).mkdir(parents=True, exist_ok=True)
+    hasher = hashlib.sha256()
+    size = 0
+    try:
+        async with await anyio.open_file(incoming, "xb") as file:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > max_bytes:
+                    raise PayloadTooLarge(f"A blob has at most {max_bytes} bytes here.")
+                hasher.update(chunk)
+                await file.write(chunk)
+            await file.flush()
+            await anyio.to_thread.run_sync(os.fsync, file.wrapped.fileno())
+        received = f"sha256:{hasher.hexdigest()}"
+        if received != digest:
+            raise DigestMismatch(
+                f"The body has {size} bytes and the digest {received}, not {digest}; nothing was kept."
+            )
+        await anyio.to_thread.run_sync(_place, incoming, place)
+    finally:
+        await anyio.Path(incoming).unlink(missing_ok=True)
+    return size
+
+
+def _place(incoming: Path, place: Path) -> None:
+    """Rename, and make the rename durable."""
+    incoming.replace(place)
+    folder = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+async def record(session: AsyncSession, caller: Caller, digest: str, size: int) -> models.BlobSummary:
+    """Make a received blob known; a digest that is known already stays as it was."""
+    written = await session.scalar(
+        insert(tables.Blob)
+        .values(digest=digest_bytes(digest), size=size, lab_id=caller.lab_id)
+        .on_conflict_do_nothing()
+        .returning(tables.Blob.size)
+    )
+    if written is not None:
+        await audit.record(session, caller, "blob.upload", digest, size=size)
+    return models.BlobSummary(digest=digest, size=size, created=written is not None)
+
+
+async def find(session: AsyncSession, digest: str) -> int | None:
+    """The size of a known blob."""
+    return await session.scalar(select(tables.Blob.size).where(tables.Blob.digest == digest_bytes(digest)))
+
+
+async def get_size(session: AsyncSession, digest: str) -> int:
+    size = await find(session, digest)
+    if size is None:
+        raise BlobNotFound(f"No blob has the digest {digest}.")
+    return size

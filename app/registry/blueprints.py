@@ -1,0 +1,414 @@
+"""Publishing blueprints and resolving what a fetch answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Row, bindparam, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.registry import audit, tables
+from app.registry.callers import Caller
+from app.registry.documents import Document
+from gradient_blueprints import models
+from gradient_blueprints.errors import BlueprintNotFound, CheckpointNotFound, MissingBlob, ModelNotFound
+from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkpoint
+
+ANY_LAB = "*"
+_LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a fetch resolves to: the stored document and what the registry says of it."""
+
+    document_id: int
+    digest: bytes
+    version: int
+    lab: str
+    model_id: str
+    checkpoint: Decimal
+    warnings: tuple[Warning_, ...]
+    distance: Decimal = Decimal(0)
+
+    @property
+    def digest_text(self) -> str:
+        return f"sha256:{self.digest.hex()}"
+
+
+def digest_bytes(digest: str) -> bytes:
+    return bytes.fromhex(digest.removeprefix("sha256:"))
+
+
+# --- publishing
+
+
+async def publish(session: AsyncSession, caller: Caller, document: Document) -> models.Publication:
+    """Store a document under the next version of its checkpoint, in the caller's transaction.
+
+    The same lab publishing the same bytes again gets the version that it has; another lab gets one
+    of its own. The checkpoint's row lock hands out the numbers, so they have no gaps and are never
+    reissued.
+    """
+    blueprint = document.blueprint
+    model = await _ensure_model(session, caller, blueprint.model_id)
+    checkpoint = await _lock_checkpoint(session, model.id, parse_checkpoint(blueprint.training_checkpoint))
+    stored = await session.scalar(
+        select(tables.Document.id).where(tables.Document.digest == digest_bytes(document.digest))
+    )
+    number = None if stored is None else await _version_of(session, checkpoint.id, caller.lab_id, stored)
+    created = number is None
+    if number is None:
+        if stored is None:
+            stored = await _store(session, checkpoint.id, document)
+        number = checkpoint.last_version + 1
+        await session.execute(
+            update(tables.Checkpoint).where(tables.Checkpoint.id == checkpoint.id).values(last_version=number)
+        )
+        await session.execute(
+            insert(tables.Version).values(
+                checkpoint_id=checkpoint.id,
+                number=number,
+                lab_id=caller.lab_id,
+                key_id=caller.key_id,
+                document_id=stored,
+            )
+        )
+        place = version_path(blueprint.model_id, blueprint.training_checkpoint, number)
+        await audit.record(session, caller, "blueprint.publish", place, digest=document.digest)
+    return models.Publication(
+        model_id=blueprint.model_id,
+        training_checkpoint=blueprint.training_checkpoint,
+        version=number,
+        digest=document.digest,
+        created=created,
+        lab=caller.lab,
+        warnings=document.warnings,
+    )
+
+
+def version_path(model_id: str, checkpoint: float | Decimal, number: int) -> str:
+    """How the audit and messages name a version: `foundation-7b@0.8@3`."""
+    return f"{model_id}@{format_checkpoint(checkpoint)}@{number}"
+
+
+async def _ensure_model(session: AsyncSession, caller: Caller, model_id: str) -> Row[int, int]:
+    """The model's row; a lab that publishes it first becomes its owner."""
+    query = select(tables.Model.id, tables.Model.lab_id).where(tables.Model.name == model_id)
+    if (row := (await session.execute(query)).first()) is None:
+        created = await session.scalar(
+            insert(tables.Model)
+            .values(name=model_id, lab_id=caller.lab_id)
+            .on_conflict_do_nothing()
+            .returning(tables.Model.id)
+        )
+        if created is not None:
+            await audit.record(session, caller, "model.create", model_id)
+        row = (await session.execute(query)).one()
+    return row
+
+
+async def _lock_checkpoint(session: AsyncSession, model_id: int, fraction: Decimal) -> Row[int, int]:
+    query = (
+        select(tables.Checkpoint.id, tables.Checkpoint.last_version)
+        .where(tables.Checkpoint.model_id == model_id, tables.Checkpoint.fraction == fraction)
+        .with_for_update()
+    )
+    if (row := (await session.execute(query)).first()) is None:
+        await session.execute(
+            insert(tables.Checkpoint).values(model_id=model_id, fraction=fraction).on_conflict_do_nothing()
+        )
+        row = (await session.execute(query)).one()
+    return row
+
+
+async def _version_of(session: AsyncSession, checkpoint_id: int, lab_id: int, document_id: int) -> int | None:
+    return await session.scalar(
+        select(tables.Version.number).where(
+            tables.Version.checkpoint_id == checkpoint_id,
+            tables.Version.lab_id == lab_id,
+            tables.Version.document_id == document_id,
+        )
+    )
+
+
+async def _store(session: AsyncSession, checkpoint_id: int, document: Document) -> int:
+    blueprint = document.blueprint
+    await _check_attachments(session, blueprint)
+    document_id = await session.scalar(
+        insert(tables.Document)
+        .values(
+            digest=digest_bytes(document.digest),
+            checkpoint_id=checkpoint_id,
+            body=document.body,
+            size=len(document.body),
+            layer_count=len(blueprint.layers),
+            warnings=[warning.model_dump() for warning in document.warnings],
+        )
+        .returning(tables.Document.id)
+    )
+    assert isinstance(document_id, int)
+    await _copy_layers(session, document_id, blueprint.layers)
+    if blueprint.attachments:
+        await session.execute(
+            insert(tables.Attachment),
+            [
+                {"document_id": document_id, "name": item.name, "blob_digest": digest_bytes(item.digest)}
+                for item in blueprint.attachments
+            ],
+        )
+    return document_id
+
+
+async def _check_attachments(session: AsyncSession, blueprint: models.Blueprint) -> None:
+    attachments = blueprint.attachments or ()
+    if not attachments:
+        return
+    wanted = [digest_bytes(item.digest) for item in attachments]
+    rows = await session.execute(select(tables.Blob.digest, tables.Blob.size).where(tables.Blob.digest.in_(wanted)))
+    sizes: dict[bytes, int] = dict(rows.tuples().all())
+    faults: list[Any] = []
+    for index, item in enumerate(attachments):
+        size = sizes.get(digest_bytes(item.digest))
+        place = f"/attachments/{index}"
+        if size is None:
+            detail = f"upload it first with PUT /v1/blobs/{item.digest}"
+            faults.append({"pointer": f"{place}/digest", "code": "missing_blob", "detail": detail})
+        elif size != item.size:
+            detail = f"the blob has {size} bytes"
+            faults.append({"pointer": f"{place}/size", "code": "wrong_size", "detail": detail})
+    if faults:
+        raise MissingBlob("The blueprint names attachments that the registry does not hold as stated.", errors=faults)
+
+
+async def _copy_layers(session: AsyncSession, document_id: int, layers: Sequence[models.Layer]) -> None:
+    """One COPY for all layers, in the session's transaction."""
+    connection = await session.connection()
+    raw = await connection.get_raw_connection()
+    driver = raw.driver_connection
+    assert driver is not None
+    await driver.copy_records_to_table(
+        tables.Layer.__tablename__,
+        columns=_LAYER_COLUMNS,
+        records=(_layer_record(document_id, position, layer) for position, layer in enumerate(layers)),
+    )
+
+
+def _layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[Any, ...]:
+    low, high = layer.gradient_norm_ci or (None, None)
+    values = {
+        "document_id": document_id,
+        "position": position,
+        "layer_id": layer.id,
+        "gradient_norm_low": low,
+        "gradient_norm_high": high,
+        "kind": None if layer.kind is None else str(layer.kind),
+        "domain_tags": None if layer.domain_tags is None else json.dumps(layer.domain_tags),
+    }
+    return tuple(values[name] if name in values else getattr(layer, name) for name in _LAYER_COLUMNS)
+
+
+# --- resolving
+
+
+_FOUND = (
+    select(
+        tables.Version.document_id,
+        tables.Document.digest,
+        tables.Version.number,
+        tables.Lab.name.label("lab"),
+        tables.Model.name.label("model_id"),
+        tables.Checkpoint.fraction,
+        tables.Document.warnings,
+        tables.Yank.reason.label("yanked"),
+    )
+    .select_from(tables.Version)
+    .join(tables.Document, tables.Document.id == tables.Version.document_id)
+    .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
+    .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+    .join(tables.Lab, tables.Lab.id == tables.Version.lab_id)
+    .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
+)
+
+
+def _found(row: Any, distance: Decimal = Decimal(0)) -> Found:
+    warnings = tuple(Warning_.model_validate(warning) for warning in row.warnings)
+    if row.yanked is not None:
+        warnings = (Warning_(code="yanked", pointer="", detail=f"this version was yanked: {row.yanked}"), *warnings)
+    return Found(
+        document_id=row.document_id,
+        digest=row.digest,
+        version=row.number,
+        lab=row.lab,
+        model_id=row.model_id,
+        checkpoint=row.fraction,
+        warnings=warnings,
+        distance=distance,
+    )
+
+
+_NEWEST_OF_OWNER = (
+    _FOUND.where(
+        tables.Model.name == bindparam("model_id"),
+        tables.Checkpoint.fraction == bindparam("checkpoint"),
+        tables.Version.lab_id == tables.Model.lab_id,
+        tables.Yank.version_id.is_(None),
+    )
+    .order_by(tables.Version.number.desc())
+    .limit(1)
+)
+
+
+async def resolve(
+    session: AsyncSession,
+    model_id: str,
+    checkpoint: Decimal,
+    *,
+    lab: str | None = None,
+    version: int | None = None,
+    nearest: bool = False,
+) -> Found:
+    """The version that a fetch answers.
+
+    Without `version` the newest that is not yanked: the owner's, or that of `lab`, or of any lab
+    for `*`. A `version` is answered even when it was yanked, with a warning. `nearest` falls back to
+    the nearest checkpoint that has an answer; of two equally near, the later one.
+    """
+    if lab is None and version is None:
+        row = (await session.execute(_NEWEST_OF_OWNER, {"model_id": model_id, "checkpoint": checkpoint})).first()
+        if row is not None:
+            return _found(row)
+    query = _FOUND.where(tables.Model.name == model_id)
+    if version is not None:
+        query = query.where(tables.Version.number == version)
+    else:
+        query = query.where(tables.Yank.version_id.is_(None))
+    if lab is not None:
+        if lab != ANY_LAB:
+            query = query.where(tables.Lab.name == lab)
+    elif version is None:
+        query = query.where(tables.Version.lab_id == tables.Model.lab_id)
+
+    exact = query.where(tables.Checkpoint.fraction == checkpoint).order_by(tables.Version.number.desc()).limit(1)
+    row = (await session.execute(exact)).first()
+    if row is None and nearest:
+        from_here = tables.Checkpoint.fraction - checkpoint
+        close = query.order_by(
+            func.abs(from_here), tables.Checkpoint.fraction.desc(), tables.Version.number.desc()
+        ).limit(1)
+        row = (await session.execute(close)).first()
+    if row is None:
+        raise await _explain_miss(session, model_id, checkpoint, lab=lab, version=version)
+    return _found(row, distance=abs(row.fraction - checkpoint))
+
+
+async def _explain_miss(
+    session: AsyncSession, model_id: str, checkpoint: Decimal, *, lab: str | None, version: int | None
+) -> ModelNotFound | CheckpointNotFound | BlueprintNotFound:
+    """The error that says what does exist."""
+    fractions = (
+        await session.scalars(
+            select(tables.Checkpoint.fraction)
+            .join(tables.Model)
+            .where(tables.Model.name == model_id, tables.Checkpoint.last_version > 0)
+            .order_by(tables.Checkpoint.fraction)
+        )
+    ).all()
+    asked = format_checkpoint(checkpoint)
+    if not fractions:
+        return ModelNotFound(f"There is no model {model_id!r}; search with GET /v1/models?q=.")
+    known = [float(fraction) for fraction in fractions]
+    if checkpoint not in fractions:
+        spelled = ", ".join(format_checkpoint(fraction) for fraction in fractions)
+        return CheckpointNotFound(
+            f"{model_id} has no checkpoint {asked}; it has {spelled}. With nearest=true the nearest answers.",
+            checkpoints=known,
+        )
+    if version is not None:
+        return BlueprintNotFound(
+            f"{model_id} at {asked} has no version {version}{f' of lab {lab}' if lab else ''}; "
+            f"GET /v1/models/{model_id}/checkpoints/{asked}/versions lists them."
+        )
+    whose = {None: "its owner", ANY_LAB: "any lab"}.get(lab, f"lab {lab}")
+    return BlueprintNotFound(
+        f"{model_id} at {asked} has no version of {whose} that is not yanked; "
+        f"GET /v1/models/{model_id}/checkpoints/{asked}/versions lists them, lab= chooses another lab."
+    )
+
+
+async def resolve_digest(session: AsyncSession, digest: str) -> Found:
+    """The first publication of those bytes that is not yanked, or the first of all with its warning."""
+    query = (
+        _FOUND.where(tables.Document.digest == digest_bytes(digest))
+        .order_by(tables.Yank.version_id.is_not(None), tables.Version.id)
+        .limit(1)
+    )
+    row = (await session.execute(query)).first()
+    if row is None:
+        raise BlueprintNotFound(f"No blueprint has the digest {digest}.")
+    return _found(row)
+
+
+async def read_body(session: AsyncSession, document_id: int) -> bytes:
+    body = await session.scalar(select(tables.Document.body).where(tables.Document.id == document_id))
+    assert body is not None, "a version's document is never deleted"
+    return body
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """A version with all that listings show of it."""
+
+    id: int
+    lab_id: int
+    summary: models.VersionSummary
+
+
+VERSIONS = (
+    select(
+        tables.Version.id,
+        tables.Version.lab_id,
+        tables.Version.number,
+        tables.Version.created_at,
+        tables.Version.document_id,
+        tables.Document.digest,
+        tables.Document.layer_count,
+        tables.Document.size,
+        tables.Lab.name.label("lab"),
+        tables.Model.name.label("model_id"),
+        tables.Checkpoint.fraction,
+        tables.Yank.reason.label("yanked_reason"),
+    )
+    .select_from(tables.Version)
+    .join(tables.Document, tables.Document.id == tables.Version.document_id)
+    .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
+    .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+    .join(tables.Lab, tables.Lab.id == tables.Version.lab_id)
+    .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
+)
+
+
+def version_row(row: Any) -> VersionRow:
+    created_at: datetime = row.created_at
+    return VersionRow(
+        id=row.id,
+        lab_id=row.lab_id,
+        summary=models.VersionSummary(
+            model_id=row.model_id,
+            training_checkpoint=float(row.fraction),
+            version=row.number,
+            digest=f"sha256:{row.digest.hex()}",
+            lab=row.lab,
+            layers=row.layer_count,
+            size=row.size,
+            created_at=created_at,
+            yanked=row.yanked_reason is not None,
+            yanked_reason=row.yanked_reason,
+        ),
+    )

@@ -1,0 +1,99 @@
+"""From the bytes of a request to a valid document with its digest, or an error that points to the place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jiter
+import rfc8785
+from pydantic import ValidationError
+
+from app.registry.review import review
+from gradient_blueprints.canonical import canonical_bytes, digest_of
+from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedRequest
+from gradient_blueprints.models import MAX_SAFE_INTEGER, Blueprint, Warning_
+
+_MOST_PLACES = 100
+
+
+@dataclass(frozen=True)
+class Document:
+    """A valid blueprint, the canonical bytes that stand for it, their digest, and what is dubious in it."""
+
+    blueprint: Blueprint
+    body: bytes
+    digest: str
+    warnings: tuple[Warning_, ...]
+
+
+def parse_json(body: bytes) -> Document:
+    """Raises MalformedRequest for what is not JSON, InvalidDocument for JSON that is not a blueprint.
+
+    jiter refuses nesting beyond 200 levels, NaN and Infinity, unpaired surrogates and repeated
+    member names, which the canonical form does not allow (RFC 8785 section 3.1).
+    """
+    try:
+        jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError as error:
+        raise MalformedRequest(f"The body is not JSON that can be read: {error}.") from None
+    try:
+        blueprint = Blueprint.model_validate_json(body, strict=True)
+    except ValidationError as invalid:
+        raise InvalidDocument(
+            "The document is not a valid blueprint; errors[] names the places.", errors=list(places_of(invalid))
+        ) from None
+    return from_blueprint(blueprint)
+
+
+def parse_csv(body: bytes) -> Document:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedRequest(f"The table is not UTF-8: byte {error.start} cannot be read.") from None
+    return from_blueprint(Blueprint.from_csv(text))
+
+
+def from_blueprint(blueprint: Blueprint) -> Document:
+    plain = blueprint.to_dict()
+    if faults := list(_unstorable(plain, "")):
+        raise InvalidDocument("The document holds values that cannot be kept.", errors=faults[:_MOST_PLACES])
+    try:
+        body = canonical_bytes(plain)
+    except rfc8785.CanonicalizationError as error:
+        raise InvalidDocument(f"The document has no canonical form: {error}.") from None
+    return Document(blueprint=blueprint, body=body, digest=digest_of(body), warnings=review(blueprint))
+
+
+def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
+    """Pydantic's locations as JSON pointers (RFC 6901)."""
+    for error in invalid.errors(include_url=False, include_input=False)[:_MOST_PLACES]:
+        location = list(error["loc"])
+        pointer = "".join(f"/{_escaped(part)}" for part in location)
+        pointer += str(error.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member
+        yield {"pointer": pointer, "code": error["type"], "detail": error["msg"]}
+
+
+def _escaped(part: str | int) -> str:
+    return str(part).replace("~", "~0").replace("/", "~1")
+
+
+def _unstorable(value: Any, pointer: str) -> Iterator[ErrorPlace]:
+    """What JSON allows and the store does not: NUL in text, integers beyond 2^53, infinities by overflow."""
+    match value:
+        case dict():
+            for name, member in value.items():
+                place = f"{pointer}/{_escaped(name)}"
+                if "\0" in name:
+                    yield {"pointer": place, "code": "nul_character", "detail": "a name holds a NUL character"}
+                yield from _unstorable(member, place)
+        case list():
+            for index, member in enumerate(value):
+                yield from _unstorable(member, f"{pointer}/{index}")
+        case str() if "\0" in value:
+            yield {"pointer": pointer, "code": "nul_character", "detail": "the text holds a NUL character"}
+        case int() if abs(value) > MAX_SAFE_INTEGER:
+            yield {"pointer": pointer, "code": "integer_too_large", "detail": "beyond ±(2^53 − 1), not exact in JSON"}
+        case float() if value - value != 0:
+            yield {"pointer": pointer, "code": "finite_number", "detail": "a number beyond float64"}
