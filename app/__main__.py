@@ -1,0 +1,78 @@
+"""The command `python -m app`: the service on one machine (`up`), or one of its processes."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    up = commands.add_parser("up", help="run everything: database, broker, API, relay and one worker")
+    up.add_argument("--data-dir", type=Path, required=True, help="where all data is kept; made at the first start")
+    up.add_argument("--port", type=int, default=8000, help="of the API; 0 takes any free one (default: %(default)s)")
+    up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    up.add_argument("--no-worker", action="store_true", help="run no worker here")
+
+    serve = commands.add_parser("serve", help="the API; settings from the environment")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--fd", type=int, help="serve the listening socket of this inherited descriptor instead")
+
+    commands.add_parser("migrate", help="bring the database's schema up to date")
+    commands.add_parser("relay", help="announce jobs to the broker and requeue what lost its worker")
+
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Each command loads what it needs and no more, so that a supervisor stays small beside what it watches.
+    match arguments.command:
+        case "up":
+            from app.embedded.supervisor import up as run_up
+
+            logging.getLogger("httpx2").setLevel(logging.WARNING)
+            return run_up(
+                arguments.data_dir,
+                host=arguments.host,
+                port=arguments.port,
+                with_worker=not arguments.no_worker,
+                environment=os.environ.copy(),
+            )
+        case "serve":
+            return _serve(arguments.host, arguments.port, arguments.fd)
+        case "migrate":
+            from app.database import migrate
+            from app.settings import Settings
+
+            migrate(Settings().database_url)
+        case "relay":
+            from app.relay import main as run_relay
+            from app.settings import Settings
+
+            run_relay(Settings())
+    return 0
+
+
+def _serve(host: str, port: int, descriptor: int | None) -> int:
+    import uvicorn
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            "app.api.application:application",
+            factory=True,
+            host=host,
+            port=port,
+            # An event stream never ends by itself; its client reconnects and resumes.
+            timeout_graceful_shutdown=5,
+        )
+    )
+    # Not uvicorn's own `fd`, which takes every socket for a Unix one and so leaves Nagle's delay on.
+    server.run(sockets=None if descriptor is None else [socket.socket(fileno=descriptor)])
+    return 0 if server.started else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
