@@ -37,6 +37,10 @@ MAX_LAYERS = 20_000
 MAX_SAFE_INTEGER = 2**53 - 1  # beyond it JSON numbers are not exact (RFC 8785 refuses them)
 PROFILE_TASK = "worker.profile_checkpoint"
 """Name of the Celery task that announces a job; its only argument is the job's id."""
+PROFILE_QUEUE = "profile"
+"""Queue of the broker that announcements go through."""
+MAX_TIME_LIMIT = 7 * 86_400
+"""Seconds that one attempt at a job may take at most; the broker's visibility timeout must be longer."""
 
 # A path segment that is also the name of a sub-resource of a model cannot be the second half of a model id.
 RESERVED_SEGMENTS = ("aliases", "checkpoints", "compare", "evidence", "versions", "runs", "labs", "jobs")
@@ -593,6 +597,14 @@ class KeyPage(Page):
     keys: tuple[Key, ...]
 
 
+class WhoAmI(Wire):
+    """Whose key it is and what it may do."""
+
+    lab: LabName
+    scopes: tuple[Scope, ...]
+    key_prefix: str
+
+
 class AuditEntry(Wire):
     id: int
     at: datetime
@@ -645,7 +657,7 @@ class ProfileOptions(Wire):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     granularity: Literal["tensor", "submodule", "block"] = "submodule"
     statistic: Statistic = Statistic.MEAN
-    time_limit: Annotated[float, Field(gt=0, le=7 * 86_400)] = Field(3_600, description="seconds of one attempt")
+    time_limit: Annotated[float, Field(gt=0, le=MAX_TIME_LIMIT)] = Field(3_600, description="seconds of one attempt")
 
 
 class NewJob(Wire):
@@ -719,8 +731,13 @@ class HeartbeatAnswer(Wire):
 
 
 class JobOutcome(Wire):
-    """A worker's last word when there is no blueprint."""
+    """A worker's last word when there is no blueprint.
+
+    `failed`: the job cannot succeed, however often it is tried. `crashed`: this attempt died; the job is queued
+    again while it has attempts left. `queued`: given back undone by a worker that shuts down. `cancelled`: stopped
+    as asked.
+    """
 
     lease_token: int
-    state: Literal["failed", "cancelled"]
+    state: Literal["failed", "crashed", "cancelled", "queued"]
     reason: Annotated[str, StringConstraints(max_length=4_000)]

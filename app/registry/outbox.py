@@ -1,0 +1,52 @@
+"""Messages that must reach the broker: written in the transaction of what they announce, sent after its commit."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.registry import tables
+from gradient_blueprints.models import PROFILE_TASK, JobState
+
+OUTBOX_CHANNEL = "outbox"
+BATCH = 20  # few enough that a slow broker does not hold the rows for longer than a transaction may idle
+
+
+async def announce(session: AsyncSession, job_id: UUID) -> None:
+    """Have the job announced to the workers once this transaction has committed."""
+    await session.execute(insert(tables.OutboxMessage).values(task=PROFILE_TASK, job_id=job_id))
+    await session.execute(select(func.pg_notify(OUTBOX_CHANNEL, "")))
+
+
+async def send_waiting(
+    session: AsyncSession, send: Callable[[str, UUID], Awaitable[None]]
+) -> tuple[int, Exception | None]:
+    """Send a batch of waiting messages, oldest first: how many the broker took, and what stopped it, if anything.
+
+    Relays beside each other skip each other's rows. A relay that dies between sending and committing leaves a message
+    to be sent twice; the second claim is refused, so that does no harm.
+    """
+    oldest = select(tables.OutboxMessage).order_by(tables.OutboxMessage.id).limit(BATCH)
+    waiting = (await session.scalars(oldest.with_for_update(skip_locked=True))).all()
+    sent: list[tables.OutboxMessage] = []
+    failure: Exception | None = None
+    for message in waiting:
+        try:
+            await send(message.task, message.job_id)
+        except Exception as error:  # noqa: BLE001, RUF100 - the broker's client raises what it likes; the caller reports it
+            failure = error
+            break
+        sent.append(message)
+    if sent:
+        await session.execute(
+            delete(tables.OutboxMessage).where(tables.OutboxMessage.id.in_([message.id for message in sent]))
+        )
+        await session.execute(
+            update(tables.Job)
+            .where(tables.Job.id.in_([message.job_id for message in sent]), tables.Job.state == JobState.QUEUED)
+            .values(announced_at=func.clock_timestamp(), announcements=tables.Job.announcements + 1)
+        )
+    return len(sent), failure
