@@ -1,0 +1,304 @@
+"""What `select` chooses: shares, budgets, layers by knapsack, coordinates within each tensor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.selection import (
+    BYTES_PER_COORDINATE,
+    Budget,
+    Selection,
+    default_trust,
+    knapsack,
+    mean_gradients,
+    select,
+    spread,
+)
+
+
+def make_blueprint(
+    norms: dict[str, float], sizes: dict[str, int] | None = None, **fields: Mapping[str, object]
+) -> Blueprint:
+    layers = [
+        {"id": name, "gradient_norm": norm}
+        | ({"parameters": sizes[name]} if sizes else {})
+        | {field: values[name] for field, values in fields.items() if name in values}
+        for name, norm in norms.items()
+    ]
+    return Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+
+
+SIZES = {"a": 1000, "b": 1000, "c": 200}
+PUBLISHED = make_blueprint({"a": 3.0, "b": 1.0, "c": 1.0}, SIZES)
+
+
+def gradients_of(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "a.weight": torch.randn(20, 50, generator=generator),
+        "b.weight": torch.randn(50, 20, generator=generator),
+        "c.weight": torch.randn(10, 20, generator=generator),
+    }
+
+
+def shares(selection: Selection) -> list[float]:
+    return [round(layer.share, 6) for layer in selection.layers]
+
+
+def test_a_selection_without_local_data_uses_the_published_shares() -> None:
+    assert shares(select(PUBLISHED)) == [0.6, 0.2, 0.2]
+
+
+def test_norms_are_blended_as_shares_whatever_their_scale() -> None:
+    local = make_blueprint({"a": 100.0, "b": 300.0, "c": 100.0})
+    assert shares(select(PUBLISHED, local, trust=0.25)) == [0.3, 0.5, 0.2]
+
+
+def test_a_layer_that_the_local_sample_lacks_keeps_its_published_share() -> None:
+    local = make_blueprint({"b": 1.0, "c": 3.0})
+    assert shares(select(PUBLISHED, local, trust=0.0)) == [0.6, 0.1, 0.3]
+
+
+def test_trust_is_lost_when_local_ranks_contradict_the_published() -> None:
+    opposite = make_blueprint({"a": 1.0, "b": 2.0, "c": 3.0})
+    assert default_trust(PUBLISHED, opposite) == 0
+
+
+def test_trust_follows_the_precision_of_the_two_sides() -> None:
+    norms = {"a": 3.0, "b": 1.0, "c": 2.0}
+    tight = {name: [norm * 0.95, norm * 1.05] for name, norm in norms.items()}
+    wide = {name: [norm * 0.8, norm * 1.2] for name, norm in norms.items()}
+    surer, less_sure = make_blueprint(norms, gradient_norm_ci=tight), make_blueprint(norms, gradient_norm_ci=wide)
+    assert default_trust(surer, less_sure) == pytest.approx(16 / 17)
+    assert default_trust(less_sure, surer) == pytest.approx(1 / 17)
+    assert default_trust(make_blueprint(norms), surer) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("budget", "coordinates"),
+    [(0.1, 220), (Budget.parameters(440), 440), (Budget.bytes(110 * BYTES_PER_COORDINATE), 110), (1.0, 2200)],
+)
+def test_a_budget_is_spent_and_not_exceeded(budget: float | Budget, coordinates: int) -> None:
+    assert select(PUBLISHED, budget=budget).selected == coordinates
+
+
+def test_a_budget_has_to_be_positive_and_a_fraction_at_most_one() -> None:
+    for bad in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ConfigurationError):
+            select(PUBLISHED, budget=bad)
+
+
+def test_every_layer_gets_the_even_fraction_where_k_star_is_unknown() -> None:
+    assert [layer.fraction for layer in select(PUBLISHED, budget=0.1).layers] == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_a_layer_with_larger_k_star_gets_more_within_limits() -> None:
+    blueprint = make_blueprint({"a": 1.0, "b": 1.0}, {"a": 1000, "b": 1000}, k_star={"a": 0.001, "b": 0.9})
+    a, b = (layer.fraction for layer in select(blueprint, budget=0.1).layers)
+    assert a + b == pytest.approx(0.2)
+    assert b / a == pytest.approx(2 / 0.5, rel=0.01)
+
+
+def test_a_layer_without_any_gradient_gets_nothing() -> None:
+    blueprint = make_blueprint({"a": 0.0, "b": 1.0}, {"a": 1000, "b": 1000})
+    selection = select(blueprint, budget=0.1)
+    assert [layer.selected for layer in selection.layers] == [0, 200]
+    assert selection.indices("a.weight", 1000) is not None
+    assert len(selection.indices("a.weight", 1000)) == 0  # type: ignore[arg-type]  # just seen not to be None
+
+
+def test_unknown_parameter_counts_are_an_error_that_names_the_remedy() -> None:
+    with pytest.raises(ConfigurationError, match="pass model="):
+        select(make_blueprint({"a": 1.0}))
+    model = nn.ModuleDict({"a": nn.Linear(4, 5)})
+    assert select(make_blueprint({"a": 1.0}), model=model, budget=0.2).selected == 5
+
+
+def test_coordinates_are_those_with_the_largest_local_gradient_within_each_tensor() -> None:
+    gradients = gradients_of()
+    gradients["a.weight"] *= 1000  # a scale across tensors must not matter
+    selection = select(PUBLISHED, budget=0.1, gradients=gradients)
+    for name, gradient in gradients.items():
+        expected = set(gradient.abs().flatten().topk(gradient.numel() // 10).indices.tolist())
+        assert set(selection.coordinates[name].tolist()) == expected
+
+
+def test_factors_score_a_coordinate_by_its_row_times_its_column() -> None:
+    row, column = torch.rand(20), torch.rand(50)
+    factors = {"code/a.weight/row": row, "code/a.weight/column": column}
+    selection = select(PUBLISHED, budget=0.1, factors=factors)
+    expected = set(torch.outer(row, column).flatten().topk(100).indices.tolist())
+    assert set(selection.coordinates["a.weight"].tolist()) == expected
+    assert list(selection.coordinates) == ["a.weight"]
+
+
+def test_trust_moves_the_coordinates_from_the_local_gradient_to_the_published_factors() -> None:
+    gradients = gradients_of()
+    factors = {"code/a.weight/row": torch.rand(20), "code/a.weight/column": torch.rand(50)}
+
+    def chosen(trust: float) -> set[int]:
+        found = select(PUBLISHED, budget=0.1, gradients=gradients, factors=factors, trust=trust)
+        return set(found.coordinates["a.weight"].tolist())
+
+    local = set(select(PUBLISHED, budget=0.1, gradients=gradients).coordinates["a.weight"].tolist())
+    published = set(select(PUBLISHED, budget=0.1, factors=factors).coordinates["a.weight"].tolist())
+    assert chosen(0.0) == local
+    assert chosen(1.0) == published
+    assert len(chosen(0.5) & local) > len(chosen(1.0) & local)
+
+
+def test_factors_of_several_domains_need_a_name() -> None:
+    factors = {
+        f"{domain}/a.weight/{side}": torch.rand(n)
+        for domain in ("code", "law")
+        for side, n in (("row", 20), ("column", 50))
+    }
+    with pytest.raises(ConfigurationError, match="code, law"):
+        select(PUBLISHED, factors=factors)
+    assert "a.weight" in select(PUBLISHED, factors=factors, domain="law").coordinates
+
+
+def test_factors_of_another_shape_are_refused() -> None:
+    factors = {"code/a.weight/row": torch.rand(3), "code/a.weight/column": torch.rand(3)}
+    with pytest.raises(ConfigurationError, match="factors stand for 9"):
+        select(PUBLISHED, factors=factors, gradients=gradients_of(), trust=0.5)
+
+
+def test_a_gradient_that_is_not_finite_is_refused() -> None:
+    gradients = gradients_of()
+    gradients["b.weight"][0, 0] = float("nan")
+    with pytest.raises(ConfigurationError, match=r"b\.weight"):
+        select(PUBLISHED, gradients=gradients)
+
+
+def test_with_nothing_to_go_on_coordinates_are_random_and_always_the_same() -> None:
+    first, again = (select(PUBLISHED, budget=0.1).indices("a.weight", 1000) for _ in range(2))
+    other = select(PUBLISHED, budget=0.1, seed=1).indices("a.weight", 1000)
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert len(first) == 100
+    assert np.array_equal(first, again)
+    assert len(np.intersect1d(first, other)) < 40
+    assert first[:5].tolist() == [4, 12, 15, 26, 30]  # the same on every machine
+
+
+def test_ties_are_spread_over_the_tensor() -> None:
+    gradients = {"a.weight": torch.zeros(20, 50)}
+    gradients["a.weight"][0, :3] = 1.0
+    chosen = select(PUBLISHED, budget=0.1, gradients=gradients | {"b.weight": torch.ones(1000)}).coordinates["a.weight"]
+    assert len(chosen) == 100
+    assert {0, 1, 2} <= set(chosen.tolist())
+    assert chosen[-1] > 900
+
+
+def test_a_selection_survives_its_file(tmp_path: Path) -> None:
+    selection = select(PUBLISHED, make_blueprint({"a": 1.0, "b": 2.0}), 0.1, gradients=gradients_of())
+    again = Selection.load(selection.save(tmp_path / "selection.safetensors"))
+    assert (again.layers, again.trust, again.blueprint_digest) == (selection.layers, selection.trust, PUBLISHED.digest)
+    assert again.coordinates.keys() == selection.coordinates.keys()
+    for name, chosen in selection.coordinates.items():
+        assert np.array_equal(again.coordinates[name], chosen)
+
+
+def test_a_selection_of_a_million_coordinates_is_a_small_file(tmp_path: Path) -> None:
+    blueprint = make_blueprint({"w": 1.0}, {"w": 1_000_000})
+    selection = select(blueprint, budget=0.1, gradients={"w": torch.randn(1000, 1000)})
+    assert selection.save(tmp_path / "selection").stat().st_size < 100_000  # as int32 indices 400,000
+
+
+def test_a_selection_cannot_be_changed() -> None:
+    selection = select(PUBLISHED, gradients=gradients_of())
+    with pytest.raises(AttributeError):
+        selection.trust = 0.0  # type: ignore[misc]  # that it is refused is the test
+    with pytest.raises(TypeError):
+        selection.coordinates["a.weight"] = np.zeros(1, np.int64)  # type: ignore[index]  # likewise
+    with pytest.raises(ValueError, match="read-only"):
+        selection.coordinates["a.weight"][0] = 0
+
+
+def test_the_summary_says_what_is_trained_and_what_it_takes() -> None:
+    text = select(PUBLISHED, budget=0.1, gradients=gradients_of()).summary()
+    assert "220 of 2,200 parameters (10.0%)" in text
+    assert "a " in text
+
+
+def test_whole_layers_are_chosen_by_value_and_not_by_density() -> None:
+    blueprint = make_blueprint({"head": 6.0, "x": 5.0, "y": 1.0}, {"head": 90, "x": 50, "y": 10})
+    chosen = [
+        layer.id for layer in select(blueprint, budget=Budget.parameters(100), unit="layer").layers if layer.selected
+    ]
+    assert chosen == ["head", "y"]  # greedy by density takes x and y
+
+
+@given(
+    items=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), max_size=9),
+    capacity=st.integers(0, 120),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_knapsack_is_exact(items: list[tuple[int, int]], capacity: int) -> None:
+    values, sizes = [float(value) for value, _ in items], [size for _, size in items]
+    taken = knapsack(values, sizes, capacity)
+    best = max(
+        sum(value for value, use in zip(values, uses, strict=True) if use)
+        for uses in itertools.product([False, True], repeat=len(items))
+        if sum(size for size, use in zip(sizes, uses, strict=True) if use) <= capacity
+    )
+    assert sum(size for size, use in zip(sizes, taken, strict=True) if use) <= capacity
+    assert sum(value for value, use in zip(values, taken, strict=True) if use) == best
+
+
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 1000), st.floats(0.5, 2.0)), min_size=1, max_size=10),
+    share=st.floats(0.01, 1.0),
+)
+def test_fractions_spend_the_budget_and_none_exceeds_one(layers: list[tuple[int, float]], share: float) -> None:
+    sizes = [size for size, _ in layers]
+    fractions = spread(int(share * sum(sizes)), sizes, [weight for _, weight in layers])
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    spent = sum(fraction * size for fraction, size in zip(fractions, sizes, strict=True))
+    assert spent == pytest.approx(int(share * sum(sizes)))
+
+
+class Scorer(nn.Module):
+    """A language model as `mean_gradients` sees it: input ids and labels in, a loss out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 7)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> object:
+        logits = self.head(self.dropout(self.embedding(input_ids)))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return type("Output", (), {"loss": loss})()
+
+
+def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding() -> None:
+    torch.manual_seed(0)
+    model = Scorer().train()
+    ids = torch.randint(0, 7, (2, 3, 5))
+    mask = torch.ones(3, 5, dtype=torch.int64)
+    mask[0, 2:] = 0
+    found = mean_gradients(model, [{"input_ids": ids[0], "attention_mask": mask}, {"input_ids": ids[1]}])
+    assert model.training
+    assert model.head.weight.grad is None
+    model.eval()
+    losses = model(ids[0], ids[0].masked_fill(mask == 0, -100)).loss, model(ids[1], ids[1]).loss
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(model.parameters()))
+    for gradient, (name, _) in zip(expected, model.named_parameters(), strict=True):
+        torch.testing.assert_close(found[name], gradient)
