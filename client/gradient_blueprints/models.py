@@ -590,7 +590,7 @@ class Key(Wire):
 class IssuedKey(Key):
     """The only answer that holds the secret."""
 
-    secret: str
+    secret: str = Field(repr=False)
 
 
 class KeyPage(Page):
