@@ -30,6 +30,7 @@ class Found:
 
     document_id: int
     digest: bytes
+    size: int
     version: int
     lab: str
     model_id: str
@@ -172,7 +173,7 @@ async def _check_attachments(session: AsyncSession, blueprint: models.Blueprint)
         return
     wanted = [digest_bytes(item.digest) for item in attachments]
     rows = await session.execute(select(tables.Blob.digest, tables.Blob.size).where(tables.Blob.digest.in_(wanted)))
-    sizes: dict[bytes, int] = dict(rows.tuples().all())
+    sizes: dict[bytes, int] = dict(rows.all())
     faults: list[Any] = []
     for index, item in enumerate(attachments):
         size = sizes.get(digest_bytes(item.digest))
@@ -221,6 +222,7 @@ _FOUND = (
     select(
         tables.Version.document_id,
         tables.Document.digest,
+        tables.Document.size,
         tables.Version.number,
         tables.Lab.name.label("lab"),
         tables.Model.name.label("model_id"),
@@ -244,6 +246,7 @@ def _found(row: Any, distance: Decimal = Decimal(0)) -> Found:
     return Found(
         document_id=row.document_id,
         digest=row.digest,
+        size=row.size,
         version=row.number,
         lab=row.lab,
         model_id=row.model_id,

@@ -73,7 +73,7 @@ async def _norms(
         .where(tables.Layer.document_id == found.document_id)
         .order_by(tables.Layer.position)
     )
-    return version.summary, dict(rows.tuples().all())
+    return version.summary, dict(rows.all())
 
 
 def _ranks(norms: dict[str, float]) -> dict[str, int]:

@@ -647,7 +647,7 @@ class DataSource(Wire):
     """Text of one domain: a plain file (documents separated by blank lines do not matter) or JSONL."""
 
     source: Text = Field(description="path under an allowed root of the worker, .txt or .jsonl")
-    field: Annotated[str, StringConstraints(max_length=128)] = Field("text", description="JSONL member with the text")
+    field: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")] = Field("text", description="JSONL member with the text")
 
 
 class ProfileOptions(Wire):
@@ -672,7 +672,7 @@ class NewJob(Wire):
 class Progress(Wire):
     """How far a running job is."""
 
-    phase: Annotated[str, StringConstraints(max_length=64)]
+    phase: Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")]
     done: Count = 0
     total: Count | None = None
 
@@ -740,4 +740,4 @@ class JobOutcome(Wire):
 
     lease_token: int
     state: Literal["failed", "crashed", "cancelled", "queued"]
-    reason: Annotated[str, StringConstraints(max_length=4_000)]
+    reason: Annotated[str, StringConstraints(max_length=4_000, pattern=r"^[^\x00]*$")]

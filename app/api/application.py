@@ -1,0 +1,94 @@
+"""The HTTP application: routes, error rendering and the state that requests share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+
+from app.api import administration, aliases, blobs, blueprints, catalog, health, jobs, problems
+from app.api.gate import Gate
+from app.api.representations import DocumentCache
+from app.database import create_engine, create_sessions
+from app.registry.keys import ensure_bootstrap_key
+from app.settings import Settings
+from gradient_blueprints.models import Blueprint, Scope
+
+
+ROUTERS: tuple[APIRouter, ...] = (
+    health.router,
+    blueprints.router,
+    aliases.router,
+    blobs.router,
+    jobs.router,
+    administration.router,
+    catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
+)
+
+
+def application() -> FastAPI:
+    """The entry point of uvicorn's --factory: settings from the environment."""
+    return create_app(Settings())
+
+
+def create_app(settings: Settings) -> FastAPI:
+    app = FastAPI(
+        title="Gradient blueprint registry",
+        version="1",
+        openapi_url="/v1/openapi.json",
+        docs_url="/docs",
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.settings = settings
+    app.state.keys_marked_used = {}
+    app.state.documents = DocumentCache(settings.document_cache_bytes)
+    for router in ROUTERS:
+        app.include_router(router)
+    problems.install(app)
+    app.add_middleware(Gate, settings=settings)
+    _describe_shared_schemas(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    engine = create_engine(settings)
+    app.state.engine = engine
+    app.state.sessions = create_sessions(engine)
+    try:
+        if settings.admin_key is not None:
+            async with app.state.sessions() as session:
+                await ensure_bootstrap_key(
+                    session,
+                    settings.admin_key.get_secret_value(),
+                    settings.secret,
+                    lab_name=settings.operator_lab,
+                    scopes=(Scope.ADMIN,),
+                    name="bootstrap-admin",
+                )
+                await session.commit()
+        yield
+    finally:
+        await engine.dispose()
+
+
+def _describe_shared_schemas(app: FastAPI) -> None:
+    """Add to the OpenAPI document the schemas that routes name by reference because they read and write raw bytes."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schemas = document["components"]["schemas"]
+            for model in (Blueprint, problems.Problem):
+                described = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                for name, definition in described.pop("$defs", {}).items():
+                    schemas.setdefault(name, definition)
+                schemas[model.__name__] = described
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend its OpenAPI

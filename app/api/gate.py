@@ -1,0 +1,123 @@
+"""What every request passes: an id, limits on its body, and headers that every answer carries."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from uuid import uuid4
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.problems import render
+from app.settings import Settings
+from gradient_blueprints.errors import ApiError, MalformedRequest, PayloadTooLarge, RequestTimeout
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_JOB_RESULT = re.compile(r"/v1/jobs/[^/]+/result")
+
+
+class _BodyRefused(Exception):
+    """Ends the reading of a body; `Gate` answers in the application's place."""
+
+
+class Gate:
+    """Pure ASGI, so that streamed bodies pass without being held."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-Id"] = request_id
+                answer.setdefault("X-Content-Type-Options", "nosniff")
+                answer.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        if refusal := self._refusal_before_reading(scope, headers):
+            await render(refusal, request_id)(scope, receive, send_with_headers)
+            return
+        body = _LimitedBody(receive, self._limit(scope), self._seconds(scope))
+        started = False
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal started
+            if body.refusal is not None and not started:
+                return  # whatever the application makes of a body cut short, the refusal is the answer
+            started = True
+            await send_with_headers(message)
+
+        with contextlib.suppress(_BodyRefused):
+            await self._app(scope, body.receive, send_unless_refused)
+        if body.refusal is not None and not started:
+            body.refusal.headers["Connection"] = "close"  # the rest of the body is not read
+            await render(body.refusal, request_id)(scope, receive, send_with_headers)
+
+    def _refusal_before_reading(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return MalformedRequest("The address holds a NUL character.")
+        limit = self._limit(scope)
+        length = headers.get("content-length", "")
+        if limit is not None and length.isdecimal() and int(length) > limit:
+            refusal = _too_large(limit)
+            refusal.headers["Connection"] = "close"
+            return refusal
+        return None
+
+    def _limit(self, scope: Scope) -> int | None:
+        path = scope["path"]
+        if path.startswith("/v1/blobs/"):
+            return None  # app.registry.blobs has its own, while it streams
+        if path == "/v1/blueprints" or _JOB_RESULT.fullmatch(path):
+            return self._settings.max_document_bytes
+        return self._settings.max_body_bytes
+
+    def _seconds(self, scope: Scope) -> float | None:
+        return None if scope["path"].startswith("/v1/blobs/") else self._settings.body_seconds
+
+
+class _LimitedBody:
+    """`receive` that refuses a body which is too large or too slow, chunked ones without end among them."""
+
+    def __init__(self, receive: Receive, limit: int | None, seconds: float | None) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._seconds = seconds
+        self._received = 0
+        self._complete = False
+        self.refusal: ApiError | None = None
+
+    async def receive(self) -> Message:
+        if self._complete or self._deadline is None:
+            return await self._receive()  # after the body: waits for the disconnect
+        try:
+            with anyio.fail_after(max(0.001, self._deadline - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = RequestTimeout(f"The body did not arrive within {self._seconds:g} seconds.")
+            raise _BodyRefused from None
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._limit is not None and self._received > self._limit:
+                self.refusal = _too_large(self._limit)
+                raise _BodyRefused
+        return message
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"A body has at most {limit} bytes here.")

@@ -1,0 +1,133 @@
+"""Every failure as problem+json (RFC 9457), with the request's id."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from asyncpg.exceptions import QueryCanceledError
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from gradient_blueprints.errors import (
+    ERRORS_BY_STATUS,
+    PROBLEM_MEDIA_TYPE,
+    ApiError,
+    ErrorPlace,
+    InternalError,
+    InvalidRequest,
+    ServiceUnavailable,
+    Unauthenticated,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Place(BaseModel):
+    pointer: str
+    code: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """The body of every error answer; further members depend on `code`."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None = None
+    errors: list[Place] | None = None
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` of the error statuses that a route can answer besides those that every route can."""
+    every = {400, 401, 403, 413, 422, 500, 503}
+    return {
+        status: {
+            "description": ERRORS_BY_STATUS[status].title,
+            "content": {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+        for status in sorted(every | set(statuses))
+    }
+
+
+def render(error: ApiError, request_id: str | None) -> JSONResponse:
+    error.request_id = request_id
+    headers = dict(error.headers)
+    if request_id:
+        headers["X-Request-Id"] = request_id
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.problem(), error.status, headers=headers, media_type=PROBLEM_MEDIA_TYPE)
+
+
+def _request_id(request: Request) -> str | None:
+    request_id: str | None = request.scope.get("state", {}).get("request_id")
+    return request_id
+
+
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return render(error, _request_id(request))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: unknown paths, wrong methods, bodies it cannot read."""
+    assert isinstance(error, HTTPException)
+    kind = ERRORS_BY_STATUS.get(error.status_code, InternalError)
+    if error.status_code == 404:
+        detail = f"There is nothing at {request.url.path}; /v1/openapi.json lists what there is."
+    elif error.status_code == 405:
+        detail = f"{request.method} is not possible at {request.url.path}."
+    else:
+        detail = str(error.detail)
+    return render(kind(detail, headers=error.headers), _request_id(request))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Locations begin with where the value stood: body (then a JSON pointer), path, query or header."""
+    assert isinstance(error, RequestValidationError)
+    places: list[ErrorPlace] = []
+    for fault in error.errors()[:100]:
+        where, *inside = fault["loc"]
+        pointer = "".join(f"/{part}" for part in (inside if where == "body" else fault["loc"]))
+        places.append({"pointer": pointer, "code": fault["type"], "detail": fault["msg"]})
+    return render(
+        InvalidRequest("The request is not valid; errors[] names the places.", errors=places), _request_id(request)
+    )
+
+
+async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    request_id = _request_id(request)
+    if isinstance(error, DataError):
+        return render(InvalidRequest("A value cannot be stored; does a text hold a NUL character?"), request_id)
+    cancelled = isinstance(error, DBAPIError) and isinstance(error.orig and error.orig.__cause__, QueryCanceledError)
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    if lost or cancelled or isinstance(error, OperationalError | InterfaceError | PoolTimeout | OSError):
+        logger.warning("database unavailable during request %s: %s", request_id, type(error).__name__)
+        return render(ServiceUnavailable("The database cannot answer now; try again.", retry_after=1), request_id)
+    return await _on_unexpected(request, error)
+
+
+async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    request_id = _request_id(request)
+    logger.error("request %s failed", request_id, exc_info=error)
+    return render(InternalError("The server failed; its log tells why under this request id."), request_id)
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for kind in (DBAPIError, PoolTimeout, OSError):
+        app.add_exception_handler(kind, _on_database_error)
+    app.add_exception_handler(Exception, _on_unexpected)

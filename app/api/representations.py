@@ -1,0 +1,144 @@
+"""A stored blueprint as bytes on the wire: JSON or CSV, plain or compressed, from memory where possible."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import zstandard
+from fastapi import Request, Response
+
+from app.registry.blueprints import Found
+from gradient_blueprints.errors import NotAcceptable
+from gradient_blueprints.models import Blueprint, format_checkpoint
+
+JSON = "application/json"
+CSV = "text/csv"
+IMMUTABLE = "public, max-age=31536000, immutable"
+REVALIDATE = "no-cache"
+_MOST_HEADER_WARNINGS = 20
+_SMALLEST_COMPRESSED = 1_024  # bytes
+_ENCODINGS = ("zstd", "gzip")
+
+
+@dataclass(frozen=True)
+class Representation:
+    media_type: str
+    encoding: str  # identity, gzip or zstd
+
+    @property
+    def tag_suffix(self) -> str:
+        """Representations differ in bytes, so their strong ETags must (RFC 9110 section 8.8.3)."""
+        parts = [";csv"] if self.media_type == CSV else []
+        return "".join([*parts, f";{self.encoding}" if self.encoding != "identity" else ""])
+
+
+class DocumentCache:
+    """The most recently used bodies by digest and representation, bounded in bytes; compressed forms are made once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held = 0
+        self._bodies: OrderedDict[tuple[bytes, Representation], bytes] = OrderedDict()
+
+    def get(self, digest: bytes, representation: Representation) -> bytes | None:
+        body = self._bodies.get((digest, representation))
+        if body is not None:
+            self._bodies.move_to_end((digest, representation))
+        return body
+
+    def put(self, digest: bytes, representation: Representation, body: bytes) -> None:
+        if len(body) > self._max_bytes or (digest, representation) in self._bodies:
+            return
+        self._bodies[digest, representation] = body
+        self._held += len(body)
+        while self._held > self._max_bytes:
+            _, dropped = self._bodies.popitem(last=False)
+            self._held -= len(dropped)
+
+
+def negotiate(request: Request, size: int) -> Representation:
+    """The representation that suits Accept and Accept-Encoding; NotAcceptable when there is none."""
+    accept = ",".join(request.headers.getlist("accept")) or "*/*"
+    media_type = _preferred(accept, (JSON, CSV))
+    if media_type is None:
+        raise NotAcceptable(f"A blueprint can be had as {JSON} or {CSV}, not as {accept!r}.")
+    encodings = ",".join(request.headers.getlist("accept-encoding"))
+    encoding = _preferred(encodings, _ENCODINGS) if size >= _SMALLEST_COMPRESSED and encodings else None
+    return Representation(media_type, encoding or "identity")
+
+
+def _preferred(header: str, offers: Sequence[str]) -> str | None:
+    """The offer with the highest quality value; of equals the first offered."""
+    qualities: dict[str, float] = {}
+    for item in header.lower().split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        try:
+            qualities[name] = float(quality)
+        except ValueError:
+            qualities[name] = 0.0
+    ranked = [(_quality(qualities, offer), -index) for index, offer in enumerate(offers)]
+    best, index = max(ranked)
+    return offers[-index] if best > 0 else None
+
+
+def _quality(qualities: dict[str, float], offer: str) -> float:
+    kind, slash, _ = offer.partition("/")
+    for pattern in (offer, f"{kind}/*", "*/*") if slash else (offer, "*"):
+        if pattern in qualities:
+            return qualities[pattern]
+    return 0.0
+
+
+def is_unchanged(request: Request, found: Found, representation: Representation) -> bool:
+    """Whether If-None-Match names these bytes, in this or another compression of the same media type."""
+    given = ",".join(request.headers.getlist("if-none-match"))
+    if not given:
+        return False
+    same = {
+        f'"{found.digest_text}{Representation(representation.media_type, encoding).tag_suffix}"'
+        for encoding in ("identity", *_ENCODINGS)
+    }
+    return any(tag.strip().removeprefix("W/") in same or tag.strip() == "*" for tag in given.split(","))
+
+
+def encode(body: bytes, representation: Representation) -> bytes:
+    """Render and compress the canonical bytes; a second of CPU at most, for the largest document."""
+    if representation.media_type == CSV:
+        body = Blueprint.from_json(body).to_csv().encode()
+    match representation.encoding:
+        case "gzip":
+            return gzip.compress(body, compresslevel=6, mtime=0)
+        case "zstd":
+            return zstandard.compress(body, level=6)
+        case _:
+            return body
+
+
+def headers(found: Found, representation: Representation, *, cache_control: str, nearest: bool) -> dict[str, str]:
+    answer = {
+        "ETag": f'"{found.digest_text}{representation.tag_suffix}"',
+        "Vary": "Accept, Accept-Encoding",
+        "Cache-Control": cache_control,
+        "Blueprint-Version": str(found.version),
+        "Blueprint-Digest": found.digest_text,
+        "Blueprint-Lab": found.lab,
+        "Blueprint-Checkpoint": format_checkpoint(found.checkpoint),
+    }
+    if representation.encoding != "identity":
+        answer["Content-Encoding"] = representation.encoding
+    if found.warnings:
+        shown = [warning.model_dump() for warning in found.warnings[:_MOST_HEADER_WARNINGS]]
+        answer["Blueprint-Warning"] = json.dumps(shown, ensure_ascii=True, separators=(",", ":"))
+    if nearest:
+        answer["Blueprint-Distance"] = format(found.distance.normalize(), "f")
+    return answer
+
+
+def respond(body: bytes, representation: Representation, header: dict[str, str]) -> Response:
+    media_type = f"{CSV}; charset=utf-8" if representation.media_type == CSV else JSON
+    return Response(body, media_type=media_type, headers=header)

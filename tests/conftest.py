@@ -1,0 +1,182 @@
+"""Real servers for every test: a PostgreSQL and a Valkey per test process, a fresh migrated database per test."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import httpx2
+import pytest
+import uvicorn
+from pydantic import SecretStr
+from sqlalchemy import make_url
+
+from app.api.application import create_app
+from app.database import migrate
+from app.embedded import postgres, valkey
+from app.registry.keys import generate_secret
+from app.settings import Settings
+from gradient_blueprints import Client
+from gradient_blueprints.models import Scope
+
+_TEMPLATE = "registry_template"
+_numbers = itertools.count(1)
+
+
+def _execute(url: str, *statements: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+def _database(url: str, name: str) -> str:
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose user may create databases: the one of BLUEPRINTS_TEST_DATABASE_URL, else an embedded one."""
+    if given := os.environ.get("BLUEPRINTS_TEST_DATABASE_URL"):
+        yield given
+        return
+    server = postgres.start(tmp_path_factory.mktemp("postgres"), durable=False)
+    try:
+        yield server.url
+    finally:
+        postgres.stop(server)
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A broker: the one of BLUEPRINTS_TEST_BROKER_URL, else an embedded one."""
+    if given := os.environ.get("BLUEPRINTS_TEST_BROKER_URL"):
+        yield given
+        return
+    server = valkey.start(tmp_path_factory.mktemp("valkey"), durable=False)
+    try:
+        yield server.url
+    finally:
+        valkey.stop(server)
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_url: str) -> str:
+    """A migrated database to copy; its name is this process's own, since processes may share one server."""
+    name = f"{_TEMPLATE}_{os.getpid()}"
+    _execute(postgres_url, f'CREATE DATABASE "{name}"')
+    migrate(_database(postgres_url, name))
+    return name
+
+
+@pytest.fixture
+def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    _execute(postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
+    try:
+        yield _database(postgres_url, name)
+    finally:
+        _execute(postgres_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    return make_settings(database_url, tmp_path)
+
+
+def make_settings(database_url: str, folder: Path) -> Settings:
+    return Settings(
+        database_url=database_url,
+        secret=SecretStr("a secret of tests, thirty-two characters or more"),
+        admin_key=SecretStr(generate_secret()),
+        store=folder / "store",
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A uvicorn that serves the application on a real socket."""
+
+    url: str
+    settings: Settings
+    admin_key: str
+
+    def key(self, lab: str, *scopes: Scope) -> str:
+        """A new key of that lab, which is created if need be."""
+        authorization = {"Authorization": f"Bearer {self.admin_key}"}
+        with httpx2.Client(base_url=self.url, headers=authorization) as admin:
+            admin.post("/v1/labs", json={"name": lab})  # 409 when it is there already
+            wanted = scopes or (Scope.READ, Scope.PUBLISH, Scope.PROFILE)
+            answer = admin.post("/v1/keys", json={"lab": lab, "scopes": wanted}).raise_for_status()
+            return str(answer.json()["secret"])
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Server]:
+    """Run the application in a thread of this process, over a real socket."""
+    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start; its error is above"
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        assert settings.admin_key is not None
+        yield Server(f"http://127.0.0.1:{port}", settings, settings.admin_key.get_secret_value())
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+
+
+@pytest.fixture
+def server(settings: Settings) -> Iterator[Server]:
+    with serving(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def make_client(server: Server, tmp_path: Path) -> Iterator[Callable[..., Client]]:
+    """SDK clients of a lab: `make_client("lab-a", Scope.PUBLISH)`; without a lab, one without a key."""
+    with ExitStack() as stack:
+
+        def make(lab: str | None = None, *scopes: Scope) -> Client:
+            key = server.key(lab, *scopes) if lab else None
+            cache = tmp_path / f"cache-{next(_numbers)}"
+            return stack.enter_context(Client(server.url, api_key=key, cache=cache))
+
+        yield make
+
+
+@pytest.fixture
+def admin(server: Server, tmp_path: Path) -> Iterator[Client]:
+    with Client(server.url, api_key=server.admin_key, cache=tmp_path / "admin-cache") as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx2.Client]:
+    """Plain HTTP, for what the SDK would never send."""
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def publisher(server: Server, http: httpx2.Client) -> httpx2.Client:
+    """Plain HTTP with the key of lab-a, which may read, publish and profile."""
+    http.headers["Authorization"] = f"Bearer {server.key('lab-a')}"
+    return http
