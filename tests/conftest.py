@@ -82,14 +82,20 @@ def template_database(postgres_url: str) -> str:
     return name
 
 
-@pytest.fixture
-def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
+@contextmanager
+def fresh_database(postgres_url: str, template: str) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
-    _execute(postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
+    _execute(postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
     try:
         yield _database(postgres_url, name)
     finally:
         _execute(postgres_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
+    with fresh_database(postgres_url, template_database) as url:
+        yield url
 
 
 @pytest.fixture

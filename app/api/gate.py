@@ -19,6 +19,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JOB_RESULT = re.compile(r"/v1/jobs/[^/]+/result")
 
 
+_DRAIN_BYTES = 128 << 20
+_DRAIN_SECONDS = 10.0
+
+
 class _BodyRefused(Exception):
     """Ends the reading of a body; `Gate` answers in the application's place."""
 
@@ -48,6 +52,8 @@ class Gate:
             await send(message)
 
         if refusal := self._refusal_before_reading(scope, headers):
+            if "expect" not in headers:
+                await _drain(receive)
             await render(refusal, request_id)(scope, receive, send_with_headers)
             return
         body = _LimitedBody(receive, self._limit(scope), self._seconds(scope))
@@ -63,6 +69,8 @@ class Gate:
         with contextlib.suppress(_BodyRefused):
             await self._app(scope, body.receive, send_unless_refused)
         if body.refusal is not None and not started:
+            if isinstance(body.refusal, PayloadTooLarge):
+                await _drain(receive)
             body.refusal.headers["Connection"] = "close"  # the rest of the body is not read
             await render(body.refusal, request_id)(scope, receive, send_with_headers)
 
@@ -117,6 +125,17 @@ class _LimitedBody:
                 self.refusal = _too_large(self._limit)
                 raise _BodyRefused
         return message
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a bounded while: a connection closed on a client that still writes loses the answer on its way."""
+    received = 0
+    with anyio.move_on_after(_DRAIN_SECONDS):
+        while received < _DRAIN_BYTES:
+            message = await receive()
+            received += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -128,7 +128,7 @@ def _document(text: str) -> dict[str, Any]:
                 if column in KEY_COLUMNS:
                     _set_once(document, column, cell if column == "model_id" else _number(cell))
                 elif column in DOCUMENT_COLUMNS:
-                    _set_once(document, column, json.loads(cell) if column in _JSON_COLUMNS else cell)
+                    _set_once(document, column, _structure(cell) if column in _JSON_COLUMNS else cell)
                 else:
                     _unflatten(layer, column, cell)
             except ValueError as error:
@@ -194,6 +194,21 @@ def _value(column: str, cell: str) -> Any:
     if column in _INTEGER_COLUMNS:
         return int(cell)
     return _number(cell)
+
+
+def _structure(cell: str) -> Any:
+    """JSON of a cell, as strict as a JSON body."""
+    try:
+        return json.loads(cell, object_pairs_hook=_unique_members, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(members)
+    if len(unique) < len(members):
+        raise ValueError("a member name is repeated")
+    return unique
 
 
 def _number(cell: str) -> float:

@@ -60,7 +60,11 @@ def test_the_papers_example_is_answered_with_the_warning_that_its_gammas_contrad
 
 @pytest.mark.parametrize(
     ("field", "value", "code"),
-    [("alpha", 0.9, "alpha_outside_1_2"), ("k_star", 1.5, "k_star_above_one"), ("gradient_norm", 0, "no_positive_norm")],
+    [
+        ("alpha", 0.9, "alpha_outside_1_2"),
+        ("k_star", 1.5, "k_star_above_one"),
+        ("gradient_norm", 0, "no_positive_norm"),
+    ],
 )
 def test_what_is_dubious_is_stored_as_sent_with_a_warning(
     publisher: httpx2.Client, field: str, value: float, code: str
@@ -144,7 +148,8 @@ def test_a_missing_checkpoint_lists_those_that_exist(publisher: httpx2.Client) -
 
 
 @pytest.mark.parametrize(
-    ("asked", "answered", "distance"), [("0.8", "0.9", "0.1"), ("0.6", "0.5", "0.1"), ("0.7", "0.9", "0.2"), ("0.5", "0.5", "0")]
+    ("asked", "answered", "distance"),
+    [("0.8", "0.9", "0.1"), ("0.6", "0.5", "0.1"), ("0.7", "0.9", "0.2"), ("0.5", "0.5", "0")],
 )
 def test_nearest_answers_the_nearest_checkpoint_and_says_how_far(
     publisher: httpx2.Client, asked: str, answered: str, distance: str
