@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, case, func, insert, select, update
+from sqlalchemy import ColumnElement, case, func, insert, null, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import audit, blueprints, outbox, paging, tables
@@ -104,10 +104,10 @@ async def cancel_job(session: AsyncSession, caller: Caller, job_id: UUID) -> Job
     """End a queued job at once; ask the worker of a running one to stop. Cancelling twice is the same as once."""
     await get_job(session, caller, job_id)
     reason = f"cancelled by {caller.lab}"
-    changed = await _move(
-        session, job_id, JobState.CANCELLED, _state_in(JobState.QUEUED), reason=reason
-    ) or await _move(session, job_id, JobState.CANCELLING, _state_in(JobState.RUNNING), reason=reason)
-    if changed:
+    changed = await _move(session, job_id, JobState.CANCELLED, _state_in(JobState.QUEUED), reason=reason)
+    if changed is None:
+        changed = await _move(session, job_id, JobState.CANCELLING, _state_in(JobState.RUNNING), reason=reason)
+    if changed is not None:
         await audit.record(session, caller, "job.cancel", str(job_id))
     job = await _describe(session, job_id)
     if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
@@ -126,6 +126,11 @@ async def list_events(session: AsyncSession, job_id: UUID, *, after: int) -> lis
         JobEvent(id=row.id, at=row.at, state=JobState(row.state), progress=_progress(row.progress), reason=row.reason)
         for row in rows
     ]
+
+
+async def has_ended(session: AsyncSession, job_id: UUID) -> bool:
+    state = await session.scalar(select(tables.Job.state).where(tables.Job.id == job_id))
+    return state is None or JobState(state).terminal
 
 
 # --- for workers
@@ -166,6 +171,7 @@ async def renew_lease(
                 lease_expires_at=case((tables.Job.state == JobState.RUNNING, expiry), else_=tables.Job.lease_expires_at)
             )
             .returning(tables.Job.state, tables.Job.progress)
+            .execution_options(synchronize_session=False)
         )
     ).first()
     if row is None:
@@ -173,7 +179,12 @@ async def renew_lease(
     state = JobState(row.state)
     if heartbeat.progress is not None and heartbeat.progress != _progress(row.progress):
         progress = heartbeat.progress.model_dump(mode="json", exclude_none=True)
-        await session.execute(update(tables.Job).where(tables.Job.id == job_id).values(progress=progress))
+        await session.execute(
+            update(tables.Job)
+            .where(tables.Job.id == job_id)
+            .values(progress=progress)
+            .execution_options(synchronize_session=False)
+        )
         await _record_event(session, job_id, state, progress=progress)
     return HeartbeatAnswer(state=state, lease_seconds=lease_seconds)
 
@@ -290,13 +301,14 @@ async def _move(
         changes |= {"lease_expires_at": None}
     if state.terminal:
         changes |= {"finished_at": func.clock_timestamp()}
-    else:
-        changes |= {"progress": None} if state != JobState.CANCELLING else {}
+    elif state != JobState.CANCELLING:
+        changes |= {"progress": null()}  # not None, which JSONB would keep as JSON's null
     token: int | None = await session.scalar(
         update(tables.Job)
         .where(tables.Job.id == job_id, *conditions)
         .values(state=state, reason=reason, **changes)
         .returning(tables.Job.lease_token)
+        .execution_options(synchronize_session=False)  # rows are read again where they are needed
     )
     if token is not None:
         await _record_event(session, job_id, state, reason=reason)
@@ -337,7 +349,11 @@ async def _record_event(
     # clock_timestamp: now() is the start of the transaction, which may have waited for the row
     await session.execute(
         insert(tables.JobEvent).values(
-            job_id=job_id, at=func.clock_timestamp(), state=state, progress=progress, reason=reason
+            job_id=job_id,
+            at=func.clock_timestamp(),
+            state=state,
+            progress=null() if progress is None else progress,
+            reason=reason,
         )
     )
     await session.execute(select(func.pg_notify(EVENTS_CHANNEL, str(job_id))))
@@ -354,7 +370,7 @@ async def _lock(session: AsyncSession, job_id: UUID) -> tables.Job:
 
 # --- reading
 
-_DESCRIPTION: Select[Any] = (
+_DESCRIPTION = (
     select(tables.Job, tables.Lab.name, tables.Version.number, tables.Document.digest)
     .join(tables.Lab, tables.Lab.id == tables.Job.lab_id)
     .outerjoin(tables.Version, tables.Version.id == tables.Job.version_id)

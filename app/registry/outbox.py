@@ -48,5 +48,6 @@ async def send_waiting(
             update(tables.Job)
             .where(tables.Job.id.in_([message.job_id for message in sent]), tables.Job.state == JobState.QUEUED)
             .values(announced_at=func.clock_timestamp(), announcements=tables.Job.announcements + 1)
+            .execution_options(synchronize_session=False)
         )
     return len(sent), failure

@@ -647,7 +647,9 @@ class DataSource(Wire):
     """Text of one domain: a plain file (documents separated by blank lines do not matter) or JSONL."""
 
     source: Text = Field(description="path under an allowed root of the worker, .txt or .jsonl")
-    field: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")] = Field("text", description="JSONL member with the text")
+    field: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")] = Field(
+        "text", description="JSONL member with the text"
+    )
 
 
 class ProfileOptions(Wire):

@@ -1,0 +1,147 @@
+"""The relay: hands the outbox to the broker, and sweeps up what a lost worker or broker left behind.
+
+Any number may run: rows are taken with SKIP LOCKED, and every transition is a conditional update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from uuid import UUID
+
+from celery import Celery
+
+from app.database import Sessions, create_engine, create_sessions
+from app.notifications import listen
+from app.registry import jobs, outbox
+from app.settings import Settings
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0  # a notification wakes the relay at once; this is for the one that got lost
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 15.0
+BROKER_TIMEOUT = 5.0
+
+
+def main(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT; what was begun is finished or rolled back first."""
+    if settings.broker_url is None:
+        raise ConfigurationError(
+            "The relay needs a broker: set BLUEPRINTS_BROKER_URL, such as redis://127.0.0.1:6379/0."
+        )
+    asyncio.run(Relay(settings, settings.broker_url).run())
+
+
+def producer(broker_url: str) -> Celery:
+    """Sends messages and nothing else. Retries are the relay's own, so the client's are off: they would block it."""
+    celery = Celery("gradient-blueprints", broker=broker_url, set_as_current=False)
+    celery.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_default_queue=PROFILE_QUEUE,
+        task_publish_retry=False,
+        broker_connection_timeout=BROKER_TIMEOUT,
+        broker_transport_options={
+            # the same as the worker's: whoever has the shortest one hands out again what others still work on
+            "visibility_timeout": MAX_TIME_LIMIT + 86_400,
+            "socket_connect_timeout": BROKER_TIMEOUT,
+            "socket_timeout": BROKER_TIMEOUT,
+            "max_retries": 0,
+            "interval_start": 0,
+            "interval_step": 0,
+            "interval_max": 0,
+        },
+    )
+    return celery
+
+
+class Relay:
+    def __init__(self, settings: Settings, broker_url: str) -> None:
+        self._settings = settings
+        self._celery = producer(broker_url)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="broker")  # the broker's client blocks
+        self._awake = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        engine = create_engine(self._settings)
+        sessions = create_sessions(engine)
+        listener = asyncio.create_task(
+            listen(self._settings.database_url, outbox.OUTBOX_CHANNEL, lambda _: self._awake.set())
+        )
+        logger.info("relay: running")
+        try:
+            await asyncio.gather(
+                self._repeat("relay", lambda: self._send(sessions), self._awake, POLL_SECONDS),
+                self._repeat("sweeper", lambda: self._sweep(sessions), None, self._settings.sweep_seconds),
+            )
+        finally:
+            listener.cancel()
+            with suppress(asyncio.CancelledError):
+                await listener
+            self._thread.shutdown()
+            self._celery.close()
+            await engine.dispose()
+        logger.info("relay: stopped")
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        self._awake.set()
+
+    async def _repeat(
+        self, name: str, step: Callable[[], Awaitable[bool]], awake: asyncio.Event | None, pause: float
+    ) -> None:
+        """Run `step` until told to stop: again at once while it says there is more, backing off while it fails."""
+        failures = 0
+        while not self._stopping.is_set():
+            if awake is not None:
+                awake.clear()
+            try:
+                more = await step()
+            except Exception as error:  # the database or the broker is away: any error is one to outlive
+                failures += 1
+                wait = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1))
+                logger.warning("%s: %s; trying again in %.1f s", name, error or type(error).__name__, wait)
+                await self._rest(None, wait)
+            else:
+                if failures:
+                    logger.info("%s: working again", name)
+                failures = 0
+                if not more:
+                    await self._rest(awake, pause)
+
+    async def _rest(self, awake: asyncio.Event | None, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for((awake or self._stopping).wait(), seconds)
+
+    async def _send(self, sessions: Sessions) -> bool:
+        async with sessions.begin() as session:
+            sent, failure = await outbox.send_waiting(session, self._publish)
+        if failure is not None:
+            raise failure
+        return sent == outbox.BATCH
+
+    async def _publish(self, task: str, job_id: UUID) -> None:
+        await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: self._celery.send_task(task, [str(job_id)], queue=PROFILE_QUEUE, retry=False)
+        )
+
+    async def _sweep(self, sessions: Sessions) -> bool:
+        async with sessions.begin() as session:
+            lost = await jobs.end_lost_attempts(session)
+        async with sessions.begin() as session:
+            again = await jobs.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
+        if lost or again:
+            logger.info("sweeper: ended %d lost attempts, announced %d jobs again", lost, again)
+        return max(lost, again) == jobs.SWEEP_BATCH
