@@ -30,7 +30,9 @@ def account_for(folder: Path) -> Account | None:
         try:
             entry = pwd.getpwuid(owner)
         except KeyError:
-            return Account(str(owner), owner, folder.stat().st_gid)
+            raise CannotStart(
+                f"{folder} belongs to user {owner}, whom this system does not know: give it to a known one (chown -R)"
+            ) from None
         return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
     for name in UNPRIVILEGED:
         try:

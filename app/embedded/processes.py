@@ -41,11 +41,11 @@ def _serves(process: psutil.Process, folder: Path) -> bool:
         return False
     if process.name() in SERVERS:
         return Path(process.cwd()).is_relative_to(folder)
-    return process.environ().get(MARK) == str(folder)
+    return bool(process.environ().get(MARK) == str(folder))
 
 
 def end(processes: Iterable[psutil.Process], *, grace: float = 10.0) -> None:
-    """Ask the processes to stop and, after `grace` seconds, kill what is left of them and of their children."""
+    """Ask the processes to stop, wait at most `grace` seconds, kill what is left of them and of their children."""
     processes = list(processes)
     family = set(processes)
     for process in processes:
@@ -54,11 +54,11 @@ def end(processes: Iterable[psutil.Process], *, grace: float = 10.0) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             _ask_to_stop(process)
-    _, alive = psutil.wait_procs(family, timeout=grace)
-    for process in alive:
+    psutil.wait_procs(processes, timeout=grace)
+    for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    psutil.wait_procs(family, timeout=5)
 
 
 def _ask_to_stop(process: psutil.Process) -> None:

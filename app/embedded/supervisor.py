@@ -201,7 +201,7 @@ class _Stack:
         answer = "no answer"
         while time.monotonic() < deadline and api.process.poll() is None:
             try:
-                response = httpx2.get(f"{self.url}/readyz", timeout=5, trust_env=False)
+                response = httpx2.get(f"{self.url}/readyz", timeout=3, trust_env=False)
             except httpx2.TransportError as error:
                 answer = str(error)
             else:

