@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ _TEMPLATE = "registry_template"
 _numbers = itertools.count(1)
 
 
-def _execute(url: str, *statements: str) -> None:
+def execute(url: str, *statements: str) -> None:
     async def run() -> None:
         connection = await asyncpg.connect(url)
         try:
@@ -47,37 +48,53 @@ def _database(url: str, name: str) -> str:
     return make_url(url).set(database=name).render_as_string(hide_password=False)
 
 
+@contextmanager
+def _server_folder() -> Iterator[Path]:
+    """Not below pytest's own folder, which another pytest that starts closes to the account that a server runs as."""
+    with tempfile.TemporaryDirectory(prefix="blueprints-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def server_folder() -> Iterator[Path]:
+    """A folder for a database server of the test's own."""
+    with _server_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A server whose user may create databases: the one of BLUEPRINTS_TEST_DATABASE_URL, else an embedded one."""
     if given := os.environ.get("BLUEPRINTS_TEST_DATABASE_URL"):
         yield given
         return
-    server = postgres.start(tmp_path_factory.mktemp("postgres"), durable=False)
-    try:
-        yield server.url
-    finally:
-        postgres.stop(server)
+    with _server_folder() as folder:
+        server = postgres.start(folder / "postgres", durable=False)
+        try:
+            yield server.url
+        finally:
+            postgres.stop(server)
 
 
 @pytest.fixture(scope="session")
-def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def valkey_url() -> Iterator[str]:
     """A broker: the one of BLUEPRINTS_TEST_BROKER_URL, else an embedded one."""
     if given := os.environ.get("BLUEPRINTS_TEST_BROKER_URL"):
         yield given
         return
-    server = valkey.start(tmp_path_factory.mktemp("valkey"), durable=False)
-    try:
-        yield server.url
-    finally:
-        valkey.stop(server)
+    with _server_folder() as folder:
+        server = valkey.start(folder / "valkey", durable=False)
+        try:
+            yield server.url
+        finally:
+            valkey.stop(server)
 
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
     """A migrated database to copy; its name is this process's own, since processes may share one server."""
     name = f"{_TEMPLATE}_{os.getpid()}"
-    _execute(postgres_url, f'CREATE DATABASE "{name}"')
+    execute(postgres_url, f'CREATE DATABASE "{name}"')
     migrate(_database(postgres_url, name))
     return name
 
@@ -85,16 +102,23 @@ def template_database(postgres_url: str) -> str:
 @contextmanager
 def fresh_database(postgres_url: str, template: str) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
-    _execute(postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    execute(postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
     try:
         yield _database(postgres_url, name)
     finally:
-        _execute(postgres_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+        execute(postgres_url, f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @pytest.fixture
 def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
     with fresh_database(postgres_url, template_database) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(postgres_url: str) -> Iterator[str]:
+    """A database without a schema."""
+    with fresh_database(postgres_url, "template0") as url:
         yield url
 
 

@@ -133,9 +133,11 @@ def _document(text: str) -> dict[str, Any]:
                     _unflatten(layer, column, cell)
             except ValueError as error:
                 faults.append({"pointer": f"/{number}/{column}", "code": "bad_cell", "detail": str(error)})
-        for name in _INTERVALS:
-            if name in layer and None in layer[name]:
-                faults.append({"pointer": f"/{number}/{name}", "code": "bad_cell", "detail": "one end is missing"})
+        faults += [
+            {"pointer": f"/{number}/{name}", "code": "bad_cell", "detail": "one end is missing"}
+            for name in _INTERVALS
+            if None in layer.get(name, ())
+        ]
         layers.append(layer)
     if faults:
         raise InvalidDocument("Some cells cannot be read.", errors=faults[:100])
