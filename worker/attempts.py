@@ -1,0 +1,245 @@
+"""One attempt at a job: a lease kept alive, a process that works, and a last word to the registry, whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any, Literal
+
+from gradient_blueprints import Blueprint, Client
+from gradient_blueprints.errors import (
+    ApiError,
+    BlueprintsError,
+    Conflict,
+    ConnectionFailed,
+    InternalError,
+    JobFinished,
+    JobNotFound,
+    LeaseLost,
+    PermissionDenied,
+    RateLimited,
+    ServiceUnavailable,
+    Unauthenticated,
+    UnexpectedAnswer,
+)
+from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Progress
+from worker.child import FAILED, FINISHED, PROGRESS, Child, Specification
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+LONGEST_HEARTBEAT = 3.0  # seconds: a third of the lease, but a cancel must arrive within seconds however long that is
+REPORT_SECONDS = 900.0  # how long a finished job's word is offered to a registry that does not answer
+LONGEST_PAUSE = 15.0
+PASSING = (ConnectionFailed, ServiceUnavailable, InternalError, UnexpectedAnswer, RateLimited)
+REFUSED = (Unauthenticated, PermissionDenied)
+
+
+class NotClaimed(Exception):
+    """The job may still need this worker: its message must not be dropped."""
+
+
+def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) -> None:
+    """Claim a job and bring it to an end; a job that is not to be had is somebody else's, and no error."""
+    with _client(settings) as client:
+        claim = _claim(client, job_id, stopping)
+        if claim is None:
+            return
+        logger.info("job %s: attempt %d of %d", job_id, claim.job.attempts, claim.job.max_attempts)
+        with (
+            tempfile.TemporaryDirectory(prefix="blueprint-job-", ignore_cleanup_errors=True) as folder,
+            Lease(settings, claim) as lease,
+        ):
+            Attempt(client, settings, claim, lease, Path(folder), stopping).run()
+
+
+def _client(settings: WorkerSettings, timeout: float = 60.0) -> Client:
+    return Client(
+        settings.url, api_key=settings.api_key.get_secret_value(), cache=False, offline=False, timeout=timeout
+    )
+
+
+def _claim(client: Client, job_id: str, stopping: threading.Event) -> Claim | None:
+    pause = 0.5
+    while not stopping.is_set():
+        try:
+            return client.claim_job(job_id)
+        except (Conflict, JobNotFound) as gone:
+            logger.info("job %s is not to be had: %s", job_id, gone)
+            return None
+        except PASSING as passing:
+            logger.warning("job %s cannot be claimed now: %s", job_id, passing)
+        except REFUSED as refused:
+            logger.error("the registry refuses this worker's key: %s", refused)
+            pause = LONGEST_PAUSE
+        stopping.wait(pause)
+        pause = min(LONGEST_PAUSE, pause * 2)
+    raise NotClaimed(job_id)
+
+
+class Lease:
+    """Renews a lease in a thread of its own until it is lost or the job is over."""
+
+    def __init__(self, settings: WorkerSettings, claim: Claim) -> None:
+        self.lost = threading.Event()
+        self.cancelling = threading.Event()
+        self.progress: Progress | None = None
+        self._claim = claim
+        self._over = threading.Event()
+        self._every = min(claim.lease_seconds / 3, LONGEST_HEARTBEAT)
+        self._client = _client(settings, timeout=max(1.0, claim.lease_seconds / 3))
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        self._thread.join()
+        self._client.close()
+
+    def release(self) -> None:
+        """The job has ended; there is nothing to renew any more."""
+        self._over.set()
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                answer = self._client.heartbeat_job(self._claim.job.id, self._claim.lease_token, self.progress)
+            except (LeaseLost, JobFinished, JobNotFound) as gone:
+                if not self._over.is_set():
+                    logger.warning("job %s: %s", self._claim.job.id, gone)
+                self.lost.set()
+                return
+            except BlueprintsError as error:
+                # Not even a lease that ran out is proof that another has the job; the registry says so when it can.
+                logger.warning("job %s: the lease could not be renewed: %s", self._claim.job.id, error)
+            else:
+                if answer.state is JobState.CANCELLING:
+                    self.cancelling.set()
+
+
+class Attempt:
+    def __init__(
+        self,
+        client: Client,
+        settings: WorkerSettings,
+        claim: Claim,
+        lease: Lease,
+        folder: Path,
+        stopping: threading.Event,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._claim = claim
+        self._lease = lease
+        self._folder = folder
+        self._stopping = stopping
+
+    def run(self) -> None:
+        child = Child(self._specification())
+        try:
+            self._watch(child)
+        finally:
+            child.stop()
+
+    def _specification(self) -> Specification:
+        job = self._claim.job
+        return Specification(
+            job=NewJob.model_validate({name: getattr(job, name) for name in NewJob.model_fields}),
+            folder=self._folder,
+            allowed_roots=self._settings.allowed_roots,
+            device=self._settings.device,
+            max_model_bytes=self._settings.max_model_bytes,
+            max_text_bytes=self._settings.max_text_bytes,
+        )
+
+    def _watch(self, child: Child) -> None:
+        """Until the first thing that ends the attempt; then say what it was."""
+        limit = self._claim.job.options.time_limit
+        deadline = time.monotonic() + limit
+        memory = self._settings.max_memory_bytes
+        while True:
+            ended = child.ended()  # asked before listening: its last word is then heard
+            kind, content = self._listen(child)
+            if kind == PROGRESS:
+                self._lease.progress = Progress.model_validate(content)
+            elif kind == FINISHED:
+                return self._publish(content)
+            elif kind == FAILED:
+                return self._end("failed", str(content))
+            elif ended:
+                return self._end("crashed", child.cause_of_death())
+            if self._lease.lost.is_set():
+                return None
+            if self._lease.cancelling.is_set():
+                child.stop()
+                return self._end("cancelled", "stopped as asked")
+            if self._stopping.is_set():
+                child.stop()
+                return self._end("queued", "given back by a worker that shuts down")
+            if time.monotonic() > deadline:
+                child.stop()
+                return self._end("failed", f"not done within its time limit of {limit:g} seconds")
+            if memory is not None and (resident := child.resident_bytes()) > memory:
+                child.stop()
+                return self._end("failed", f"used {resident:,} bytes of memory; this worker allows {memory:,}")
+
+    def _listen(self, child: Child) -> tuple[str, Any]:
+        try:
+            return child.said.get(timeout=LOOK_SECONDS)
+        except Empty:
+            return "", None
+
+    # --- the last word
+
+    def _publish(self, document: dict[str, Any]) -> None:
+        """Attachments first, for a document that names a blob which is not there is refused."""
+        blueprint = Blueprint.from_dict(document)
+        job, token = self._claim.job, self._claim.lease_token
+
+        def publish() -> None:
+            for attachment in blueprint.attachments or ():
+                self._client.upload_blob(self._folder / attachment.name)
+            finished = self._client.finish_job(job.id, token, blueprint)
+            logger.info("job %s: published version %s", job.id, finished.version)
+
+        try:
+            self._insist(publish)
+        except (LeaseLost, JobFinished):
+            raise
+        except Conflict:  # asked to cancel while the result was on its way
+            self._end("cancelled", "stopped as asked")
+        except ApiError as refused:
+            self._end("failed", f"the registry refused the blueprint: {refused}")
+
+    def _end(self, state: Literal["failed", "crashed", "cancelled", "queued"], reason: str) -> None:
+        job = self._claim.job
+        logger.info("job %s: %s: %s", job.id, state, reason)
+        outcome = JobOutcome(lease_token=self._claim.lease_token, state=state, reason=reason[:4_000].replace("\0", ""))
+        self._insist(lambda: self._client.end_job(job.id, outcome))
+
+    def _insist(self, say: Callable[[], object]) -> None:
+        """Say it until the registry has heard. Every word here can be said twice; the lease is kept up meanwhile."""
+        deadline = time.monotonic() + REPORT_SECONDS
+        pause = 0.5
+        while not self._lease.lost.is_set():
+            try:
+                say()
+            except PASSING as passing:
+                if time.monotonic() > deadline or self._stopping.is_set():
+                    logger.error("job %s: the registry was not told: %s", self._claim.job.id, passing)
+                    return
+                logger.warning("job %s: the registry does not answer, trying again: %s", self._claim.job.id, passing)
+                self._stopping.wait(pause)
+                pause = min(LONGEST_PAUSE, pause * 2)
+            else:
+                self._lease.release()
+                return
