@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
-.PHONY: help install venv torch demo up test lint bench lock
+.PHONY: help install venv torch demo up test lint bench lock secrets
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -15,6 +15,7 @@ help:
 	@echo 'make install   the virtual environment .venv, with the versions of constraints.txt'
 	@echo 'make demo      the whole story on a real model'
 	@echo 'make up        serve on port $(PORT), data in $(DATA_DIR); or: make up PORT=9000 DATA_DIR=/srv/registry'
+	@echo 'make secrets   the files in secrets/ that docker-compose.yml needs'
 	@echo 'make test      every test, against real servers that it starts itself'
 	@echo 'make lint      ruff, mypy and the import contracts'
 	@echo 'make bench     the benchmarks'
@@ -68,6 +69,15 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks
+
+# For docker compose. The folder is closed and the files are not: the containers read them under another account.
+secrets:
+	@mkdir -p -m 700 secrets sources
+	@chmod 755 sources
+	@for name in database_password secret admin_key worker_key; do \
+	    [ -s secrets/$$name ] || head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >secrets/$$name; \
+	done
+	@echo "admin key: $$(cat secrets/admin_key)"
 
 # In an environment of its own, so that nothing is pinned that merely happens to be installed here. The build of torch
 # (+cpu) is the machine's matter and left out.

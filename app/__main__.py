@@ -45,14 +45,14 @@ def main() -> int:
             return _serve(arguments.host, arguments.port, arguments.fd)
         case "migrate":
             from app.database import migrate
-            from app.settings import Settings
+            from app.settings import read_settings
 
-            migrate(Settings().database_url)
+            migrate(read_settings().database_url)
         case "relay":
             from app.relay import main as run_relay
-            from app.settings import Settings
+            from app.settings import read_settings
 
-            run_relay(Settings())
+            run_relay(read_settings())
     return 0
 
 

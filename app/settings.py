@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
 
 MEBIBYTE = 1 << 20
 
@@ -16,6 +18,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BLUEPRINTS_", frozen=True, extra="ignore")
 
     database_url: str = Field(description="PostgreSQL URL, `postgresql://user:password@host/name`")
+    database_password: SecretStr | None = Field(None, description="password, when the URL holds none")
     broker_url: str | None = Field(None, description="Redis or Valkey URL that announces jobs; the relay needs it")
     secret: SecretStr = Field(
         description="keys the hash of API keys; at least 32 characters, the same on every process"
@@ -23,7 +26,8 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="bootstrap key with the scope admin; replacing it revokes the old"
     )
-    operator_lab: str = Field("operator", description="lab of the bootstrap key")
+    worker_key: SecretStr | None = Field(None, description="bootstrap key with the scope work, for workers")
+    operator_lab: str = Field("operator", description="lab of the bootstrap keys")
     store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
     public_url: str | None = Field(None, description="URL under which clients reach the registry")
 
@@ -42,3 +46,13 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
     reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")
     sweep_seconds: float = Field(5, gt=0, description="pause between two looks for lost leases")
+
+
+def read_settings() -> Settings:
+    """Settings from the environment, and secrets from files named `blueprints_...` in BLUEPRINTS_SECRETS_DIR."""
+    settings = Settings(_secrets_dir=os.environ.get("BLUEPRINTS_SECRETS_DIR"))
+    url = make_url(settings.database_url)
+    if settings.database_password is None or url.password is not None:
+        return settings
+    url = url.set(password=settings.database_password.get_secret_value())
+    return settings.model_copy(update={"database_url": url.render_as_string(hide_password=False)})

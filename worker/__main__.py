@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
-        settings = WorkerSettings()
+        settings = WorkerSettings(_secrets_dir=os.environ.get("BLUEPRINTS_SECRETS_DIR"))
     except ValidationError as invalid:
         for fault in invalid.errors(include_input=False):
             name = "BLUEPRINTS_" + "_".join(map(str, fault["loc"])).upper()

@@ -13,7 +13,7 @@ from app.api.gate import Gate
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
 from app.registry.keys import ensure_bootstrap_key
-from app.settings import Settings
+from app.settings import Settings, read_settings
 from gradient_blueprints.models import Blueprint, Scope
 
 
@@ -30,7 +30,7 @@ ROUTERS: tuple[APIRouter, ...] = (
 
 def application() -> FastAPI:
     """The entry point of uvicorn's --factory: settings from the environment."""
-    return create_app(Settings())
+    return create_app(read_settings())
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -60,17 +60,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     try:
-        if settings.admin_key is not None:
-            async with app.state.sessions() as session:
-                await ensure_bootstrap_key(
-                    session,
-                    settings.admin_key.get_secret_value(),
-                    settings.secret,
-                    lab_name=settings.operator_lab,
-                    scopes=(Scope.ADMIN,),
-                    name="bootstrap-admin",
-                )
-                await session.commit()
+        async with app.state.sessions() as session:
+            for key, scope in ((settings.admin_key, Scope.ADMIN), (settings.worker_key, Scope.WORK)):
+                if key is not None:
+                    await ensure_bootstrap_key(
+                        session, key.get_secret_value(), settings.secret, scope, lab_name=settings.operator_lab
+                    )
+            await session.commit()
         yield
     finally:
         await engine.dispose()

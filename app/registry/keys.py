@@ -130,12 +130,13 @@ async def _insert(
 
 
 async def ensure_bootstrap_key(
-    session: AsyncSession, secret: str, pepper: SecretStr, *, lab_name: str, scopes: tuple[Scope, ...], name: str
+    session: AsyncSession, secret: str, pepper: SecretStr, scope: Scope, *, lab_name: str
 ) -> None:
-    """Make `secret` the bootstrap key called `name`; another one of that name is revoked. Safe to repeat and to race."""
+    """Make `secret` the one bootstrap key with `scope`; an earlier one is revoked. Safe to repeat and to race."""
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("bootstrap-key", 0))))
     await session.execute(insert(tables.Lab).values(name=lab_name).on_conflict_do_nothing())
     lab = await labs.get_lab(session, lab_name)
+    name = f"bootstrap-{scope}"
     wanted = hash_secret(secret, pepper)
     others = tables.Key.bootstrap & (tables.Key.name == name) & (tables.Key.hash != wanted)
     await session.execute(
@@ -143,7 +144,7 @@ async def ensure_bootstrap_key(
     )
     existing = await session.scalar(select(tables.Key).where(tables.Key.hash == wanted))
     if existing is None:
-        await _insert(session, lab.id, secret, pepper, scopes, name=name, bootstrap=True)
+        await _insert(session, lab.id, secret, pepper, (scope,), name=name, bootstrap=True)
     elif existing.revoked_at is not None and existing.bootstrap:
         existing.revoked_at = None  # the operator went back to the earlier key
 
