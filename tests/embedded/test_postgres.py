@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +87,7 @@ async def test_recovers_after_a_kill_though_the_stale_pid_is_now_another_program
     server.process.wait()
     account = pid_file.stat().st_uid
     # Of the account that Postgres runs as: Postgres takes a living process of another user for no server anyway.
-    bystander = subprocess.Popen(["sleep", "60"], user=account if os.geteuid() == 0 else None)
+    bystander = psutil.Popen(["sleep", "60"], user=account if os.geteuid() == 0 else None)
     try:
         lines = pid_file.read_text().splitlines()
         pid_file.write_text("\n".join([str(bystander.pid), *lines[1:]]) + "\n")
