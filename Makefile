@@ -8,6 +8,7 @@ INSTALLED = $(VENV)/.installed
 CONSTRAINTS = -c constraints.txt
 TORCH = 2.13.0
 UV = 0.13.9
+ASYNC_TIMEOUT = 5.0.1
 DATA_DIR = .blueprints
 PORT = 8000
 
@@ -85,5 +86,6 @@ lock:
 	@$(MAKE) --no-print-directory venv torch VENV=.venv-lock CONSTRAINTS=
 	.venv-lock/bin/python -m pip install -q -e '.[torch,cli]' --group dev
 	{ echo '# Written by `make lock`; the versions that `make install` takes.'; \
-	  .venv-lock/bin/python -m pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//'; } > constraints.txt
+	  .venv-lock/bin/python -m pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//'; \
+	  echo 'async-timeout==$(ASYNC_TIMEOUT)  # of redis, before Python 3.11.3'; } > constraints.txt
 	rm -rf .venv-lock
