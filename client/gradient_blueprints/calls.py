@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import platform
 import re
 import time
 import types
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping
 from decimal import Decimal
 from functools import update_wrapper
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from pydantic import BaseModel, ValidationError
 
 from gradient_blueprints.cache import Cache, default_folder
-from gradient_blueprints.errors import ConfigurationError, OfflineMiss
+from gradient_blueprints.errors import ConfigurationError, ErrorPlace, InvalidDocument, OfflineMiss
 from gradient_blueprints.models import MODEL_ID_PATTERN, Page, format_checkpoint
 from gradient_blueprints.transport import Answer, Awaiting, Blocking, Emit, Origin, Request, Steps, Stream, exchange
 
@@ -89,7 +90,7 @@ class Connected:
                 f"{request} needs the registry {self.url}, and this client is offline. "
                 "Unset BLUEPRINTS_OFFLINE, or make the client with offline=False."
             )
-        return (yield from exchange(request, timeout=how.pop("timeout", self.timeout), **how))
+        return (yield from exchange(request, self.url, **({"timeout": self.timeout} | how)))
 
     def _read(self, kind: type[Built], path: str, query: Mapping[str, str] | None = None) -> Steps[Built]:
         answer = yield from self._exchange(Request("GET", path, query or {}))
@@ -224,7 +225,10 @@ def some(**query: object) -> dict[str, str]:
 
 
 def json_bytes(document: Any) -> bytes:
-    """JSON of plain data; numpy and torch scalars count as the numbers they hold."""
+    """JSON of plain data; numpy and torch scalars count as the numbers they hold.
+
+    Raises InvalidDocument that points to each NaN and infinity, which JSON has no words for.
+    """
 
     def plain(value: Any) -> Any:
         if hasattr(value, "item"):
@@ -232,10 +236,22 @@ def json_bytes(document: Any) -> bytes:
         raise TypeError(f"{type(value).__name__} is not JSON data")
 
     try:
-        # NaN goes through: the registry points to where it stands
-        return json.dumps(document, default=plain, ensure_ascii=False).encode()
+        text = json.dumps(document, default=plain, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"The document is not JSON data: {error}.") from None
+    if "NaN" in text or "Infinity" in text:  # perhaps within a name
+        places = list(_not_finite(json.loads(text), ""))
+        if places:
+            raise InvalidDocument("The document holds numbers that are not finite.", errors=places[:100])
+    return text.encode()
+
+
+def _not_finite(value: Any, pointer: str) -> Iterator[ErrorPlace]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield {"pointer": pointer, "code": "finite_number", "detail": f"{value} is not a finite number"}
+    elif isinstance(value, dict | list):
+        for name, member in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(member, f"{pointer}/{str(name).replace('~', '~0').replace('/', '~1')}")
 
 
 def new_idempotency_key() -> str:

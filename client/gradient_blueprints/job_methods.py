@@ -61,6 +61,7 @@ class JobMethods(Connected):
     @method
     def submit_checkpoint(
         self,
+        /,
         model_id: str,
         checkpoint: Checkpointish,
         *,

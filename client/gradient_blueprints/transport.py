@@ -19,6 +19,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -164,7 +165,9 @@ class NoAnswer(Exception):
 # --- retries
 
 
-def exchange(request: Request, *, timeout: float, stream: bool = False, silence: float = 60.0) -> Steps[Answer]:
+def exchange(
+    request: Request, url: str, *, timeout: float, stream: bool = False, silence: float = 60.0
+) -> Steps[Answer]:
     """Send until there is an answer worth giving, for at most `timeout` seconds.
 
     Connection failures, 429 and 503 are tried again after a pause with full jitter, at least as
@@ -179,13 +182,15 @@ def exchange(request: Request, *, timeout: float, stream: bool = False, silence:
             answer: Answer = yield Send(request, deadline, stream, silence)
         except NoAnswer as no_answer:
             wait, may_pass = 0.0, not no_answer.hopeless
-            failure = ConnectionFailed(_no_answer_text(request, no_answer, attempt, timeout))
+            failure = ConnectionFailed(_no_answer_text(request, url, no_answer, attempt, timeout))
             failure.__cause__ = no_answer.__cause__
+            reason = f"{no_answer}."
         else:
             logger.debug("%s: %d in %.3f s", request, answer.status, time.monotonic() - began)
             if answer.status < 300 or answer.status == 304:
                 return answer
             failure = _error(answer)
+            reason = f"{answer.status}: {failure.detail if isinstance(failure, ApiError) else failure}"
             wait, may_pass = _retry_after(answer.headers) or 0.0, answer.status in PASSING_STATUSES
         if isinstance(request.body, Path):
             deadline += time.monotonic() - began  # the time that a large body takes is not time lost
@@ -194,9 +199,10 @@ def exchange(request: Request, *, timeout: float, stream: bool = False, silence:
             raise failure
         logger.log(
             logging.WARNING if attempt == 1 else logging.DEBUG,
-            "%s: %s Trying again in %.1f s, for at most %.0f s.",
-            request,
-            failure.detail if isinstance(failure, ApiError) else failure,
+            "%s%s: %s Trying again in %.1f s, for at most %.0f s.",
+            url,
+            request.path,
+            reason,
             pause,
             deadline - time.monotonic(),
         )
@@ -209,14 +215,14 @@ def jitter(failures: int) -> float:
     return random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10)))  # noqa: S311 - no secret
 
 
-def _no_answer_text(request: Request, no_answer: NoAnswer, attempts: int, timeout: float) -> str:
+def _no_answer_text(request: Request, url: str, no_answer: NoAnswer, attempts: int, timeout: float) -> str:
     times = "once" if attempts == 1 else f"{attempts} times"
     why = (
         ""
         if request.repeatable
         else " It was not repeated, because it may have been carried out: look before you repeat it."
     )
-    return f"No answer to {request} (tried {times}, for at most {timeout:g} s): {no_answer}.{why}"
+    return f"No answer from {url} to {request} (tried {times}, for at most {timeout:g} s): {no_answer}.{why}"
 
 
 def _error(answer: Answer) -> ApiError | UnexpectedAnswer:
@@ -335,7 +341,15 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
 
 def _client_arguments(origin: Origin) -> dict[str, Any]:
     # Redirects are not followed: the key is for one origin only.
-    return {"headers": origin.headers(), "follow_redirects": False}
+    return {"headers": origin.headers(), "follow_redirects": False, "verify": _certificates()}
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Shared among clients: reading the certificates takes longer than many a call."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 def _answer(send: Send, response: httpx2.Response) -> Answer:
@@ -343,7 +357,10 @@ def _answer(send: Send, response: httpx2.Response) -> Answer:
 
 
 def _from_now_on(response: httpx2.Response, seconds: float) -> None:
-    """The limit of each further read; httpx takes one limit for a whole exchange and knows no deadlines."""
+    """The limit of each further read; httpx takes one for a whole exchange and knows no deadlines.
+
+    What remains open: a head that comes byte by byte is bounded by its size only.
+    """
     response.request.extensions["timeout"]["read"] = max(0.001, seconds)
 
 

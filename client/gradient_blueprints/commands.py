@@ -1,0 +1,537 @@
+"""The commands of `blueprints`: tables for people, `--json` for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gradient_blueprints.calls import own_version
+from gradient_blueprints.client import Client
+from gradient_blueprints.errors import Unauthenticated
+from gradient_blueprints.models import Alias, Blueprint, Job, JobEvent, JobState, VersionSummary, format_checkpoint
+
+SHOWN_LAYERS = 20
+WIDEST = 10_000  # columns of a table that goes into a pipe: a row stays a line
+
+app = typer.Typer(
+    help="Publish, fetch and compare gradient blueprints.\n\n"
+    "The registry is named by BLUEPRINTS_URL (or --url) and the key by BLUEPRINTS_API_KEY.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its frames would show keys
+    add_completion=False,
+)
+alias_app = typer.Typer(help="Movable names of a model's versions.", no_args_is_help=True)
+app.add_typer(alias_app, name="alias")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="`name` or `org/name`")]
+CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="fraction of training, such as 0.8")]
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", min=1)]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB")]
+AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+LabOption = Annotated[str | None, typer.Option("--lab", help="of this lab; * for any")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="show at most so many")]
+IfRevision = Annotated[
+    int | None, typer.Option(min=0, help="only while the alias is at this revision; 0: not there yet")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(own_version())
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="the registry; else BLUEPRINTS_URL")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds to keep trying")] = 20.0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    context.obj = {"url": url, "timeout": timeout}
+
+
+@contextmanager
+def _registry(context: typer.Context) -> Iterator[Client]:
+    with Client(**context.obj) as client:
+        try:
+            yield client
+        except Unauthenticated as error:
+            error.detail += " Set BLUEPRINTS_API_KEY to a key of your lab."
+            raise
+
+
+# --- blueprints
+
+
+@app.command()
+def publish(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(exists=True, metavar="FILE...", help=".json or .csv")],
+    as_json: AsJson = False,
+) -> None:
+    """Publish blueprint files, each as the next version of its model and checkpoint."""
+    with _registry(context) as client:
+        published = [client.publish_blueprint(file) for file in files]
+    if as_json:
+        _print_json(published)
+        return
+    for publication in published:
+        what = "Published" if publication.created else "Known already:"
+        checkpoint = format_checkpoint(publication.training_checkpoint)
+        _say(f"{what} {publication.model_id} at {checkpoint} version {publication.version}, {publication.digest}")
+        for warning in publication.warnings:
+            _say(f"  warning {warning.code} at {warning.pointer}: {warning.detail}")
+
+
+@app.command()
+def fetch(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="write the document to this file")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="as CSV instead of JSON")] = False,
+    version: Annotated[int | None, typer.Option(min=1, help="this version instead of the newest")] = None,
+    digest: Annotated[str | None, typer.Option(help="the one with this digest")] = None,
+    lab: LabOption = None,
+    nearest: Annotated[bool, typer.Option("--nearest", help="the nearest checkpoint, if not this")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a blueprint: to a file, as CSV or JSON to the output, or as a table of its largest layers."""
+    with _registry(context) as client:
+        blueprint = client.fetch_blueprint(model, checkpoint, version=version, digest=digest, lab=lab, nearest=nearest)
+    if output is not None:
+        # newline="": a CSV table has its own line ends
+        output.write_text(blueprint.to_csv() if csv else blueprint.to_json() + "\n", encoding="utf-8", newline="")
+        if as_json:
+            _print_json({"file": str(output), **_identity(blueprint)})
+        else:
+            _say(f"{output}: {blueprint!r}")
+    elif csv:
+        typer.echo(blueprint.to_csv(), nl=False)
+    elif as_json:
+        typer.echo(blueprint.to_json())
+    else:
+        _say(f"{blueprint!r}")
+        _print_layers(blueprint)
+    for warning in blueprint.warnings:
+        typer.echo(f"warning {warning.code} at {warning.pointer or '/'}: {warning.detail}", err=True)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    model: ModelArgument,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="CHECKPOINT or CHECKPOINT@VERSION")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="CHECKPOINT or CHECKPOINT@VERSION")],
+    top: Annotated[int | None, typer.Option(min=1, help="size of the compared top")] = None,
+    lab: LabOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what changed from one blueprint of a model to another."""
+    with _registry(context) as client:
+        comparison = client.compare_blueprints(model, base, other, top=top, lab=lab)
+    if as_json:
+        _print_json(comparison)
+        return
+    for name, side in (("base", comparison.base), ("other", comparison.other)):
+        checkpoint = format_checkpoint(side.training_checkpoint)
+        _say(f"{name}: {side.model_id} at {checkpoint} version {side.version} of {side.lab}")
+    spearman, kendall = _number(comparison.spearman), _number(comparison.kendall)
+    _say(f"{comparison.matched} layers in both; Spearman {spearman}, Kendall {kendall}")
+    _say(f"entered the top {comparison.top}: {', '.join(comparison.entered_top) or 'none'}")
+    _say(f"left the top {comparison.top}: {', '.join(comparison.left_top) or 'none'}")
+    largest = sorted(comparison.layers, key=lambda layer: -(layer.other or layer.base or 0))
+    rows = [
+        (row.id, _number(row.base), _number(row.other), _number(row.ratio), row.base_rank, row.other_rank)
+        for row in largest
+    ]
+    _print_table(("layer", "base", "other", "ratio", "rank", "new rank"), rows[:SHOWN_LAYERS], of=len(rows))
+
+
+# --- models and versions
+
+
+@app.command("list")
+def list_models(
+    context: typer.Context,
+    query: Annotated[str | None, typer.Argument(help="part of the model id")] = None,
+    limit: LimitOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List models."""
+    with _registry(context) as client:
+        models = list(client.list_models(query, limit=limit))
+    if as_json:
+        _print_json(models)
+    else:
+        rows = [(model.model_id, model.owner, model.checkpoints, model.versions) for model in models]
+        _print_table(("model", "owner", "checkpoints", "versions"), rows)
+
+
+@app.command()
+def versions(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="else the checkpoints are listed")
+    ] = None,
+    lab: LabOption = None,
+    limit: LimitOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the versions at a checkpoint, newest first, or the checkpoints of a model."""
+    with _registry(context) as client:
+        if checkpoint is None:
+            checkpoints = list(client.list_checkpoints(model, limit=limit))
+            if as_json:
+                _print_json(checkpoints)
+            else:
+                found = [
+                    (format_checkpoint(row.training_checkpoint), row.versions, row.newest, row.digest)
+                    for row in checkpoints
+                ]
+                _print_table(("checkpoint", "versions", "newest", "digest"), found)
+            return
+        listed = list(client.list_versions(model, checkpoint, lab=lab, limit=limit))
+    if as_json:
+        _print_json(listed)
+    else:
+        rows = [
+            (row.version, row.lab, row.layers, _moment(row.created_at), row.digest, _yanked(row) if row.yanked else "")
+            for row in listed
+        ]
+        _print_table(("version", "lab", "layers", "published", "digest", "yanked"), rows)
+
+
+@app.command()
+def yank(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    version: VersionArgument,
+    reason: Annotated[str, typer.Option(help="told to whoever fetches it nevertheless")],
+    as_json: AsJson = False,
+) -> None:
+    """Take one of your versions out of resolution; it stays fetchable by digest and version."""
+    with _registry(context) as client:
+        _print_changed(client.yank_version(model, checkpoint, version, reason=reason), as_json)
+
+
+@app.command()
+def unyank(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    version: VersionArgument,
+    as_json: AsJson = False,
+) -> None:
+    """Put a yanked version back."""
+    with _registry(context) as client:
+        _print_changed(client.unyank_version(model, checkpoint, version), as_json)
+
+
+@app.command()
+def whoami(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the lab and the scopes of your key."""
+    with _registry(context) as client:
+        caller = client.whoami()
+    if as_json:
+        _print_json(caller)
+    else:
+        _say(f"{caller.key_prefix}...: lab {caller.lab}, scopes {', '.join(caller.scopes)}")
+
+
+# --- aliases
+
+
+@alias_app.command("set")
+def set_alias(
+    context: typer.Context,
+    model: ModelArgument,
+    name: AliasArgument,
+    checkpoint: CheckpointArgument,
+    version: VersionArgument,
+    if_revision: IfRevision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias to a version."""
+    with _registry(context) as client:
+        _print_aliases([client.set_alias(model, name, checkpoint, version, if_revision=if_revision)], as_json, one=True)
+
+
+@alias_app.command("get")
+def get_alias(context: typer.Context, model: ModelArgument, name: AliasArgument, as_json: AsJson = False) -> None:
+    """Show where an alias points."""
+    with _registry(context) as client:
+        _print_aliases([client.get_alias(model, name)], as_json, one=True)
+
+
+@alias_app.command("list")
+def list_aliases(
+    context: typer.Context, model: ModelArgument, limit: LimitOption = None, as_json: AsJson = False
+) -> None:
+    """List the aliases of a model."""
+    with _registry(context) as client:
+        _print_aliases(list(client.list_aliases(model, limit=limit)), as_json)
+
+
+@alias_app.command("history")
+def alias_history(
+    context: typer.Context,
+    model: ModelArgument,
+    name: AliasArgument,
+    limit: LimitOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where an alias has pointed."""
+    with _registry(context) as client:
+        moves = list(client.alias_history(model, name, limit=limit))
+    if as_json:
+        _print_json(moves)
+    else:
+        rows = [
+            (
+                move.revision,
+                _checkpoint(move.training_checkpoint),
+                move.version or "removed",
+                move.lab,
+                _moment(move.moved_at),
+            )
+            for move in moves
+        ]
+        _print_table(("revision", "checkpoint", "version", "lab", "moved"), rows)
+
+
+@alias_app.command("delete")
+def delete_alias(
+    context: typer.Context,
+    model: ModelArgument,
+    name: AliasArgument,
+    if_revision: IfRevision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove an alias; its history stays."""
+    with _registry(context) as client:
+        client.delete_alias(model, name, if_revision=if_revision)
+    if as_json:
+        _print_json({"model_id": model, "name": name, "deleted": True})
+    else:
+        _say(f"Deleted the alias {name} of {model}")
+
+
+# --- jobs
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    source: Annotated[str, typer.Option(help="folder of the checkpoint, as the workers see it")],
+    data: Annotated[list[str], typer.Option("--data", metavar="DOMAIN=PATH", help="text of a domain; may be repeated")],
+    batches: Annotated[int | None, typer.Option(min=1, help="batches per domain")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2)] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="stay and watch the job")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have the registry's workers profile a checkpoint."""
+    texts: dict[str, str] = {}
+    for item in data:
+        domain, equals, path = item.partition("=")
+        if not (domain and equals and path):
+            raise typer.BadParameter(f"{item!r} is not DOMAIN=PATH", param_hint="--data")
+        texts[domain] = path
+    given = {"batches": batches, "batch_size": batch_size, "sequence_length": sequence_length, "seed": seed}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with _registry(context) as client:
+        job = client.submit_checkpoint(model, checkpoint, source=source, data=texts, **options)
+        if follow:
+            if not as_json:
+                _say(f"Job {job.id} is {job.state}")
+            _follow(client, job.id, as_json)
+        elif as_json:
+            _print_json(job)
+        else:
+            _say(f"Job {job.id} is {job.state}. Watch it: blueprints watch {job.id}")
+
+
+@app.command()
+def watch(context: typer.Context, job: JobArgument, as_json: AsJson = False) -> None:
+    """Watch a job to its end; exits 1 unless it succeeds."""
+    with _registry(context) as client:
+        _follow(client, job, as_json)
+
+
+@app.command()
+def jobs(
+    context: typer.Context,
+    state: Annotated[JobState | None, typer.Option(help="only those in this state")] = None,
+    limit: LimitOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with _registry(context) as client:
+        listed = list(client.list_jobs(state, limit=limit))
+    if as_json:
+        _print_json(listed)
+    else:
+        rows = [
+            (
+                job.id,
+                job.state,
+                job.model_id,
+                _checkpoint(job.training_checkpoint),
+                _moment(job.created_at),
+                job.reason or "",
+            )
+            for job in listed
+        ]
+        _print_table(("job", "state", "model", "checkpoint", "submitted", "reason"), rows)
+
+
+@app.command()
+def cancel(context: typer.Context, job: JobArgument, as_json: AsJson = False) -> None:
+    """Cancel a job."""
+    with _registry(context) as client:
+        cancelled = client.cancel_job(job)
+    if as_json:
+        _print_json(cancelled)
+    else:
+        _say(f"Job {cancelled.id} is {cancelled.state}")
+
+
+def _follow(client: Client, job_id: str, as_json: bool) -> None:
+    if as_json:
+        for event in client.watch_job(job_id):
+            typer.echo(event.model_dump_json(exclude_none=True))
+    else:
+        _draw(client.watch_job(job_id))
+    job = client.get_job(job_id)
+    if not as_json:
+        _say(_ending(job))
+    if job.state is not JobState.SUCCEEDED:
+        raise typer.Exit(1)
+
+
+def _draw(events: Iterable[JobEvent]) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_out()) as bar:
+        task = bar.add_task("queued", total=None)
+        for event in events:
+            progress = event.progress
+            phase = f" {progress.phase}" if progress else ""
+            bar.update(task, description=f"{event.state}{phase}")
+            if progress:
+                bar.update(task, completed=progress.done, total=progress.total)
+
+
+def _ending(job: Job) -> str:
+    if job.state is JobState.SUCCEEDED:
+        checkpoint = format_checkpoint(job.training_checkpoint)
+        return f"Job {job.id} succeeded: {job.model_id} at {checkpoint} version {job.version}, {job.digest}"
+    return f"Job {job.id} is {job.state}" + (f": {job.reason}" if job.reason else "")
+
+
+# --- printing
+
+
+def _out() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDEST)
+
+
+def _say(text: str) -> None:
+    _out().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_none=True)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, of: int | None = None) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a digest that ends in an ellipsis is of no use to the next command
+    for row in rows:
+        table.add_row(*("" if cell is None else Text(str(cell)) for cell in row))
+    _out().print(table)
+    if of is not None and of > len(rows):
+        _say(f"{of - len(rows)} more")
+
+
+def _print_layers(blueprint: Blueprint) -> None:
+    largest = sorted(blueprint.layers, key=lambda layer: -layer.gradient_norm)
+    rows = [
+        (row.id, _number(row.gradient_norm), _number(row.alpha), _number(row.gamma), _number(row.k_star))
+        for row in largest
+    ]
+    _print_table(("layer", "gradient_norm", "alpha", "gamma", "k_star"), rows[:SHOWN_LAYERS], of=len(rows))
+
+
+def _print_changed(version: VersionSummary, as_json: bool) -> None:
+    if as_json:
+        _print_json(version)
+        return
+    checkpoint = format_checkpoint(version.training_checkpoint)
+    state = f"is yanked: {_yanked(version)}" if version.yanked else "is not yanked"
+    _say(f"{version.model_id} at {checkpoint} version {version.version} {state}")
+
+
+def _print_aliases(aliases: list[Alias], as_json: bool, *, one: bool = False) -> None:
+    if as_json:
+        _print_json(aliases[0] if one else aliases)
+        return
+    rows = [
+        (alias.name, format_checkpoint(alias.training_checkpoint), alias.version, alias.revision, alias.digest)
+        for alias in aliases
+    ]
+    _print_table(("alias", "checkpoint", "version", "revision", "digest"), rows)
+
+
+def _identity(blueprint: Blueprint) -> dict[str, Any]:
+    return {
+        "model_id": blueprint.model_id,
+        "training_checkpoint": blueprint.training_checkpoint,
+        "version": blueprint.version,
+        "digest": blueprint.digest,
+        "lab": blueprint.lab,
+    }
+
+
+def _yanked(version: VersionSummary) -> str:
+    return version.yanked_reason or "yes"
+
+
+def _checkpoint(checkpoint: float | None) -> str:
+    return "" if checkpoint is None else format_checkpoint(checkpoint)
+
+
+def _moment(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
