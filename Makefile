@@ -24,7 +24,7 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt Makefile
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory venv torch
 	$(PIP) install -q $(CONSTRAINTS) -e '.[torch,cli]' --group dev
 	@touch $(INSTALLED)
@@ -34,7 +34,7 @@ venv:
 	@for python in python3.11 python3 python3.12 python3.13; do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        echo "$(VENV) with $$($$python --version)"; \
-	        exec $$python -m venv --clear --upgrade-deps $(VENV); \
+	        exec $$python -m venv --upgrade-deps $(VENV); \
 	    fi; \
 	done; \
 	echo 'Python 3.11 or newer is needed, as python3.11 or python3.' >&2; exit 1
