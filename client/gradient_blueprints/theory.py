@@ -86,7 +86,7 @@ def power_sum(terms: int, alpha: float) -> float:
     28.208236781
     """
     direct = min(terms, _DIRECT_TERMS)
-    head = math.fsum(r**-alpha for r in range(1, direct + 1))
+    head = math.fsum(math.pow(r, -alpha) for r in range(1, direct + 1))
     if terms <= _DIRECT_TERMS:
         return head
     low, high = float(direct), float(terms)
@@ -96,7 +96,7 @@ def power_sum(terms: int, alpha: float) -> float:
     ends = (high**-alpha - low**-alpha) / 2
     slope = alpha * (low ** (-alpha - 1) - high ** (-alpha - 1)) / 12
     third = alpha * (alpha + 1) * (alpha + 2) * (low ** (-alpha - 3) - high ** (-alpha - 3)) / 720
-    return head + integral + ends + slope - third
+    return float(head + integral + ends + slope - third)
 
 
 def gaussian_retained_mass(k: float) -> float:
@@ -126,7 +126,7 @@ def gain_per_cost(k: float, gamma: float, fixed: float, variable: float) -> floa
     (0.222, 0.2)
     """
     _check_share(k)
-    return k**gamma / cost(k, fixed, variable)
+    return math.pow(k, gamma) / cost(k, fixed, variable)
 
 
 def best_fraction(gamma: float, fixed: float, variable: float) -> BestFraction:
@@ -165,7 +165,7 @@ def joint_gain(k: float, q: float, gamma: float, delta: float) -> float:
     """
     _check_share(k)
     _check_share(q)
-    return k**gamma * q**delta
+    return math.pow(k, gamma) * math.pow(q, delta)
 
 
 def joint_compute(k: float, q: float) -> float:

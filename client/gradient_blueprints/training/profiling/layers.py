@@ -1,0 +1,124 @@
+"""Which parameters make up a layer of the blueprint, and what kind of layer it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gradient_blueprints.models import LayerKind
+
+Granularity = Literal["tensor", "submodule", "block"]
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(
+    r"mlp|ffn|feed_?forward|ff$|DenseReluDense|intermediate|experts?|moe|(^|\.)fc_?\d|(^|\.)output(\.|$)", re.IGNORECASE
+)
+_NORMALIZATION = re.compile(r"norm|(^|[._])ln(_|$|\d)", re.IGNORECASE)
+_HEAD = re.compile(r"(^|\.)(lm_head|head|cls|classifier|score|predictions|qa_outputs|generator_lm_head)(\.|$)")
+_EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e(\.|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A layer: its id, the names of its parameters, and what it is."""
+
+    id: str
+    parameters: tuple[str, ...]
+    size: int
+    kind: LayerKind
+    depth: int | None
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """One name per parameter object, the first by which the model lists it; tied ones share it."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def group_parameters(model: nn.Module, granularity: Granularity) -> list[Group]:
+    """The layers of a model in its own order.
+
+    `tensor`: one per parameter. `submodule`: attention, feed-forward and norms of each block
+    (`model.layers.3.self_attn`), and every module outside the blocks. `block`: `model.layers.3`.
+    """
+    modules = dict(model.named_modules())
+    members: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        members.setdefault(_layer_of(name, modules, granularity), []).append((name, parameter))
+    head = _untied_head(model)
+    return [
+        Group(
+            id=layer,
+            parameters=tuple(name for name, _ in named),
+            size=sum(parameter.numel() for _, parameter in named),
+            kind=_kind(layer, named, modules, head, granularity),
+            depth=_depth(named[0][0], modules),
+        )
+        for layer, named in members.items()
+    ]
+
+
+def _layer_of(parameter: str, modules: dict[str, nn.Module], granularity: Granularity) -> str:
+    if granularity == "tensor":
+        return parameter
+    path = parameter.split(".")
+    owner = path[:-1]
+    block = _block_length(owner, modules)
+    if block is None:
+        return ".".join(owner) or parameter
+    if granularity == "block":
+        return ".".join(owner[:block])
+    length = block
+    while length + 1 < len(owner) and isinstance(modules[".".join(owner[: length + 1])], nn.ModuleList):
+        length += 2  # T5 keeps the parts of a block in a list: block.0.layer.1.DenseReluDense
+    return ".".join(owner[: length + 1])
+
+
+def _block_length(owner: list[str], modules: dict[str, nn.Module]) -> int | None:
+    """Components up to and with the index of the outermost list of blocks."""
+    for index, part in enumerate(owner):
+        if part.isdigit() and isinstance(modules[".".join(owner[:index])], nn.ModuleList | nn.Sequential):
+            return index + 1
+    return None
+
+
+def _depth(parameter: str, modules: dict[str, nn.Module]) -> int | None:
+    owner = parameter.split(".")[:-1]
+    block = _block_length(owner, modules)
+    return None if block is None else int(owner[block - 1])
+
+
+def _untied_head(model: nn.Module) -> int | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return id(head) if isinstance(head, nn.Module) else None
+
+
+def _kind(
+    layer: str,
+    named: list[tuple[str, Tensor]],
+    modules: dict[str, nn.Module],
+    head: int | None,
+    granularity: Granularity,
+) -> LayerKind:
+    owners = [modules[name.rpartition(".")[0]] for name, _ in named]
+    first = named[0][0].split(".")[:-1]
+    block = _block_length(first, modules)
+    if block is None:
+        if any(id(owner) == head for owner in owners) or _HEAD.search(layer):
+            return LayerKind.HEAD
+        if all(isinstance(owner, nn.Embedding) for owner in owners):
+            return LayerKind.EMBEDDING
+        if all(parameter.dim() == 1 for _, parameter in named) and _NORMALIZATION.search(".".join(first)):
+            return LayerKind.NORMALIZATION
+        return LayerKind.EMBEDDING if _EMBEDDING.search(layer) else LayerKind.OTHER
+    if granularity == "block":
+        return LayerKind.OTHER
+    inside = ".".join(first[block:])
+    if all(parameter.dim() == 1 for _, parameter in named) and _NORMALIZATION.search(inside):
+        return LayerKind.NORMALIZATION
+    if _ATTENTION.search(inside):
+        return LayerKind.ATTENTION
+    return LayerKind.FEED_FORWARD if _FEED_FORWARD.search(inside) else LayerKind.OTHER

@@ -1,0 +1,178 @@
+"""Per-example losses: the mean over each example's own target tokens, and what a batch holds."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradient_blueprints.errors import ConfigurationError
+
+IGNORED = -100
+Batch = Mapping[str, Any]
+LossFunction = Callable[[Any, Batch], Tensor]
+"""Per-example losses (examples,) from the model's output and the batch."""
+
+
+@dataclass(slots=True)
+class Losses:
+    """Each example's mean loss, differentiable, and its number of target tokens; both (examples,)."""
+
+    values: Tensor
+    tokens: Tensor
+
+
+def examples_in(batch: Batch) -> int:
+    """Length of the leading dimension that counts examples."""
+    for name in ("input_ids", "inputs_embeds", "pixel_values", "labels"):
+        if isinstance(batch.get(name), Tensor):
+            return int(batch[name].shape[0])
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    raise ConfigurationError(
+        "The batch holds no tensor; give a dict with input_ids, and attention_mask and labels if any."
+    )
+
+
+def slice_examples(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Some of the examples; values without the examples' dimension are kept whole."""
+    examples = examples_in(batch)
+    return {
+        name: value[start:stop] if isinstance(value, Tensor) and value.dim() and value.shape[0] == examples else value
+        for name, value in batch.items()
+    }
+
+
+def with_labels(batch: Batch, pad_token_id: int | None) -> dict[str, Any]:
+    """The batch with labels: those given, else the input ids with padding ignored."""
+    batch = dict(batch)
+    if batch.get("labels") is None and isinstance(batch.get("input_ids"), Tensor):
+        labels = batch["input_ids"].clone()
+        if isinstance(batch.get("attention_mask"), Tensor) and batch["attention_mask"].shape == labels.shape:
+            labels[batch["attention_mask"] == 0] = IGNORED
+        elif pad_token_id is not None:
+            labels[labels == pad_token_id] = IGNORED
+        batch["labels"] = labels
+    return batch
+
+
+class LossReader:
+    """Runs the model on a batch and reads each example's loss off its logits.
+
+    Whether labels are shifted by one (causal models) is not guessed: the first run compares both
+    with the loss that the model itself reports. A model with another loss needs a `LossFunction`.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction | None = None) -> None:
+        self.model = model
+        self._loss = loss
+        self._accepted = inspect.signature(model.forward).parameters
+        self._seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.shift: bool | None = False if loss is not None else None
+
+    def run(self, batch: Batch) -> Losses:
+        """Forward pass of a batch that has labels."""
+        inputs = {name: value for name, value in batch.items() if name != "labels" or self._loss is not None}
+        if "use_cache" in self._accepted:
+            inputs.setdefault("use_cache", False)  # a cache of keys and values would only cost memory
+        if self._loss is not None:
+            outputs = self.model(**inputs)
+            values = self._loss(outputs, batch)
+            labels = batch.get("labels")
+            if isinstance(labels, Tensor) and labels.dim() > 1:
+                return Losses(values, labels.ne(IGNORED).flatten(1).sum(1).clamp_min(1))
+            return Losses(values, torch.ones_like(values, dtype=torch.long))
+        labels = batch["labels"]
+        if self.shift is None or self._seq2seq:
+            inputs["labels"] = labels
+        outputs = self.model(**inputs)
+        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        if self.shift is None:
+            reported = getattr(outputs, "loss", None)
+            self.shift = self._find_shift(logits, labels, None if reported is None else float(reported.detach()))
+        return token_losses(logits, labels, shift=self.shift)
+
+    def tokens_of(self, batch: Batch) -> Tensor | None:
+        """Target tokens of every example; None when the loss is the caller's and weighs examples itself."""
+        if self._loss is not None or self.shift is None:
+            return None
+        return target_tokens(batch["labels"], shift=self.shift)
+
+    def _find_shift(self, logits: Tensor, labels: Tensor, reported: float | None) -> bool:
+        if reported is None or not math.isfinite(reported):
+            return not self._seq2seq and labels.dim() > 1
+        found: dict[bool, float] = {}
+        for shift in (True, False) if labels.dim() > 1 else (False,):
+            with torch.no_grad():
+                losses = token_losses(logits.detach(), labels, shift=shift)
+            mean = float((losses.values * losses.tokens).sum() / losses.tokens.sum().clamp_min(1))
+            found[shift] = abs(mean - reported)
+        shift = min(found, key=lambda key: found[key])
+        if found[shift] > 1e-2 * (1 + abs(reported)):
+            raise ConfigurationError(
+                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; "
+                "pass loss=function(outputs, batch) that returns one loss per example."
+            )
+        return shift
+
+
+def target_tokens(labels: Tensor, *, shift: bool) -> Tensor:
+    """Number of targets of every example, (examples,)."""
+    if labels.dim() == 1:
+        return (labels != IGNORED).long()
+    return (labels[:, 1:] if shift else labels).ne(IGNORED).flatten(1).sum(1)
+
+
+def token_losses(logits: Tensor, labels: Tensor, *, shift: bool) -> Losses:
+    """Mean cross-entropy of each example's targets, logits (n, t, vocabulary) or (n, classes)."""
+    labels = labels.to(logits.device)
+    tokens = target_tokens(labels, shift=shift)
+    if labels.dim() == 1:
+        return Losses(functional.cross_entropy(_wide(logits), labels, ignore_index=IGNORED, reduction="none"), tokens)
+    if shift:  # shift the labels, not the logits: a slice of the logits would be copied
+        labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    weights = (labels != IGNORED) / tokens.clamp_min(1).unsqueeze(1)  # (n, t)
+    values = [
+        _CrossEntropy.apply(*example)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for example in zip(logits, labels, weights, strict=True)
+    ]
+    return Losses(torch.stack(values), tokens)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """sum_t w_t * cross-entropy_t of one example, its gradient computed with the loss.
+
+    softmax - onehot takes the place of the saved log-probabilities, so the vocabulary-sized
+    temporaries of an example live once, in float32, and the backward pass is one multiplication.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        wide = _wide(logits)
+        counted = labels != IGNORED
+        targets = labels.clamp_min(0).unsqueeze(1)
+        norm = torch.logsumexp(wide, 1)
+        losses = norm - wide.gather(1, targets).squeeze(1)
+        value = (losses * weights.to(losses.dtype))[counted].sum()
+        if ctx.needs_input_grad[0]:
+            gradient = torch.exp(wide - norm.unsqueeze(1))
+            gradient.scatter_add_(1, targets, -torch.ones_like(norm).unsqueeze(1))
+            gradient *= weights.to(losses.dtype).unsqueeze(1)
+            ctx.save_for_backward(gradient.to(logits.dtype))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,323 @@
+"""One batch through the model: the gradient norms of every (parameter, example) pair and the batch gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradient_blueprints.errors import BlueprintsError, ConfigurationError
+from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed
+from gradient_blueprints.training.profiling.contributions import Contribution, squares_of_sum
+from gradient_blueprints.training.profiling.layers import parameter_names
+from gradient_blueprints.training.profiling.losses import (
+    Batch,
+    LossFunction,
+    LossReader,
+    examples_in,
+    slice_examples,
+    target_tokens,
+    token_losses,
+)
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+class UncoveredParameter(BlueprintsError):
+    """The gradient of a parameter cannot be told apart by example in one backward pass."""
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What a pass found: `squares` (examples,) and, when asked for, `totals` = sum of the examples' gradients."""
+
+    losses: Tensor  # (n,)
+    tokens: Tensor  # (n,)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    weighted_squares: dict[str, Tensor] = field(default_factory=dict)
+    """|| sum_i w_i g_i ||^2, the squared norm of the gradient of the batch's token mean."""
+
+
+class GradientPass:
+    """Hooks on a model, and the passes through it. Parameters require no gradients while it lives."""
+
+    def __init__(self, model: nn.Module, *, loss: LossFunction | None, verify: bool, micro_batch: int | None) -> None:
+        self.model = model
+        self._names = parameter_names(model)
+        self._parameters = dict(model.named_parameters())
+        self._required = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        self.reader = LossReader(model, loss)
+        self._verify = verify
+        self._micro_batch = micro_batch
+        self.one_by_one: str | None = None
+        """Why examples run one at a time; None when batches do."""
+        self._probed = False
+        self._batch_checked = False
+        self._by_autograd: set[str] = set()
+        self._pending: dict[str, list[Contribution]] = {}
+        self._found: Measurement | None = None
+        self._want_totals = False
+        self._weights: Tensor | None = None
+        self._inside = False
+        self._external: tuple[Batch, Any] | None = None
+        self._root_hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            self._capture = Capture(model, self._names, self._arrive)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the hooks away and restore the requires_grad flags."""
+        for hook in self._root_hooks:
+            hook.remove()
+        if hasattr(self, "_capture"):
+            self._capture.close()
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(self._required[name])
+
+    def measure(self, batch: Batch, *, totals: bool) -> Measurement:
+        """Forward and backward of a batch that has labels."""
+        examples = examples_in(batch)
+        if not self._probed:
+            self._probe(slice_examples(batch, 0, 1))
+        step = 1 if self.one_by_one else min(self._micro_batch or examples, examples)
+        weights = self._token_weights(batch, examples)
+        try:
+            parts = [
+                self._run(slice_examples(batch, start, start + step), totals, weights, start)
+                for start in range(0, examples, step)
+            ]
+        except ExamplesMixed as mixed:
+            self._run_one_by_one(str(mixed))
+            return self.measure(batch, totals=totals)
+        measured = _joined(parts, weights)
+        if not self._batch_checked and step > 1:
+            self._batch_checked = True
+            if self._verify and not self.model.training:
+                strayed = _differing(self._reference, {n: s[0] for n, s in measured.squares.items()}, self._tolerance())
+                if strayed:
+                    self._run_one_by_one(f"{_list(strayed)} of the first example differ between batch and single run.")
+                    return self.measure(batch, totals=totals)
+        return measured
+
+    def measure_backward(self, loss: Tensor, *, totals: bool) -> Measurement:
+        """Backward of a loss that the caller computed by one call of the model, the token mean of its batch."""
+        if self._external is None:
+            raise ConfigurationError("Call the model on one batch with labels inside the context, then backward(loss).")
+        (batch, outputs), self._external = self._external, None
+        labels = batch["labels"]
+        assert self.reader.shift is not None
+        with torch.no_grad():
+            losses = token_losses(outputs.logits.detach(), labels, shift=self.reader.shift)
+        tokens = losses.tokens.sum().clamp_min(1)
+        mean, given = float((losses.values * losses.tokens).sum() / tokens), float(loss.detach())
+        if not abs(mean - given) <= 1e-2 * (1 + abs(given)):
+            raise ConfigurationError(
+                f"The loss {given:.6g} is not the token mean {mean:.6g} of the last batch; "
+                "give model(**batch).loss as it is."
+            )
+        self._found = found = Measurement(losses.values, losses.tokens)
+        self._want_totals, self._weights = totals, self._token_weights(batch, examples_in(batch))
+        try:
+            self._capture.forward_phase = False
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._finish()
+        finally:
+            self._capture.end()
+            self._pending.clear()
+        return _joined([found], self._weights)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside or not torch.is_grad_enabled():
+            return
+        if args or not isinstance(kwargs.get("labels"), Tensor):
+            raise ConfigurationError("Inside the profiler call the model by keywords with labels, or use step(batch).")
+        if not self._probed:
+            with torch.random.fork_rng():
+                self._probe(slice_examples(kwargs, 0, 1))
+        if self.one_by_one:
+            raise UncoveredParameter(f"{self.one_by_one} Use step(batch), which then runs the examples one by one.")
+        assert self.reader.shift is not None
+        tokens = target_tokens(kwargs["labels"], shift=self.reader.shift)
+        # the loss is the mean over all tokens; each example's own mean is what the norms are of
+        scale = tokens.sum() / tokens.clamp_min(1)
+        self._pending.clear()
+        self._capture.begin(examples_in(kwargs), scale=scale)
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        if not self._inside and torch.is_grad_enabled():
+            self._external = (kwargs, outputs)
+
+    def _run_one_by_one(self, reason: str) -> None:
+        self.one_by_one = reason
+
+    def _tolerance(self) -> float:
+        return max(_TOLERANCE.get(parameter.dtype, 0.1) for parameter in self._parameters.values())
+
+    def _token_weights(self, batch: Batch, examples: int) -> Tensor | None:
+        """w_i = tokens_i / tokens, by which the batch gradient of a token mean weighs examples; None when equal."""
+        tokens = self.reader.tokens_of(batch)
+        if tokens is None or examples == 1 or bool((tokens == tokens[0]).all()):
+            return None
+        return tokens / tokens.sum()
+
+    # --- one run
+
+    def _run(self, batch: Batch, totals: bool, weights: Tensor | None, start: int) -> Measurement:
+        examples = examples_in(batch)
+        mine = None if weights is None else weights[start : start + examples]
+        with self._listening(examples, totals=totals, weights=mine):
+            losses = self.reader.run(batch)
+            self._capture.forward_phase = False
+            self._found = found = Measurement(losses.values.detach(), losses.tokens)
+            losses.values.sum().backward()  # type: ignore[no-untyped-call]
+            self._finish()
+        return found
+
+    @contextmanager
+    def _listening(
+        self, examples: int, *, totals: bool = False, weights: Tensor | None = None, recording: bool = False
+    ) -> Iterator[None]:
+        self._want_totals, self._weights = totals, weights
+        self._pending.clear()
+        self._inside = True
+        try:
+            for name in self._by_autograd:
+                self._parameters[name].requires_grad_(True)
+            with torch.enable_grad():
+                self._capture.begin(examples, recording=recording)
+                yield
+        finally:
+            self._inside = False
+            self._capture.end()
+            self._pending.clear()
+            for name in self._by_autograd:
+                self._parameters[name].requires_grad_(False)
+                self._parameters[name].grad = None
+
+    def _arrive(self, name: str, contribution: Contribution) -> None:
+        if name in self._by_autograd:
+            return
+        waiting = self._pending.setdefault(name, [])
+        waiting.append(contribution)
+        if len(waiting) == self._capture.uses[name]:
+            self._consume(name, self._pending.pop(name))
+
+    def _consume(self, name: str, contributions: list[Contribution]) -> None:
+        found = self._found
+        assert found is not None
+        if not self._want_totals:
+            found.squares[name] = squares_of_sum(contributions)
+            return
+        if len(contributions) == 1:
+            found.squares[name], total = contributions[0].squares_and_total()
+        else:
+            found.squares[name] = squares_of_sum(contributions)
+            total = contributions[0].total()
+            for contribution in contributions[1:]:
+                total = total + contribution.total()
+        found.totals[name] = total
+        if self._weights is not None:
+            found.totals[name + _WEIGHTED] = sum(c.total(self._weights) for c in contributions)  # type: ignore[assignment]
+
+    def _finish(self) -> None:
+        """Parameters whose every use did not send a gradient, and those that none of them did."""
+        found = self._found
+        assert found is not None
+        for name in list(self._pending):
+            self._consume(name, self._pending.pop(name))
+        for name in self._by_autograd:
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                wide = gradient.detach() if gradient.dtype == torch.float64 else gradient.detach().float()
+                found.squares[name] = wide.square().sum().view(1)
+                if self._want_totals:
+                    found.totals[name] = wide.clone()
+                    if self._weights is not None:
+                        found.totals[name + _WEIGHTED] = wide * self._weights.to(wide.dtype)
+
+    # --- verification
+
+    def _probe(self, batch: Batch) -> None:
+        """One example alone: learn the shapes of a single example, and hold every rule against plain autograd."""
+        self._found = found = Measurement(torch.empty(0), torch.empty(0))
+        parameters = self._parameters
+        try:
+            if self._verify:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(parameter.is_floating_point())
+            held = {name: parameter.grad for name, parameter in parameters.items()}
+            for parameter in parameters.values():
+                parameter.grad = None
+            with self._listening(1, recording=True):
+                losses = self.reader.run(batch)
+                self._capture.forward_phase = False
+                if self._verify:
+                    losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                    self._finish()
+            reference = {
+                name: parameter.grad.detach().to(torch.float64).square().sum()
+                for name, parameter in parameters.items()
+                if parameter.grad is not None
+            }
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(False)
+                parameter.grad = held[name]
+        self._probed = True
+        self._reference = reference
+        if self._verify:
+            mine = {name: squares[0] for name, squares in found.squares.items()}
+            self._by_autograd = set(_differing(reference, mine, self._tolerance()))
+            if self._by_autograd:
+                self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
+
+
+_WEIGHTED = "\0weighted"
+
+
+def _joined(parts: list[Measurement], weights: Tensor | None) -> Measurement:
+    """The micro-batches of a batch as one."""
+    joined = parts[0]
+    if len(parts) > 1:
+        names = {name: None for part in parts for name in part.squares}
+        joined = Measurement(torch.cat([part.losses for part in parts]), torch.cat([part.tokens for part in parts]))
+        for name in names:
+            joined.squares[name] = torch.cat(
+                [part.squares[name] if name in part.squares else torch.zeros_like(part.losses) for part in parts]
+            )
+        for part in parts:
+            for name, total in part.totals.items():
+                joined.totals[name] = joined.totals[name] + total if name in joined.totals else total
+    for name in list(joined.totals):
+        if not name.endswith(_WEIGHTED):
+            weighted = joined.totals.pop(name + _WEIGHTED, None)
+            mean = joined.totals[name] / len(joined.losses) if weighted is None else weighted
+            joined.weighted_squares[name] = mean.square().sum()
+    return joined
+
+
+def _differing(reference: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Names whose norms disagree; tiny against the largest gradient of the model counts as zero."""
+    largest = max((float(square) for square in reference.values()), default=0.0) ** 0.5
+    names = []
+    for name in reference.keys() | found.keys():
+        one, two = (float(side[name]) ** 0.5 if name in side else 0.0 for side in (reference, found))
+        if not abs(one - two) <= tolerance * (max(one, two) + 1e-3 * largest):
+            names.append(name)
+    return sorted(names)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,55 @@
+"""Every (parameter, example) norm and every batch norm, against looped float64 autograd."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from gradient_blueprints.training.profiling import GradientProfiler
+from tests.training.profiling.small_models import (
+    ARCHITECTURES,
+    Batch,
+    batch,
+    batch_gradients,
+    build,
+    looped_gradients,
+)
+
+TOLERANCE = 1e-5
+
+
+def assert_norms_match(
+    model: nn.Module, values: Batch, tolerance: float = TOLERANCE, **options: object
+) -> GradientProfiler:
+    """Per-example and batch norms of every parameter agree with the oracle."""
+    looped = looped_gradients(model, values)
+    whole = batch_gradients(model, values)
+    with GradientProfiler(model, groups="tensor", **options) as profiler:  # type: ignore[arg-type]
+        profiler.step(values)
+    table = profiler.table()
+    norms = profiler.domain().records[0].norms
+    assert norms is not None
+    for index, layer in enumerate(profiler.layers):
+        name = layer.id
+        expected = [float(gradients[name].norm()) for gradients in looped]
+        # a key's bias has no gradient but rounding: softmax does not see it
+        noise = 1e-7 * max(float(gradients[name].abs().max()) for gradients in looped for name in gradients)
+        np.testing.assert_allclose(table[index], expected, rtol=tolerance, atol=noise, err_msg=name)
+        np.testing.assert_allclose(norms[index], float(whole[name].norm()), rtol=tolerance, atol=noise, err_msg=name)
+    return profiler
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_equal_looped_autograd(architecture: str) -> None:
+    assert_norms_match(build(architecture), batch())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert", "opt"])
+def test_norms_are_exact_to_double_precision_when_the_model_is_double(architecture: str) -> None:
+    assert_norms_match(build(architecture).double(), batch(padded=False), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "untied_llama", "gpt2", "bert", "mixtral", "opt", "albert"])
+def test_one_pass_measures_the_whole_batch(architecture: str) -> None:
+    with GradientProfiler(build(architecture)) as profiler:
+        profiler.step(batch())
+        assert profiler.one_by_one is None
