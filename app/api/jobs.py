@@ -31,7 +31,8 @@ from app.registry.callers import Caller
 from app.registry.idempotency import IdempotentRequest
 from app.registry.paging import DEFAULT_LIMIT
 from gradient_blueprints import models
-from gradient_blueprints.models import MAX_SAFE_INTEGER, Scope
+from gradient_blueprints.canonical import MAX_SAFE_INTEGER
+from gradient_blueprints.models import Scope
 
 POLL_SECONDS = 5.0  # how late a stream learns of an event whose notification got lost
 

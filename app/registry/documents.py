@@ -11,9 +11,9 @@ import rfc8785
 from pydantic import ValidationError
 
 from app.registry.review import review
-from gradient_blueprints.canonical import canonical_bytes, digest_of
+from gradient_blueprints.canonical import canonical_bytes, digest_of, is_exact
 from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedRequest
-from gradient_blueprints.models import MAX_SAFE_INTEGER, Blueprint, Warning_
+from gradient_blueprints.models import Blueprint, Warning_
 
 _MOST_PLACES = 100
 
@@ -93,7 +93,7 @@ def _unstorable(value: Any, pointer: str) -> Iterator[ErrorPlace]:
                 yield from _unstorable(member, f"{pointer}/{index}")
         case str() if "\0" in value:
             yield {"pointer": pointer, "code": "nul_character", "detail": "the text holds a NUL character"}
-        case int() if abs(value) > MAX_SAFE_INTEGER:
-            yield {"pointer": pointer, "code": "integer_too_large", "detail": "beyond ±(2^53 − 1), not exact in JSON"}
+        case int() if not is_exact(value):
+            yield {"pointer": pointer, "code": "integer_too_large", "detail": "no float64 holds this integer exactly"}
         case float() if value - value != 0:
             yield {"pointer": pointer, "code": "finite_number", "detail": "a number beyond float64"}

@@ -8,6 +8,7 @@ from typing import Any
 import rfc8785
 
 DIGEST_PREFIX = "sha256:"
+MAX_SAFE_INTEGER = 2**53 - 1  # beyond it a float64 does not hold every integer
 
 
 def canonical_bytes(document: Any) -> bytes:
@@ -16,7 +17,34 @@ def canonical_bytes(document: Any) -> bytes:
     >>> canonical_bytes({"b": 0.80, "a": 8e-1})
     b'{"a":0.8,"b":0.8}'
     """
-    return rfc8785.dumps(document)
+    try:
+        return rfc8785.dumps(document)
+    except rfc8785.IntegerDomainError:
+        # The canonical form of the float 1e16 is spelled as an integer, which comes back as one.
+        return rfc8785.dumps(_with_doubles(document))
+
+
+def _with_doubles(value: Any) -> Any:
+    """Integers beyond ±(2^53 − 1) as the float64 that they are read as by JSON's own rules (RFC 8785 section 3.2.2.3)."""
+    if isinstance(value, dict):
+        return {name: _with_doubles(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_doubles(member) for member in value]
+    if isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER:
+        return float(value)
+    return value
+
+
+def is_exact(integer: int) -> bool:
+    """Whether the canonical form of `integer` denotes the same integer.
+
+    >>> is_exact(10**16), is_exact(2**60)
+    (True, False)
+    """
+    try:
+        return int(canonical_bytes(integer)) == integer
+    except (OverflowError, ValueError):  # beyond float64, or spelled with an exponent
+        return False
 
 
 def digest_of(content: bytes) -> str:

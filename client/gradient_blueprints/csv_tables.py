@@ -11,12 +11,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedRequest
-from gradient_blueprints.models import Blueprint
 
 KEY_COLUMNS = ("model_id", "training_checkpoint")
 DOCUMENT_COLUMNS = ("schema_version", "statistic", "cost_model", "attachments", "provenance", "extra")
@@ -39,9 +39,8 @@ _FIXED_COLUMNS = frozenset(
 )
 
 
-def blueprint_to_csv(blueprint: Blueprint) -> str:
-    """Render with CRLF line ends (RFC 4180); equal documents give equal text."""
-    document = blueprint.to_dict()
+def table_of(document: Mapping[str, Any]) -> str:
+    """Render a valid document with CRLF line ends (RFC 4180); equal documents give equal text."""
     rows: list[dict[str, str]] = []
     for index, layer in enumerate(document["layers"]):
         row = {name: _cell(document[name]) for name in KEY_COLUMNS}
@@ -90,20 +89,12 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def blueprint_from_csv(text: str) -> Blueprint:
-    """Parse a table.
+def document_of(text: str) -> dict[str, Any]:
+    """Parse a table into a document that is still to be validated.
 
-    Raises MalformedRequest when it is not CSV with the known columns, and InvalidDocument, with
-    the row and column of each fault, when the values are not a blueprint.
+    Raises MalformedRequest when it is not CSV, and InvalidDocument, with the row and column of each
+    fault, when it has other columns or cells that cannot be read.
     """
-    document = _document(text)
-    try:
-        return Blueprint.model_validate_json(json.dumps(document), strict=True)
-    except ValidationError as invalid:
-        raise InvalidDocument("The table is not a valid blueprint.", errors=_places(invalid)) from None
-
-
-def _document(text: str) -> dict[str, Any]:
     reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
     try:
         header = next(reader, [])
@@ -221,7 +212,7 @@ def _number(cell: str) -> float:
     return value
 
 
-def _places(invalid: ValidationError) -> list[ErrorPlace]:
+def places_in_table(invalid: ValidationError) -> list[ErrorPlace]:
     """Pydantic's locations in the words of the table: row and column."""
     places: list[ErrorPlace] = []
     for error in invalid.errors(include_url=False, include_context=False, include_input=False)[:100]:

@@ -25,16 +25,18 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     StringConstraints,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from gradient_blueprints.canonical import canonical_bytes, digest_of
+from gradient_blueprints.canonical import MAX_SAFE_INTEGER, canonical_bytes, digest_of
+from gradient_blueprints.csv_tables import document_of, places_in_table, table_of
+from gradient_blueprints.errors import InvalidDocument
 
 SCHEMA_VERSION = 1
 BLUEPRINT_FILE = "gradient_blueprint.json"
 MAX_LAYERS = 20_000
-MAX_SAFE_INTEGER = 2**53 - 1  # beyond it JSON numbers are not exact (RFC 8785 refuses them)
 PROFILE_TASK = "worker.profile_checkpoint"
 """Name of the Celery task that announces a job; its only argument is the job's id."""
 PROFILE_QUEUE = "profile"
@@ -355,9 +357,12 @@ class Blueprint(Wire):
 
     @classmethod
     def from_csv(cls, text: str) -> Blueprint:
-        from gradient_blueprints.csv_tables import blueprint_from_csv
-
-        return blueprint_from_csv(text)
+        """Parse a table; InvalidDocument or MalformedRequest point to the row and column of what is wrong."""
+        document = document_of(text)
+        try:
+            return cls.from_dict(document)
+        except ValidationError as invalid:
+            raise InvalidDocument("The table is not a valid blueprint.", errors=places_in_table(invalid)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; what was not given is absent."""
@@ -372,9 +377,7 @@ class Blueprint(Wire):
 
     def to_csv(self) -> str:
         """The same table, a row a layer; `from_csv` gives back an equal document."""
-        from gradient_blueprints.csv_tables import blueprint_to_csv
-
-        return blueprint_to_csv(self)
+        return table_of(self.to_dict())
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `gradient_blueprint.json` beside a model; returns its path."""
