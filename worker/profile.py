@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gradient_blueprints.models import Attachment, Blueprint, NewJob, Progress, Provenance
 from gradient_blueprints.training.profiling import GradientProfiler
 from worker.child import FAILED, FINISHED, PROGRESS, Specification
-from worker.sources import CheckpointFiles, SourceRefused, file_digest, resolve_checkpoint, resolve_file
+from worker.sources import SourceRefused, file_digest, resolve_checkpoint, resolve_file
 from worker.texts import PackedText, pack
 
 FACTORS_FILE = "factors.safetensors"
@@ -48,10 +48,10 @@ def main() -> int:
     except SourceRefused as refused:
         say(FAILED, str(refused))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        say(FAILED, f"out of memory: {_first_line(error)}; try a smaller batch_size or sequence_length")
+        say(FAILED, f"out of memory: {_one_line(error)}; try a smaller batch_size or sequence_length")
     except Exception as error:
         logging.exception("the job failed")
-        say(FAILED, f"{type(error).__name__}: {_first_line(error)}")
+        say(FAILED, f"{type(error).__name__}: {_one_line(error)}")
     else:
         say(FINISHED, blueprint.to_dict())
     return 0
@@ -73,8 +73,8 @@ def _end_with_parent(folder: Path) -> None:
     os._exit(1)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:500]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or "no message"
 
 
 # --- the work
@@ -95,12 +95,13 @@ def profile(specification: Specification, report: Report) -> Blueprint:
     checkpoint.link_into(view)
 
     report(Progress(phase="reading text"))
-    tokenizer = _load_tokenizer(view)
+    config = _load_config(view)
+    tokenizer = _load_tokenizer(view, config)
     packed = {domain: _pack(job, domain, path, tokenizer) for domain, path in texts.items()}
 
     report(Progress(phase="loading the model"))
     device = choose_device(specification.device)
-    model = _load_model(view, checkpoint, device, specification.max_model_bytes)
+    model = _load_model(view, config, device, specification.max_model_bytes)
     _check_fit(model, job, packed)
 
     torch.manual_seed(job.options.seed)
@@ -134,21 +135,27 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-def _load_tokenizer(view: Path) -> Any:
+def _load_config(view: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(view, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(view, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise SourceRefused(f"config.json describes no causal language model: {_one_line(error)}") from error
 
 
-def _load_model(view: Path, checkpoint: CheckpointFiles, device: torch.device, max_model_bytes: int) -> Any:
+def _load_tokenizer(view: Path, config: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(view, config=config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def _load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int) -> Any:
     """In the stored dtype, but in float32 on a CPU, where half precision is slow and its sums are coarse."""
     try:
-        config = AutoConfig.from_pretrained(view, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             planned = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise SourceRefused(f"config.json describes no causal language model: {_first_line(error)}") from error
+        raise SourceRefused(f"config.json describes no causal language model: {_one_line(error)}") from error
     size = sum(parameter.numel() for parameter in planned.parameters()) * 4
     if size > max_model_bytes:
         raise SourceRefused(
@@ -157,6 +164,7 @@ def _load_model(view: Path, checkpoint: CheckpointFiles, device: torch.device, m
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             view,
+            config=config,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -166,7 +174,7 @@ def _load_model(view: Path, checkpoint: CheckpointFiles, device: torch.device, m
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise SourceRefused(f"the weights cannot be loaded: {_first_line(error)}") from error
+        raise SourceRefused(f"the weights cannot be loaded: {_one_line(error)}") from error
     # What is missing would be filled with random numbers, and their gradients published as the model's.
     if missing := sorted(loading["missing_keys"]):
         raise SourceRefused(

@@ -56,7 +56,8 @@ def pack(
             f"{path.name!r} gives {len(tokens):,} tokens, and one batch of {batch_size} sequences of {sequence_length} "
             f"needs {batch_size * sequence_length:,}: give more text, or a smaller batch_size or sequence_length"
         )
-    sequences = [tokens[start * sequence_length :][:sequence_length] for start in range(whole)]
+    starts = range(0, whole * sequence_length, sequence_length)
+    sequences = [tokens[start : start + sequence_length] for start in starts]
     return PackedText(sequences, used, file_digest(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -47,7 +48,13 @@ def test_a_submit_repeated_under_its_idempotency_key_makes_one_job(lab: Client) 
 
 
 def test_a_refused_submit_leaves_nothing_behind(publisher: httpx2.Client, sql: Sql) -> None:
-    for change in ({"training_checkpoint": 1.5}, {"data": {}}, {"options": {"batches": 0}}, {"source": "a\0b"}):
+    changes: tuple[dict[str, Any], ...] = (
+        {"training_checkpoint": 1.5},
+        {"data": {}},
+        {"options": {"batches": 0}},
+        {"source": "a\0b"},
+    )
+    for change in changes:
         answer = publisher.post("/v1/jobs", json=NEW_JOB | change)
         assert answer.status_code == 422, change
         assert answer.json()["errors"], change
@@ -92,9 +99,10 @@ def test_each_route_needs_a_key_of_its_scope(
 def test_another_lab_neither_sees_nor_cancels_a_job(make_client: Callable[..., Client], lab: Client) -> None:
     job = submit(lab)
     stranger = make_client("lab-b", Scope.PROFILE, Scope.READ, Scope.PUBLISH)
-    for look in (lambda: stranger.get_job(job.id), lambda: stranger.cancel_job(job.id)):
-        with pytest.raises(JobNotFound):
-            look()
+    with pytest.raises(JobNotFound):
+        stranger.get_job(job.id)
+    with pytest.raises(JobNotFound):
+        stranger.cancel_job(job.id)
     with pytest.raises(JobNotFound):
         list(stranger.watch_job(job.id))
     assert list(stranger.list_jobs()) == []

@@ -23,7 +23,7 @@ def make_texts(folder: Path) -> None:
 
 def make_checkpoint(folder: Path, text: Path, *, seed: int = 0) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment] # settable, says the library
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(text.read_text().splitlines()[:2_000], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")

@@ -161,7 +161,7 @@ def submit(lab: Client, roots: Path) -> Callable[..., Job]:
     return run
 
 
-LONG = {"batches": 20_000}  # a job that a test ends before it ends itself
+LONG = {"batches": 3_000}  # a job that a test ends before it ends itself
 
 
 def wait_until(condition: Callable[[], Any], *, seconds: float = 40.0, what: str = "") -> Any:

@@ -47,8 +47,10 @@ def test_a_refused_source_fails_its_job_and_the_next_one_is_profiled_and_publish
     assert provenance.data is not None
     assert provenance.data["code"]["digest"] == file_digest(roots / "code.jsonl")  # type: ignore[index, call-overload]
     assert str(roots) not in blueprint.to_json()
-    assert (provenance.batches, provenance.tokens, provenance.dtype) == (4, 4 * 2 * 15, "float32")  # a sequence of 16 predicts 15
-    assert (provenance.notes, provenance.device) == ("weights of a test", "cpu")
+    assert (provenance.batches, provenance.dtype) == (4, "float32")
+    assert provenance.tokens == 4 * 2 * 15  # a sequence of 16 tokens predicts 15
+    assert provenance.notes == "weights of a test"
+    assert (provenance.device or "").startswith("cpu")
     factors = lab.fetch_factors(blueprint)
     assert factors is not None
     assert list((tmp_path / "processes").glob("blueprint-job-*")) == []
@@ -59,7 +61,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another_once_within_two_leases(
 ) -> None:
     processes.relay()
     first = processes.worker()
-    job = submit(batches=400)
+    job = submit(batches=150)
     wait_until(lambda: is_profiling(lab, job), what="the first worker profiles")
     (orphan,) = profiling_processes(first)
     processes.worker()
@@ -94,17 +96,16 @@ def test_a_job_submitted_while_the_broker_is_down_runs_when_it_is_back(
     assert lab.wait_for_job(job.id, 60).state is JobState.SUCCEEDED
 
 
-def test_jobs_whose_messages_the_broker_lost_run_all_the_same(
+def test_a_job_whose_message_the_broker_lost_runs_all_the_same(
     lab: Client, submit: Submit, processes: Processes, broker: Broker
 ) -> None:
     processes.relay()
-    submitted = [submit(f"tiny-{number}") for number in range(2)]
+    job = submit()
     with broker.client() as client:
-        wait_until(lambda: client.llen(PROFILE_QUEUE) == 2, what="both jobs are announced")
+        wait_until(lambda: client.llen(PROFILE_QUEUE) == 1, what="the job is announced")
         client.flushall()
         processes.worker()
-        for job in submitted:
-            assert lab.wait_for_job(job.id, 60).state is JobState.SUCCEEDED
+        assert lab.wait_for_job(job.id, 60).state is JobState.SUCCEEDED
 
 
 def test_a_job_that_kills_its_worker_every_time_crashes_and_the_next_one_runs(
@@ -223,6 +224,6 @@ def test_relays_beside_each_other_announce_each_job_once(
         assert [relay.wait(10) for relay in relays] == [0, 0]
         messages = client.lrange(PROFILE_QUEUE, 0, -1)
     assert len(messages) == 40
-        bodies = [json.loads(base64.b64decode(json.loads(message)["body"])) for message in messages]
+    bodies = [json.loads(base64.b64decode(json.loads(message)["body"])) for message in messages]
     assert {body[0][0] for body in bodies} == submitted
     assert all(len(body[0]) == 1 and body[1] == {} for body in bodies)

@@ -1,0 +1,166 @@
+"""The work itself, called in this process: what is published of a checkpoint, and which models are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gradient_blueprints import Blueprint
+from gradient_blueprints.models import NewJob, Progress
+from worker.child import Specification
+from worker.profile import profile
+from worker.sources import SINGLE_FILE, SourceRefused
+
+Run = Callable[..., Blueprint]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, roots: Path) -> Path:
+    return Path(shutil.copytree(roots / "tiny", tmp_path / "tiny"))
+
+
+@pytest.fixture
+def run(checkpoint: Path, roots: Path, tmp_path: Path) -> Run:
+    numbers = iter(range(100))
+
+    def start(reports: list[Progress] | None = None, max_model_bytes: int = 1 << 30, **options: Any) -> Blueprint:
+        folder = tmp_path / f"job-{next(numbers)}"
+        folder.mkdir()
+        quick = {"batches": 2, "batch_size": 2, "sequence_length": 16}
+        specification = Specification(
+            job=NewJob.model_validate(
+                {
+                    "model_id": "tiny",
+                    "training_checkpoint": 0.8,
+                    "source": str(checkpoint),
+                    "data": {"general": {"source": str(roots / "general.txt")}},
+                    "options": quick | options,
+                }
+            ),
+            folder=folder,
+            allowed_roots=(tmp_path, roots),
+            device="cpu",
+            max_model_bytes=max_model_bytes,
+            max_text_bytes=1 << 30,
+        )
+        return profile(specification, (reports if reports is not None else []).append)
+
+    return start
+
+
+def edit(checkpoint: Path, name: str, **members: Any) -> None:
+    path = checkpoint / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | members))
+
+
+def edit_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(checkpoint / SINGLE_FILE)
+    change(weights)
+    save_file(weights, checkpoint / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def test_the_same_job_gives_the_same_numbers_and_another_seed_other_ones(run: Run) -> None:
+    def norms(blueprint: Blueprint) -> list[float]:
+        return [layer.gradient_norm for layer in blueprint.layers]
+
+    first, again, other = run(seed=1), run(seed=1), run(seed=2)
+    assert norms(first) == norms(again)
+    assert norms(first) != norms(other)
+    assert first.attachments == again.attachments
+
+
+def test_the_norms_are_those_of_plain_autograd(run: Run, checkpoint: Path, roots: Path) -> None:
+    """Against the obvious loop: the packed batches, one backward each, the norm of a matrix's gradient."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from worker.texts import pack
+
+    found = run(granularity="tensor").layer("model.layers.0.mlp.up_proj.weight").gradient_norm
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    text = pack(
+        roots / "general.txt",
+        field="text",
+        encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        separator=tokenizer.eos_token_id,
+        sequence_length=16,
+        batch_size=2,
+        batches=2,
+        seed=0,
+    )
+    norms = []
+    for start in (0, 2):
+        model.zero_grad()
+        ids = torch.tensor(text.sequences[start : start + 2])
+        model(input_ids=ids, labels=ids).loss.backward()
+        norms.append(float(model.model.layers[0].mlp.up_proj.weight.grad.norm()))
+    assert found == pytest.approx(sum(norms) / 2, rel=1e-4)
+
+
+def test_progress_counts_the_batches(run: Run) -> None:
+    reports: list[Progress] = []
+    run(reports)
+    phases = list(dict.fromkeys(report.phase for report in reports))
+    assert phases == ["checking sources", "reading text", "loading the model", "profiling", "fitting"]
+    assert [report.done for report in reports if report.phase == "profiling"] == [0, 1]
+    assert {report.total for report in reports if report.phase == "profiling"} == {2}
+
+
+def without_tensor(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.pop("model.norm.weight"))  # type: ignore[arg-type]
+
+
+def other_shape(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
+
+
+def not_finite(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights["model.norm.weight"].fill_(float("nan")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "reason"),
+    [
+        (without_tensor, {}, "the weights lack 1 tensors that config.json asks for, such as 'model.norm.weight'"),
+        (other_shape, {}, "shapes that config.json asks for|cannot be loaded"),
+        (not_finite, {}, "non-finite|finite"),
+        (lambda folder: edit(folder, "config.json", model_type="never-heard-of"), {}, "no causal language model"),
+        (lambda folder: edit(folder, "config.json", model_type="t5"), {}, "no causal language model"),
+        (lambda folder: edit(folder, "config.json", hidden_size=-5), {}, "no causal language model"),
+        (lambda folder: edit(folder, "config.json", vocab_size=10**9), {}, "takes 64,0.* bytes in float32"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), {}, "tokenizer cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), {}, "tokenizer cannot be loaded"),
+        (lambda folder: None, {"sequence_length": 65}, "at most 64 tokens"),
+        (lambda folder: None, {"sequence_length": 60_000, "batch_size": 4_096}, "domain 'general': .* give more text"),
+    ],
+)
+def test_a_model_that_cannot_be_profiled_is_refused_with_its_reason(
+    damage: Callable[[Path], None], options: dict[str, Any], reason: str, checkpoint: Path, run: Run
+) -> None:
+    damage(checkpoint)
+    with pytest.raises(Exception, match=reason) as refused:
+        run(**options)
+    assert isinstance(refused.value, SourceRefused) or "finite" in reason
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, run: Run) -> None:
+    edit(checkpoint, "config.json", vocab_size=20)
+
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:20].clone()
+
+    edit_weights(checkpoint, cut)
+    with pytest.raises(SourceRefused, match="do not belong together"):
+        run()
+
+
+def test_the_model_limit_counts_what_the_configuration_asks_for(run: Run) -> None:
+    with pytest.raises(SourceRefused, match="at most 10,000"):
+        run(max_model_bytes=10_000)
