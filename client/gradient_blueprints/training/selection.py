@@ -231,7 +231,7 @@ def select(
        `unit="coordinate"`: every layer gets the budget's fraction, more where its k_star (blended too) is larger,
        within `K_STAR_RANGE`; a layer with G' = 0 gets none.
     3. Within each tensor the coordinates with the largest score: |mean local gradient| from `gradients`
-       (see `mean_gradients`), or row × column from `factors`, or both as shares blended by `trust`. A tensor for
+       (see `mean_gradients`), or √(row × column) from `factors`, or both as shares blended by `trust`. A tensor for
        which neither is known gets random coordinates, the same ones each time for one `seed`: a rival hard to beat,
        and safer than statistics of a wrong domain, which choose worse than chance.
 
@@ -528,11 +528,16 @@ def _rank_coordinates(
 
 
 def _factor_scores(factor: Mapping[str, torch.Tensor]) -> Scores:
-    """Score of coordinate (i, j) = row_i · column_j; a vector has its row factor alone."""
+    """RMS gradient that the factors of the second moment stand for: sqrt(row_i · column_j / mean(row)).
+
+    A vector has its second moment as row alone; a stack of matrices (experts) has factors for each.
+    """
     row = factor["row"].detach().float()
     if "column" in factor:
-        row = torch.outer(row, factor["column"].detach().float())
-    return row.abs().flatten().cpu().numpy()
+        column = factor["column"].detach().float()
+        mean = row.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        row = (row / mean)[..., :, None] * column[..., None, :]
+    return row.abs().sqrt().flatten().cpu().numpy()
 
 
 def _blend_scores(published: Scores | None, local: Scores | None, trust: float, name: str) -> Scores:
