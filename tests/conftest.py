@@ -147,7 +147,7 @@ class Server:
     def key(self, lab: str, *scopes: Scope) -> str:
         """A new key of that lab, which is created if need be."""
         authorization = {"Authorization": f"Bearer {self.admin_key}"}
-        with httpx2.Client(base_url=self.url, headers=authorization) as admin:
+        with httpx2.Client(base_url=self.url, headers=authorization, timeout=60) as admin:
             admin.post("/v1/labs", json={"name": lab})  # 409 when it is there already
             wanted = scopes or (Scope.READ, Scope.PUBLISH, Scope.PROFILE)
             answer = admin.post("/v1/keys", json={"lab": lab, "scopes": wanted}).raise_for_status()

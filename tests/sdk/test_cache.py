@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from gradient_blueprints.cache import Cache, Question, Remembered
 from gradient_blueprints.canonical import digest_of
 from tests.conftest import Server
 from tests.documents import blueprint_document
+from tests.sdk.cache_processes import contents, hammer, store_for_ever
 from tests.sdk.conftest import Connect
 from tests.sdk.faulty_network import FaultyNetwork, answer
 
@@ -48,10 +48,6 @@ def served(document: dict[str, Any], version: int = 1, **headers: str) -> bytes:
         "ETag": f'"{digest}"',
     }
     return answer(200, body, Content_Type="application/json", **(told | headers))
-
-
-def contents(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "contents").rglob("*") if path.is_file())
 
 
 # --- what opens a socket
@@ -337,37 +333,18 @@ async def test_errors_of_a_fetch_are_the_registrys(connect: Connect, lab_a: Any,
 # --- sharing
 
 
-def _hammer(url: str, folder: str, count: int) -> list[str]:
-    with Client(url, cache=folder) as client:
-        found = []
-        for index in range(count):
-            for path in contents(Path(folder))[: index % 3]:  # another process damages what this one reads
-                path.chmod(0o644)
-                path.write_bytes(b"damaged")
-            found.append(client.fetch_blueprint("tiny", 0.8).digest)
-            found.append(client.fetch_blueprint("tiny", 0.8, version=1).digest)
-        return found
-
-
 def test_many_processes_share_a_cache_even_while_it_is_being_damaged(server: Server, tmp_path: Path) -> None:
     with Client(server.url, api_key=server.key("lab-a"), cache=False) as client:
         digest = client.publish_blueprint(blueprint_document(layers=500)).digest
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(4, mp_context=spawn) as pool:
-        runs = [pool.submit(_hammer, server.url, str(tmp_path / "shared"), 12) for _ in range(4)]
+    with ProcessPoolExecutor(3, mp_context=spawn) as pool:
+        runs = [pool.submit(hammer, server.url, str(tmp_path / "shared"), 12) for _ in range(3)]
         assert {found for run in runs for found in run.result(timeout=120)} == {digest}
     assert list((tmp_path / "shared" / "unfinished").iterdir()) == []
 
 
-def _store_for_ever(folder: str) -> None:
-    cache = Cache(Path(folder))
-    for number in itertools.count():
-        content = bytes([number % 256]) * 200_000
-        cache.store(digest_of(content), content)
-
-
 def test_a_process_killed_while_it_stores_leaves_only_whole_entries(tmp_path: Path) -> None:
-    writer = multiprocessing.get_context("spawn").Process(target=_store_for_ever, args=(str(tmp_path),))
+    writer = multiprocessing.get_context("spawn").Process(target=store_for_ever, args=(str(tmp_path),))
     writer.start()
     try:
         deadline = time.monotonic() + 60
