@@ -121,10 +121,12 @@ def _initialise(folder: Path, account: Account | None, programs: Path, *, durabl
         + ["--auth-host=scram-sha-256", "--auth-local=reject", "--encoding=UTF8", "--data-checksums"]
         + ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions"]
         + ([] if durable else ["--no-sync"]),
+        folder,
         account,
     )
     _run(
         [str(programs / "postgres"), "--single", "-D", str(unfinished), "-c", "exit_on_error=on", "postgres"],
+        folder,
         account,
         statements=f"CREATE DATABASE {NAME}\n",
     )
@@ -132,13 +134,13 @@ def _initialise(folder: Path, account: Account | None, programs: Path, *, durabl
     return password
 
 
-def _run(command: list[str], account: Account | None, statements: str = "") -> None:
+def _run(command: list[str], folder: Path, account: Account | None, statements: str = "") -> None:
     result = subprocess.run(
         command,
         input=statements,
         capture_output=True,
         text=True,
-        cwd="/",  # the account may not be allowed into our working directory
+        cwd=folder,  # by which they are found again; also, the account may not be allowed into ours
         env=server_environment(),
         user=account.uid if account else None,
         group=account.gid if account else None,
@@ -170,7 +172,7 @@ def _launch(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            cwd="/",
+            cwd=data,
             env=server_environment(),
             user=account.uid if account else None,
             group=account.gid if account else None,

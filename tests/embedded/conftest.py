@@ -26,7 +26,8 @@ def private_folder() -> Iterator[Path]:
     """A folder of mode 0700, as mkdtemp makes it. Not tmp_path, whose parents every pytest that starts closes again."""
     folder = Path(tempfile.mkdtemp(prefix="embedded-"))
     yield folder
-    end_left_behind(folder, grace=5)
+    for place in (folder, *folder.iterdir()):
+        end_left_behind(place, grace=5)
     shutil.rmtree(folder)
 
 
@@ -68,7 +69,8 @@ class Up:
         return self
 
     def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        children: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return children
 
     def get(self, path: str, key: str | None = None) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {key or self.admin_key}"}

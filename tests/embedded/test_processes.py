@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from app.embedded import valkey
 from app.embedded.processes import MARK, end_left_behind, left_behind
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
@@ -45,6 +46,18 @@ def test_those_of_another_directory_are_left_alone(tmp_path: Path, sleepers: lis
     sleepers += [sleeper(tmp_path), sleeper(tmp_path / "other")]
     assert end_left_behind(tmp_path) == 1
     assert sleepers[1].poll() is None
+
+
+def test_a_directory_within_a_directory_is_another(private_folder: Path) -> None:
+    inner = private_folder / "inner"
+    inner.mkdir()
+    server = valkey.start(inner / "valkey", durable=False)
+    try:
+        assert left_behind(private_folder) == []
+        assert [process.pid for process in left_behind(inner)] == [server.process.pid]
+        assert [process.pid for process in left_behind(inner / "valkey")] == [server.process.pid]
+    finally:
+        valkey.stop(server)
 
 
 def test_one_that_ignores_the_request_is_killed(tmp_path: Path, sleepers: list[subprocess.Popen[bytes]]) -> None:
