@@ -21,7 +21,7 @@ from app.api.dependencies import (
     Session,
 )
 from app.api.problems import documented
-from app.api.representations import CSV, JSON, DocumentCache, Representation
+from app.api.representations import CSV, JSON, Cached, DocumentCache, Representation
 from app.registry import aliases, blueprints, documents
 from app.registry.blueprints import Found
 from app.registry.documents import Document
@@ -128,17 +128,30 @@ async def _respond(
 ) -> Response:
     cache: DocumentCache = request.app.state.documents
     representation = representations.negotiate(request, found.size)
-    header = representations.headers(found, representation, cache_control=cache_control, nearest=nearest)
+    entry = cache.get(found.digest, representation)
+    if entry is None:
+        entry = await _represent(cache, session, found, representation)
+    header = representations.headers(
+        found, representation, entry.warnings, cache_control=cache_control, nearest=nearest
+    )
     if representations.is_unchanged(request, found, representation):
         header.pop("Content-Encoding", None)
         return Response(status_code=304, headers=header)
-    body = cache.get(found.digest, representation)
-    if body is None:
-        plain = Representation(JSON, "identity")
-        stored = cache.get(found.digest, plain)
-        if stored is None:
-            stored = await blueprints.read_body(session, found.document_id)
-            cache.put(found.digest, plain, stored)
-        body = await anyio.to_thread.run_sync(representations.encode, stored, representation)
-        cache.put(found.digest, representation, body)
-    return representations.respond(body, representation, header)
+    return representations.respond(entry.body, representation, header)
+
+
+async def _represent(
+    cache: DocumentCache, session: AsyncSession, found: Found, representation: Representation
+) -> Cached:
+    plain = Representation(JSON, "identity")
+    stored = cache.get(found.digest, plain)
+    if stored is None:
+        document = await blueprints.read_stored(session, found.document_id)
+        stored = Cached(document.body, document.warnings)
+        cache.put(found.digest, plain, stored)
+    if representation == plain:
+        return stored
+    body = await anyio.to_thread.run_sync(representations.encode, stored.body, representation)
+    entry = Cached(body, stored.warnings)
+    cache.put(found.digest, representation, entry)
+    return entry

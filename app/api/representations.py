@@ -36,28 +36,36 @@ class Representation:
         return "".join([*parts, f";{self.encoding}" if self.encoding != "identity" else ""])
 
 
+@dataclass(frozen=True)
+class Cached:
+    """The bytes of one representation, and the document's own warnings, which travel with each of them."""
+
+    body: bytes
+    warnings: tuple[dict[str, str], ...]
+
+
 class DocumentCache:
     """The most recently used bodies by digest and representation, bounded in bytes; compressed forms are made once."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._held = 0
-        self._bodies: OrderedDict[tuple[bytes, Representation], bytes] = OrderedDict()
+        self._entries: OrderedDict[tuple[bytes, Representation], Cached] = OrderedDict()
 
-    def get(self, digest: bytes, representation: Representation) -> bytes | None:
-        body = self._bodies.get((digest, representation))
-        if body is not None:
-            self._bodies.move_to_end((digest, representation))
-        return body
+    def get(self, digest: bytes, representation: Representation) -> Cached | None:
+        entry = self._entries.get((digest, representation))
+        if entry is not None:
+            self._entries.move_to_end((digest, representation))
+        return entry
 
-    def put(self, digest: bytes, representation: Representation, body: bytes) -> None:
-        if len(body) > self._max_bytes or (digest, representation) in self._bodies:
+    def put(self, digest: bytes, representation: Representation, entry: Cached) -> None:
+        if len(entry.body) > self._max_bytes or (digest, representation) in self._entries:
             return
-        self._bodies[digest, representation] = body
-        self._held += len(body)
+        self._entries[digest, representation] = entry
+        self._held += len(entry.body)
         while self._held > self._max_bytes:
-            _, dropped = self._bodies.popitem(last=False)
-            self._held -= len(dropped)
+            _, dropped = self._entries.popitem(last=False)
+            self._held -= len(dropped.body)
 
 
 def negotiate(request: Request, size: int) -> Representation:
@@ -107,7 +115,7 @@ def is_unchanged(request: Request, found: Found, representation: Representation)
 
 
 def encode(body: bytes, representation: Representation) -> bytes:
-    """Render and compress the canonical bytes; a second of CPU at most, for the largest document."""
+    """Render and compress the canonical bytes."""
     if representation.media_type == CSV:
         body = Blueprint.from_json(body).to_csv().encode()
     match representation.encoding:
@@ -119,7 +127,14 @@ def encode(body: bytes, representation: Representation) -> bytes:
             return body
 
 
-def headers(found: Found, representation: Representation, *, cache_control: str, nearest: bool) -> dict[str, str]:
+def headers(
+    found: Found,
+    representation: Representation,
+    warnings: Sequence[dict[str, str]],
+    *,
+    cache_control: str,
+    nearest: bool,
+) -> dict[str, str]:
     answer = {
         "ETag": f'"{found.digest_text}{representation.tag_suffix}"',
         "Vary": "Accept, Accept-Encoding",
@@ -131,9 +146,12 @@ def headers(found: Found, representation: Representation, *, cache_control: str,
     }
     if representation.encoding != "identity":
         answer["Content-Encoding"] = representation.encoding
-    if found.warnings:
-        shown = [warning.model_dump() for warning in found.warnings[:_MOST_HEADER_WARNINGS]]
-        answer["Blueprint-Warning"] = json.dumps(shown, ensure_ascii=True, separators=(",", ":"))
+    if found.yanked is not None:
+        yanked = {"code": "yanked", "pointer": "", "detail": f"this version was yanked: {found.yanked}"}
+        warnings = [yanked, *warnings]
+    if warnings:
+        shown = json.dumps(warnings[:_MOST_HEADER_WARNINGS], ensure_ascii=True, separators=(",", ":"))
+        answer["Blueprint-Warning"] = shown
     if nearest:
         answer["Blueprint-Distance"] = format(found.distance.normalize(), "f")
     return answer

@@ -18,7 +18,7 @@ from app.registry.callers import Caller
 from app.registry.documents import Document
 from gradient_blueprints import models
 from gradient_blueprints.errors import BlueprintNotFound, CheckpointNotFound, MissingBlob, ModelNotFound
-from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkpoint
+from gradient_blueprints.models import format_checkpoint, parse_checkpoint
 
 ANY_LAB = "*"
 _LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
@@ -26,7 +26,7 @@ _LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
 
 @dataclass(frozen=True)
 class Found:
-    """What a fetch resolves to: the stored document and what the registry says of it."""
+    """What a fetch resolves to: which document, and what the registry says of this publication of it."""
 
     document_id: int
     digest: bytes
@@ -35,7 +35,7 @@ class Found:
     lab: str
     model_id: str
     checkpoint: Decimal
-    warnings: tuple[Warning_, ...]
+    yanked: str | None  # the reason
     distance: Decimal = Decimal(0)
 
     @property
@@ -227,7 +227,6 @@ _FOUND = (
         tables.Lab.name.label("lab"),
         tables.Model.name.label("model_id"),
         tables.Checkpoint.fraction,
-        tables.Document.warnings,
         tables.Yank.reason.label("yanked"),
     )
     .select_from(tables.Version)
@@ -240,9 +239,6 @@ _FOUND = (
 
 
 def _found(row: Any, distance: Decimal = Decimal(0)) -> Found:
-    warnings = tuple(Warning_.model_validate(warning) for warning in row.warnings)
-    if row.yanked is not None:
-        warnings = (Warning_(code="yanked", pointer="", detail=f"this version was yanked: {row.yanked}"), *warnings)
     return Found(
         document_id=row.document_id,
         digest=row.digest,
@@ -251,7 +247,7 @@ def _found(row: Any, distance: Decimal = Decimal(0)) -> Found:
         lab=row.lab,
         model_id=row.model_id,
         checkpoint=row.fraction,
-        warnings=warnings,
+        yanked=row.yanked,
         distance=distance,
     )
 
@@ -358,10 +354,18 @@ async def resolve_digest(session: AsyncSession, digest: str) -> Found:
     return _found(row)
 
 
-async def read_body(session: AsyncSession, document_id: int) -> bytes:
-    body = await session.scalar(select(tables.Document.body).where(tables.Document.id == document_id))
-    assert body is not None, "a version's document is never deleted"
-    return body
+@dataclass(frozen=True)
+class Stored:
+    """What never changes of a document: its canonical bytes and the warnings it was stored with."""
+
+    body: bytes
+    warnings: tuple[dict[str, str], ...]
+
+
+async def read_stored(session: AsyncSession, document_id: int) -> Stored:
+    query = select(tables.Document.body, tables.Document.warnings).where(tables.Document.id == document_id)
+    body, warnings = (await session.execute(query)).one()
+    return Stored(body, tuple(warnings))
 
 
 @dataclass(frozen=True)
