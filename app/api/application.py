@@ -16,7 +16,6 @@ from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
 from gradient_blueprints.models import Blueprint, Scope
 
-
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     blueprints.router,

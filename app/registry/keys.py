@@ -45,7 +45,7 @@ def is_well_formed(secret: str) -> bool:
 
 
 def hash_secret(secret: str, pepper: SecretStr) -> bytes:
-    """HMAC-SHA256. A slow password hash would cost every request and protect nothing: 256 random bits cannot be guessed."""
+    """HMAC-SHA256. A slow password hash would protect nothing: 256 random bits cannot be guessed."""
     return hmac.digest(pepper.get_secret_value().encode(), secret.encode(), "sha256")
 
 

@@ -25,7 +25,7 @@ def canonical_bytes(document: Any) -> bytes:
 
 
 def _with_doubles(value: Any) -> Any:
-    """Integers beyond ±(2^53 − 1) as the float64 that they are read as by JSON's own rules (RFC 8785 section 3.2.2.3)."""
+    """Integers beyond ±(2^53 − 1) as the float64 that they stand for (RFC 8785 section 3.2.2.3)."""
     if isinstance(value, dict):
         return {name: _with_doubles(member) for name, member in value.items()}
     if isinstance(value, list | tuple):
