@@ -29,7 +29,6 @@ class Settings(BaseSettings):
     worker_key: SecretStr | None = Field(None, description="bootstrap key with the scope work, for workers")
     operator_lab: str = Field("operator", description="lab of the bootstrap keys")
     store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
-    public_url: str | None = Field(None, description="URL under which clients reach the registry")
 
     public_reads: bool = Field(True, description="whether reading needs no key")
     max_document_bytes: int = Field(16 * MEBIBYTE, gt=0, description="largest blueprint body")
