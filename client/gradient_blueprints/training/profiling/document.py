@@ -226,7 +226,9 @@ def alpha_interval(domain: DomainState, layer: int, seed: int) -> tuple[float, f
     resampled = np.zeros((len(weights), high - low + 1))
     resampled[:, 1:] = weights @ table[:, low:]
     resampled[:, 0] = weights @ table[:, :low].sum(1)
-    alphas = hill_of_counts(resampled, START, EDGES[low - 1 : high + 1] if low else EDGES[: high + 1])
+    if low == 0:  # bin 0, of zeros and what underflows, is itself the lowest
+        resampled = resampled[:, 1:]
+    alphas = hill_of_counts(resampled, START, EDGES[max(low - 1, 0) : high + 1])
     alphas = alphas[np.isfinite(alphas)]
     return _pair(np.percentile(alphas, _CI)) if len(alphas) else None
 
