@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import administration, aliases, blobs, blueprints, catalog, health, jobs, problems
+from app.api import administration, aggregation, aliases, blobs, blueprints, catalog, health, jobs, problems
 from app.api.gate import Gate
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
@@ -22,6 +22,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     aliases.router,
     blobs.router,
     jobs.router,
+    aggregation.router,
     administration.router,
     catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
 )

@@ -71,15 +71,15 @@ class DocumentCache:
 def negotiate(request: Request, size: int) -> Representation:
     """The representation that suits Accept and Accept-Encoding; NotAcceptable when there is none."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
-    media_type = _preferred(accept, (JSON, CSV))
+    media_type = preferred(accept, (JSON, CSV))
     if media_type is None:
         raise NotAcceptable(f"A blueprint can be had as {JSON} or {CSV}, not as {accept!r}.")
     encodings = ",".join(request.headers.getlist("accept-encoding"))
-    encoding = _preferred(encodings, _ENCODINGS) if size >= _SMALLEST_COMPRESSED and encodings else None
+    encoding = preferred(encodings, _ENCODINGS) if size >= _SMALLEST_COMPRESSED and encodings else None
     return Representation(media_type, encoding or "identity")
 
 
-def _preferred(header: str, offers: Sequence[str]) -> str | None:
+def preferred(header: str, offers: Sequence[str]) -> str | None:
     """The offer with the highest quality value; of equals the first offered."""
     qualities: dict[str, float] = {}
     for item in header.lower().split(","):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -50,7 +50,7 @@ def table_of(document: Mapping[str, Any]) -> str:
                 for name in DOCUMENT_COLUMNS
                 if name in document
             }
-        rows.append(row | _flatten(layer))
+        rows.append(row | layer_cells(layer))
     used = {column for row in rows for column in row}
     fixed = [*KEY_COLUMNS, *_SCALARS, *(f"{n}.{e}" for n in _INTERVALS for e in ("low", "high")), *_TAIL_FIT]
     columns = [name for name in fixed if name in used or name in LAYER_COLUMNS]
@@ -67,7 +67,14 @@ def table_of(document: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def _flatten(layer: dict[str, Any]) -> dict[str, str]:
+def layer_columns(members: Mapping[str, Sequence[str]]) -> list[str]:
+    """Every column that a layer can have, with these members of domain_tags, domain_norms and retained_mass."""
+    intervals = [f"{name}.{end}" for name in _INTERVALS for end in ("low", "high")]
+    return [*_SCALARS, *intervals, *_TAIL_FIT, *(f"{name}.{member}" for name in members for member in members[name])]
+
+
+def layer_cells(layer: Mapping[str, Any]) -> dict[str, str]:
+    """A layer as the cells of its columns; what it lacks is absent."""
     row: dict[str, str] = {}
     for name, value in layer.items():
         if name in _INTERVALS:

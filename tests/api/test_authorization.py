@@ -32,6 +32,7 @@ READ = {
     "GET /v1/blueprints/{digest}",
     "GET /v1/blobs/{digest}",
     "HEAD /v1/blobs/{digest}",
+    "POST /v1/aggregate",
 }
 NEEDS: dict[str, set[Scope]] = {
     "POST /v1/blueprints": {Scope.PUBLISH},
