@@ -27,8 +27,16 @@ class _Shapes:
         return len(self.inputs) == len(other.inputs) and len(self.outputs) == len(other.outputs)
 
 
-class ExamplesMixed(BlueprintsError):
-    """A module's rows cannot be told apart by example; its examples have to be run one by one."""
+class UncoveredParameter(BlueprintsError):
+    """The gradient of a parameter cannot be told apart by example in one backward pass."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} Use step(batch), which then runs the examples one by one.")
+        self.what = what
+
+
+class ExamplesMixed(UncoveredParameter):
+    """A module's rows cannot be told apart by example."""
 
 
 class _Keep(torch.autograd.Function):

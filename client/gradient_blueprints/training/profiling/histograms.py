@@ -6,6 +6,7 @@ goes through 128 bins an octave first, so that the sum of a bin is right to abou
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ TOP = 4_096
 
 _BINS = 1 << 11  # 8 exponent bits, 3 mantissa bits
 _FINE = 1 << 15
-_BLOCK = 1 << 18  # elements counted at once, small enough for the cache
+_BLOCK = 1 << 16  # elements counted at once, small enough for the cache
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -50,15 +51,15 @@ class MagnitudeHistogram:
         return int(self.counts.sum())
 
     @classmethod
-    def of(cls, *tensors: Tensor, scale: float = 1.0) -> MagnitudeHistogram:
-        """Count finite tensors, multiplied by `scale`."""
+    def of(cls, *tensors: Tensor, scale: float = 1.0, floor: float = 0.0) -> MagnitudeHistogram:
+        """Count finite tensors, multiplied by `scale`; `top` needs nothing smaller than `floor`."""
         fine = np.zeros(_FINE, np.int64)
-        flat = [(tensor.detach().reshape(-1) * scale).to("cpu", torch.float32).contiguous() for tensor in tensors]
-        for tensor in flat:
-            fine += _count(tensor)
+        scaled = _Scaled(tensors, scale)
+        for block in scaled:
+            fine += _count(block)
         sums = (fine * _MIDDLES).reshape(_BINS, -1).sum(1)
         counts = fine.reshape(_BINS, -1).sum(1)
-        return cls(counts, sums, _largest(flat, fine))
+        return cls(counts, sums, _largest(scaled, fine, floor))
 
     def merged(self, other: MagnitudeHistogram) -> MagnitudeHistogram:
         """Both together; associative and commutative up to the rounding of float64 sums."""
@@ -92,28 +93,38 @@ class MagnitudeHistogram:
         return shares_kept
 
 
-def _count(flat: Tensor) -> Counts:
-    """Fine counts of |x| of a contiguous float32 tensor."""
-    counts = torch.zeros(_FINE, dtype=torch.int64)
-    upper = flat.view(torch.int16).view(-1, 2)[:, 1]  # little endian: sign, exponent, 7 bits of mantissa
-    buffer = torch.empty(min(_BLOCK, len(flat)), dtype=torch.int16)
-    for block in torch.split(upper, _BLOCK):
-        bits = torch.bitwise_and(block, 0x7FFF, out=buffer[: len(block)])
-        counts += torch.bincount(bits, minlength=_FINE)
-    return counts.numpy()
+class _Scaled:
+    """Blocks of tensors times a number, each in the same buffer, so that nothing leaves the cache."""
+
+    def __init__(self, tensors: Sequence[Tensor], scale: float) -> None:
+        self._flat = [tensor.detach().reshape(-1) for tensor in tensors if tensor.numel()]
+        self._scale = scale
+
+    def __iter__(self) -> Iterator[Tensor]:
+        buffer = torch.empty(_BLOCK)
+        for flat in self._flat:
+            for block in torch.split(flat, _BLOCK):
+                part = buffer[: len(block)]
+                yield part.copy_(block).mul_(self._scale)
 
 
-def _largest(flat: list[Tensor], fine: Counts) -> NDArray[np.float32]:
+def _count(block: Tensor) -> Counts:
+    """Fine counts of |x| of a contiguous float32 block."""
+    upper = block.view(torch.int16).view(-1, 2)[:, 1]  # little endian: sign, exponent, 7 bits of mantissa
+    counts: Counts = torch.bincount(upper & 0x7FFF, minlength=_FINE).numpy()
+    return counts
+
+
+def _largest(scaled: _Scaled, fine: Counts, floor: float) -> NDArray[np.float32]:
     """The TOP largest, found by the bin above which there are enough."""
     below = np.cumsum(fine[::-1])
     edge = max(0, _FINE - 1 - int(np.searchsorted(below, TOP)))
-    threshold = float(_FINE_EDGES[edge])
+    threshold = max(floor, float(_FINE_EDGES[edge]))
     parts = []
-    for tensor in flat:
-        for block in torch.split(tensor, _BLOCK * 4):
-            magnitudes = block.abs()
-            if float(magnitudes.max()) >= threshold:
-                parts.append(magnitudes[magnitudes >= threshold])
+    for block in scaled:
+        magnitudes = block.abs_()
+        if float(magnitudes.max()) >= threshold:
+            parts.append(magnitudes[magnitudes >= threshold])
     found: NDArray[np.float32] = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
     if len(found) > TOP:
         found = np.partition(found, len(found) - TOP)[-TOP:]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_blueprints.errors import BlueprintsError, ConfigurationError
-from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed
-from gradient_blueprints.training.profiling.contributions import Contribution, squares_of_sum
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed, UncoveredParameter
+from gradient_blueprints.training.profiling.contributions import Contribution, square, squares_of_sum
 from gradient_blueprints.training.profiling.layers import parameter_names
 from gradient_blueprints.training.profiling.losses import (
     Batch,
@@ -25,10 +25,6 @@ from gradient_blueprints.training.profiling.losses import (
 )
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-
-
-class UncoveredParameter(BlueprintsError):
-    """The gradient of a parameter cannot be told apart by example in one backward pass."""
 
 
 @dataclass(slots=True)
@@ -99,7 +95,7 @@ class GradientPass:
                 for start in range(0, examples, step)
             ]
         except ExamplesMixed as mixed:
-            self._run_one_by_one(str(mixed))
+            self._run_one_by_one(mixed.what)
             return self.measure(batch, totals=totals)
         measured = _joined(parts, weights)
         if not self._batch_checked and step > 1:
@@ -147,7 +143,7 @@ class GradientPass:
             with torch.random.fork_rng():
                 self._probe(slice_examples(kwargs, 0, 1))
         if self.one_by_one:
-            raise UncoveredParameter(f"{self.one_by_one} Use step(batch), which then runs the examples one by one.")
+            raise UncoveredParameter(self.one_by_one)
         assert self.reader.shift is not None
         tokens = target_tokens(kwargs["labels"], shift=self.reader.shift)
         # the loss is the mean over all tokens; each example's own mean is what the norms are of
@@ -303,8 +299,10 @@ def _joined(parts: list[Measurement], weights: Tensor | None) -> Measurement:
     for name in list(joined.totals):
         if not name.endswith(_WEIGHTED):
             weighted = joined.totals.pop(name + _WEIGHTED, None)
-            mean = joined.totals[name] / len(joined.losses) if weighted is None else weighted
-            joined.weighted_squares[name] = mean.square().sum()
+            if weighted is None:  # equal tokens: the mean of the examples
+                joined.weighted_squares[name] = square(joined.totals[name]) / len(joined.losses) ** 2
+            else:
+                joined.weighted_squares[name] = square(weighted)
     return joined
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, CostModel, Provenance, Statistic
 from gradient_blueprints.training.profiling.document import DEFAULT_COSTS, DocumentSettings, build_blueprint
-from gradient_blueprints.training.profiling.histograms import MagnitudeHistogram
+from gradient_blueprints.training.profiling.histograms import TOP, MagnitudeHistogram
 from gradient_blueprints.training.profiling.layers import Granularity, Group, group_parameters
 from gradient_blueprints.training.profiling.losses import Batch, LossFunction, with_labels
 from gradient_blueprints.training.profiling.passes import GradientPass, Measurement
@@ -209,7 +209,9 @@ class GradientProfiler:
         second_moment = domain in (self._settings.general, "general") or not self._has_general()
         for index, group in enumerate(self.layers):
             present = [found.totals[name] for name in group.parameters if name in found.totals]
-            histogram = MagnitudeHistogram.of(*present, scale=1 / examples)
+            held_top = state.histograms[index].top
+            floor = float(held_top[-1]) if len(held_top) == TOP else 0.0
+            histogram = MagnitudeHistogram.of(*present, scale=1 / examples, floor=floor)
             histogram.counts[0] += group.size - sum(tensor.numel() for tensor in present)
             state.histograms[index] = state.histograms[index].merged(histogram)
             held = np.flatnonzero(histogram.counts)
@@ -315,22 +317,43 @@ class GradientProfiler:
 
 def _add_moments(state: DomainState, name: str, total: Tensor, examples: int, second_moment: bool) -> None:
     """Add one batch's summed gradient to the sums, the squares and the factors of its parameter."""
-    squared = total.square()
-    matrix = squared.flatten(1) if squared.dim() == 4 else squared  # a filter's places are columns
-    if matrix.dim() >= 2:
-        found = Factors(matrix.sum(-1).double().cpu(), matrix.sum(-2).double().cpu())
-    else:
-        found = Factors(matrix.double().cpu(), None)
+    matrix = total.flatten(1) if total.dim() == 4 else total  # a filter's places are columns
+    squares = state.squares.get(name)
+    if second_moment and squares is None:
+        squares = state.squares[name] = torch.zeros_like(total)
+    found = _factors(matrix, None if squares is None else squares.view_as(matrix))
     state.factors[name] = found if name not in state.factors else state.factors[name].merged(found)
-    if second_moment:
-        if name in state.squares:
-            state.squares[name] += squared
-        else:
-            state.squares[name] = squared
     if name in state.sums:
         state.sums[name] += total
     else:
         state.sums[name] = total
+
+
+def _factors(matrix: Tensor, squares: Tensor | None) -> Factors:
+    """Row and column sums of the squares, which are added to `squares`; by blocks that fit the cache."""
+    if matrix.dim() < 2:
+        squared = matrix.square()
+        if squares is not None:
+            squares += squared
+        return Factors(squared.double().cpu(), None)
+    lead, (rows, columns) = matrix.shape[:-2], matrix.shape[-2:]
+    step = max(1, _BLOCK // columns)
+    row_sums, column_sums = [], []
+    flat = matrix.reshape(-1, rows, columns)
+    for index, one in enumerate(flat):
+        total = torch.zeros(columns, dtype=torch.float64, device=matrix.device)
+        for start in range(0, rows, step):
+            squared = one[start : start + step].square()
+            row_sums.append(squared.sum(1))
+            total += squared.sum(0)
+            if squares is not None:
+                squares.view_as(flat)[index, start : start + step] += squared
+        column_sums.append(total)
+    row = torch.cat(row_sums).double().view(*lead, rows)
+    return Factors(row.cpu(), torch.stack(column_sums).view(*lead, columns).cpu())
+
+
+_BLOCK = 1 << 17  # elements
 
 
 class _RandomState:

@@ -1,0 +1,482 @@
+"""The profiler as a whole: what it leaves behind, what it refuses, what merges, what the document says."""
+
+import copy
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint, LayerKind, Provenance
+from gradient_blueprints.training.profiling import GradientProfiler, merge
+from gradient_blueprints.training.profiling.capture import UncoveredParameter
+from tests.training.profiling.small_models import (
+    Batch,
+    batch,
+    batch_gradients,
+    build,
+    gpt2,
+    llama,
+    looped_gradients,
+    one_example,
+    t5,
+)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+# --- what it leaves behind
+
+
+def test_flags_mode_random_state_and_gradients_are_as_before() -> None:
+    model = gpt2(resid_pdrop=0.5).train()
+    model.get_parameter("transformer.ln_f.weight").requires_grad_(False)
+    wte = model.get_parameter("transformer.wte.weight")
+    wte.grad = torch.ones_like(wte)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with GradientProfiler(model) as profiler:
+        profiler.step(batch())
+        assert torch.equal(torch.rand(3), expected)  # a step does not disturb what the loop draws
+        torch.rand(10)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model.training
+    assert wte.grad is not None
+    assert torch.equal(wte.grad, torch.ones_like(wte))
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "wte" not in name)
+    assert hooks_of(model) == 0
+
+
+def test_an_exception_leaves_no_hook_behind() -> None:
+    model = build("llama")
+    with pytest.raises(ZeroDivisionError), GradientProfiler(model):
+        raise ZeroDivisionError
+    with pytest.raises(IndexError), GradientProfiler(model) as profiler:
+        profiler.step({"input_ids": torch.full((2, 4), 10_000)})
+    assert hooks_of(model) == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- modes of the model
+
+
+def test_a_step_in_train_mode_repeats_itself_and_differs_from_eval_mode() -> None:
+    model = gpt2(resid_pdrop=0.5).train()
+    tables = []
+    for mode in (True, True, False):
+        with GradientProfiler(model.train(mode), seed=3) as profiler:
+            profiler.step(batch())
+        tables.append(profiler.table())
+    assert (tables[0] == tables[1]).all()
+    assert not np.allclose(tables[0], tables[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
+    model = build("llama").to(dtype)
+    values = batch()
+    with GradientProfiler(model, groups="tensor") as profiler:
+        profiler.step(values)
+    looped = looped_gradients(model, values)
+    largest = max(float(gradient.norm()) for gradient in looped[0].values())
+    for index, layer in enumerate(profiler.layers):
+        expected = [float(gradients[layer.id].norm()) for gradients in looped]
+        np.testing.assert_allclose(profiler.table()[index], expected, rtol=0.08, atol=0.01 * largest)
+
+
+def test_float16_gradients_whose_squares_overflow_are_measured() -> None:
+    layer = nn.Linear(2, 2, bias=False).to(torch.float16)
+
+    def large(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return outputs.float().sum((1, 2)) * 1_000
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.layer(inputs)
+            return output
+
+    inputs = torch.ones(3, 4, 2, dtype=torch.float16)
+    with GradientProfiler(Model(), loss=large) as profiler:
+        profiler.step({"inputs": inputs})
+    assert profiler.table()[0] == pytest.approx([8_000] * 3)  # each of 4 entries 4,000
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert"])
+def test_activation_checkpointing_changes_nothing(architecture: str, reentrant: bool) -> None:
+    model = build(architecture).train()
+    tables = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+        with GradientProfiler(model, groups="tensor") as profiler:
+            profiler.step(batch())
+        tables.append(profiler.table())
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_change_nothing() -> None:
+    model = build("llama")
+    tables, norms = [], []
+    for size in (None, 1, 3):
+        with GradientProfiler(model, groups="tensor", micro_batch=size) as profiler:
+            profiler.step(batch(5))
+        tables.append(profiler.table())
+        norms.append(profiler.domain().records[0].norms)
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4, atol=1e-7)
+
+
+def test_padding_changes_no_norm() -> None:
+    model = build("llama")
+    short = batch(2, 6, padded=False)
+    wide: Batch = {
+        "input_ids": torch.cat([short["input_ids"], torch.full((2, 4), 7)], 1),
+        "attention_mask": torch.cat([torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)], 1),
+    }
+    tables = []
+    for values in (short, wide):
+        with GradientProfiler(model, groups="tensor") as profiler:
+            profiler.step(values)
+        tables.append(profiler.table())
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
+
+
+# --- the caller's own forward pass
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_backward_of_the_callers_loss_measures_what_step_does(architecture: str) -> None:
+    model = build(architecture)
+    values = batch()
+    with GradientProfiler(model) as stepped:
+        stepped.step(values)
+    with GradientProfiler(model) as profiler:
+        loss = model(**values).loss
+        assert profiler.backward(loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    np.testing.assert_allclose(profiler.table(), stepped.table(), rtol=1e-3, atol=1e-6)
+    one, two = profiler.domain().records[0], stepped.domain().records[0]
+    assert one.norms is not None
+    assert two.norms is not None
+    np.testing.assert_allclose(one.norms, two.norms, rtol=1e-3, atol=1e-6)
+
+
+def test_backward_refuses_another_loss_and_models_that_run_one_by_one() -> None:
+    model = build("llama")
+    with GradientProfiler(model) as profiler:
+        with pytest.raises(ConfigurationError, match="Call the model"):
+            profiler.backward(torch.zeros((), requires_grad=True))
+        with pytest.raises(ConfigurationError, match="token mean"):
+            profiler.backward(3 * model(**batch()).loss)
+    with GradientProfiler(t5().eval()) as profiler, pytest.raises(UncoveredParameter, match="step"):
+        profiler.model(**batch())
+
+
+# --- statistics
+
+
+def test_signal_and_spread_are_the_unbiased_ones() -> None:
+    model = build("llama")
+    batches = [batch(3, padded=False, seed=seed) for seed in range(4)]
+    with GradientProfiler(model, groups="tensor") as profiler:
+        for values in batches:
+            profiler.step(values)
+    blueprint = profiler.blueprint("tiny", 0.5)
+    gradients = [g for values in batches for g in looped_gradients(model, values)]
+    n = len(gradients)
+    for layer in blueprint.layers:
+        each = torch.stack([g[layer.id].flatten() for g in gradients])
+        squared = float((each.sum(0).square().sum() - each.square().sum()) / (n * (n - 1)))
+        assert layer.signal == pytest.approx(max(0, squared) ** 0.5, rel=1e-2, abs=1e-5)
+        assert layer.spread == pytest.approx(float(each.var(0, unbiased=True).sum()), rel=1e-3, abs=1e-9)
+        assert layer.example_norm == pytest.approx(float(each.norm(dim=1).mean()), rel=1e-4, abs=1e-7)
+
+
+def test_first_order_is_the_mean_over_all_splits_into_halves() -> None:
+    from itertools import combinations
+
+    model = build("llama")
+    batches = [batch(2, padded=False, seed=seed) for seed in range(4)]
+    with GradientProfiler(model, groups="tensor") as profiler:
+        for values in batches:
+            profiler.step(values)
+    blueprint = profiler.blueprint("tiny", 0.5)
+    gradients = [batch_gradients(model, values) for values in batches]
+    for layer in blueprint.layers:
+        each = torch.stack([g[layer.id].flatten() for g in gradients])
+        root = each.square().mean(0).sqrt()
+        values = []
+        for half in combinations(range(4), 2):
+            other = [index for index in range(4) if index not in half]
+            product = each[list(half)].mean(0) * each[other].mean(0)
+            values.append(float((product / root)[root > 1e-9].sum()))
+        assert layer.first_order == pytest.approx(np.mean(values), rel=1e-3, abs=1e-4)
+
+
+def test_factors_are_row_and_column_means_of_the_second_moment(tmp_path: Path) -> None:
+    model = build("gpt2")
+    batches = [batch(2, padded=False, seed=seed) for seed in range(3)]
+    with GradientProfiler(model) as profiler:
+        for values in batches:
+            profiler.step(values, domain="code")
+    path = profiler.save_factors(tmp_path / "factors.safetensors")
+    gradients = [batch_gradients(model, values) for values in batches]
+    with safe_open(path, "pt") as file:
+        for name, _ in model.named_parameters():
+            moment = torch.stack([g[name] for g in gradients]).square().mean(0)
+            row = file.get_tensor(f"code/{name}/row")
+            expected = moment.mean(-1) if moment.dim() > 1 else moment
+            torch.testing.assert_close(row.double(), expected, rtol=1e-3, atol=1e-12)
+            if moment.dim() > 1:
+                column = file.get_tensor(f"code/{name}/column")
+                torch.testing.assert_close(column.double(), moment.mean(-2), rtol=1e-3, atol=1e-12)
+        assert json.loads(file.metadata()["gradient_blueprints"]) == {"code": {"batches": 3, "examples": 6}}
+
+
+def test_the_document_holds_what_was_run() -> None:
+    model = build("qwen2")
+    with GradientProfiler(model, seed=7) as profiler:
+        for index in range(3):
+            profiler.step(batch(4, 12, padded=False, seed=index))
+            profiler.step(batch(4, 12, padded=False, seed=10 + index), domain="bio")
+    blueprint = profiler.blueprint("org/tiny", 0.8, Provenance(notes="a test", data={"bio": {"source": "random"}}))
+    assert Blueprint.from_json(blueprint.to_json()) == blueprint
+    provenance = blueprint.provenance
+    assert provenance is not None
+    assert (provenance.batches, provenance.batch_size, provenance.examples, provenance.tokens) == (6, 4, 24, 24 * 11)
+    assert (provenance.seed, provenance.dtype, provenance.notes) == (7, "float32", "a test")
+    with torch.no_grad():
+        losses = [float(model(**batch(4, 12, padded=False, seed=index)).loss) for index in range(3)]
+    assert provenance.loss is not None
+    assert provenance.loss["general"] == pytest.approx(np.mean(losses), rel=1e-4)
+    layer = blueprint.layer("model.layers.1.mlp")
+    assert (layer.kind, layer.depth, layer.parameters) == (LayerKind.FEED_FORWARD, 1, 3 * 16 * 24)
+    assert layer.gradient_norm_ci is not None
+    assert layer.gradient_norm_ci[0] <= layer.gradient_norm <= layer.gradient_norm_ci[1]
+    assert set(layer.domain_norms or {}) == {"general", "bio"}
+    assert layer.alpha is not None
+    assert layer.gamma == pytest.approx(1 / (1 + layer.alpha), rel=1e-5)
+    assert blueprint.to_csv()
+
+
+def test_median_is_the_median_of_the_batches() -> None:
+    with GradientProfiler(build("llama"), statistic="median") as profiler:
+        for seed in range(3):
+            profiler.step(batch(seed=seed))
+    norms = [record.norms for record in profiler.domain().records.values()]
+    expected = np.median(np.stack([row for row in norms if row is not None]), axis=0)
+    found = [layer.gradient_norm for layer in profiler.blueprint("tiny", 1.0).layers]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- what cannot be used
+
+
+def test_a_batch_with_a_non_finite_gradient_is_named_and_left_out() -> None:
+    model = build("llama")
+    with GradientProfiler(model) as profiler:
+        profiler.step(batch(seed=1))
+        profiler.step(batch(seed=2))
+        clean = profiler.blueprint("tiny", 1.0)
+    with GradientProfiler(model) as profiler:
+        profiler.step(batch(seed=1), key="first")
+        weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+        with torch.no_grad():
+            kept = weight[0, 0].clone()
+            weight[0, 0] = float("nan")
+        assert np.isnan(profiler.step(batch(seed=3), key="broken"))
+        with torch.no_grad():
+            weight[0, 0] = kept
+        profiler.step(batch(seed=2), key="second")
+    blueprint = profiler.blueprint("tiny", 1.0)
+    assert blueprint.layers == clean.layers
+    assert blueprint.extra is not None
+    assert blueprint.extra["profile"]["skipped_batches"] == {"general": {"broken": "non-finite loss"}}  # type: ignore[index, call-overload]
+    assert blueprint.provenance is not None
+    assert blueprint.provenance.batches == 2
+
+
+def test_a_gradient_that_overflows_behind_a_finite_loss_is_left_out() -> None:
+    model = build("llama")
+
+    def steep(outputs: Any, values: Any) -> torch.Tensor:
+        flat = outputs.logits.flatten(1)[:, :5]
+        return torch.sqrt(flat.sum(1) * 0)  # 0, and its derivative infinite
+
+    with GradientProfiler(model, loss=steep, verify=False) as profiler:
+        profiler.step(batch())
+    assert "non-finite gradient" in profiler.domain().skipped[0]
+    with pytest.raises(ConfigurationError, match="all 1 batches had non-finite"):
+        profiler.blueprint("tiny", 1.0)
+
+
+def test_misuse_is_told() -> None:
+    profiler = GradientProfiler(build("llama"))
+    with pytest.raises(ConfigurationError, match="as a context"):
+        profiler.step(batch())
+    with pytest.raises(ConfigurationError, match="no batch"):
+        profiler.blueprint("tiny", 1.0)
+    with profiler:
+        profiler.step(batch(), key=4)
+        with pytest.raises(ConfigurationError, match="measured before"):
+            profiler.step(batch(), key=4)
+
+
+def test_a_model_with_another_loss_must_give_it() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("llama")
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **rest: Any) -> Any:
+            output = self.inner(input_ids=input_ids, labels=labels, **rest)
+            output.loss = output.loss / 2
+            return output
+
+    with GradientProfiler(Halved()) as profiler, pytest.raises(ConfigurationError, match="pass loss="):
+        profiler.step(batch())
+
+
+# --- shards
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_shards_in_any_order_give_the_document_of_one_run(shards: int) -> None:
+    model = build("llama")
+    work = [(domain, index) for domain in ("general", "bio") for index in range(5)]
+
+    def run(mine: list[tuple[str, int]]) -> GradientProfiler:
+        with GradientProfiler(copy.deepcopy(model)) as profiler:
+            for domain, index in mine:
+                profiler.step(batch(seed=index + 100 * (domain == "bio")), domain=domain, key=index)
+        return profiler
+
+    whole = run(work)
+    order = Random(shards)
+    order.shuffle(work)
+    parts = [run(work[start::shards]).state() for start in range(shards)]
+    states = []
+    for _ in range(2):
+        order.shuffle(parts)
+        states.append(merge(parts))
+    left = merge([merge(parts[:2]), *parts[2:]])
+    gathered = GradientProfiler(model)
+    gathered.absorb(states[0])
+    expected = whole.blueprint("tiny", 1.0)
+    found = gathered.blueprint("tiny", 1.0)
+    for one, two in zip(found.layers, expected.layers, strict=True):
+        for name, value in two.model_dump().items():
+            if isinstance(value, float) and name != "signal":  # a difference of sums, zero within its rounding
+                assert getattr(one, name) == pytest.approx(value, rel=2e-5, abs=1e-6), (one.id, name)
+            elif isinstance(value, int | str):
+                assert getattr(one, name) == value
+        assert one.signal == pytest.approx(two.signal, rel=1e-3, abs=1e-3)
+    for state in (states[1], left):
+        for domain, part in state.domains.items():
+            other = states[0].domains[domain]
+            assert part.records.keys() == other.records.keys()
+            for one_sum, two_sum in zip(part.histograms, other.histograms, strict=True):
+                assert (one_sum.counts == two_sum.counts).all()
+            for name, tensor in part.sums.items():
+                torch.testing.assert_close(tensor, other.sums[name], rtol=1e-4, atol=1e-6)
+
+
+def test_shards_that_overlap_or_differ_are_refused() -> None:
+    states = []
+    for _ in range(2):
+        with GradientProfiler(build("llama")) as profiler:
+            profiler.step(batch(), key=1)
+        states.append(profiler.state())
+    with pytest.raises(ConfigurationError, match="in two of the states"):
+        merge(states)
+    other = GradientProfiler(build("gpt2")).state()
+    with pytest.raises(ConfigurationError, match="layers differ"):
+        merge([states[0], other])
+
+
+# --- layers
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "kind", "depth"),
+    [
+        ("llama", "model.layers.1.self_attn", LayerKind.ATTENTION, 1),
+        ("llama", "model.layers.0.mlp", LayerKind.FEED_FORWARD, 0),
+        ("llama", "model.layers.0.input_layernorm", LayerKind.NORMALIZATION, 0),
+        ("llama", "model.embed_tokens", LayerKind.EMBEDDING, None),
+        ("llama", "model.norm", LayerKind.NORMALIZATION, None),
+        ("untied_llama", "lm_head", LayerKind.HEAD, None),
+        ("gpt2", "transformer.h.1.attn", LayerKind.ATTENTION, 1),
+        ("gpt2", "transformer.h.1.ln_1", LayerKind.NORMALIZATION, 1),
+        ("gpt2", "transformer.wpe", LayerKind.EMBEDDING, None),
+        ("bert", "bert.encoder.layer.0.attention", LayerKind.ATTENTION, 0),
+        ("bert", "bert.encoder.layer.0.output", LayerKind.FEED_FORWARD, 0),
+        ("bert", "bert.embeddings.LayerNorm", LayerKind.NORMALIZATION, None),
+        ("bert", "cls.predictions.transform.dense", LayerKind.HEAD, None),
+        ("t5", "encoder.block.0.layer.0.SelfAttention", LayerKind.ATTENTION, 0),
+        ("t5", "decoder.block.1.layer.2.DenseReluDense", LayerKind.FEED_FORWARD, 1),
+        ("t5", "decoder.block.1.layer.1.layer_norm", LayerKind.NORMALIZATION, 1),
+        ("mixtral", "model.layers.1.mlp", LayerKind.FEED_FORWARD, 1),
+        ("qwen3", "model.layers.1.self_attn", LayerKind.ATTENTION, 1),
+    ],
+)
+def test_layers_have_their_kind_and_depth(architecture: str, layer: str, kind: LayerKind, depth: int | None) -> None:
+    model = build(architecture)
+    groups = {group.id: group for group in GradientProfiler(model).layers}
+    assert (groups[layer].kind, groups[layer].depth) == (kind, depth)
+    assert sum(group.size for group in groups.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_coarser_layers_are_the_root_sum_of_squares_of_finer_ones() -> None:
+    model = build("llama")
+    tables = {}
+    for granularity in ("tensor", "submodule", "block"):
+        with GradientProfiler(model, groups=granularity) as profiler:  # type: ignore[arg-type]
+            profiler.step(batch())
+        tables[granularity] = {layer.id: row for layer, row in zip(profiler.layers, profiler.table(), strict=True)}
+    attention = [row for name, row in tables["tensor"].items() if name.startswith("model.layers.0.self_attn.")]
+    np.testing.assert_allclose(tables["submodule"]["model.layers.0.self_attn"], np.sqrt(sum(r**2 for r in attention)))
+    block = [row for name, row in tables["tensor"].items() if name.startswith("model.layers.0.")]
+    np.testing.assert_allclose(tables["block"]["model.layers.0"], np.sqrt(sum(r**2 for r in block)))
+
+
+def test_influences_are_the_gradient_norms_of_whole_examples() -> None:
+    model = build("llama")
+    with GradientProfiler(model) as profiler:
+        profiler.step(batch())
+    looped = looped_gradients(model, batch())
+    expected = [float(torch.cat([g.flatten() for g in gradients.values()]).norm()) for gradients in looped]
+    np.testing.assert_allclose(profiler.influences(), expected, rtol=1e-5)
+    assert profiler.domain().records[0].losses[2] == pytest.approx(
+        float(model(**one_example(batch(), 2)).loss.detach()), rel=1e-5
+    )
+
+
+def test_llama_with_grouped_queries_and_an_unpadded_tokenizerless_batch() -> None:
+    with GradientProfiler(llama().eval()) as profiler:
+        assert profiler.step({"input_ids": batch(padded=False)["input_ids"]}) > 0
+
+
+def test_a_layer_of_which_many_entries_have_no_gradient_gets_its_intervals() -> None:
+    model = llama(vocab_size=2_000, tie_word_embeddings=False)  # rows of tokens that do not occur
+    with GradientProfiler(model) as profiler:
+        for seed in range(2):
+            profiler.step(batch(seed=seed))
+    embedding = profiler.blueprint("m", 1.0).layer("model.embed_tokens")
+    assert embedding.alpha is not None
+    assert embedding.alpha_ci is not None
+    assert embedding.alpha_ci[0] <= embedding.alpha_ci[1]
