@@ -60,16 +60,15 @@ def test_a_job_whose_worker_is_killed_is_done_by_another_once_within_two_leases(
     lab: Client, submit: Submit, processes: Processes
 ) -> None:
     processes.relay()
-    first = processes.worker()
-    job = submit(batches=150)
-    wait_until(lambda: is_profiling(lab, job), what="the first worker profiles")
-    (orphan,) = profiling_processes(first)
-    processes.worker()
-    time.sleep(2)  # the second worker is up, and waits: the first still holds the job
-    assert lab.get_job(job.id).attempts == 1
+    workers = [processes.worker(), processes.worker()]
+    wait_until(lambda: processes.logs().count(" ready.") == 2, what="both workers are up")
+    job = submit(batches=500)
+    wait_until(lambda: is_profiling(lab, job), what="one of them profiles")
+    ((busy, orphan),) = [(worker, child) for worker in workers for child in profiling_processes(worker)]
 
-    first.kill()
+    busy.kill()
     killed = time.monotonic()
+    assert (lab.get_job(job.id).state, lab.get_job(job.id).attempts) == (JobState.RUNNING, 1)
     wait_until(lambda: lab.get_job(job.id).attempts == 2, seconds=2 * LEASE, what="another worker claims")
     assert time.monotonic() - killed < 2 * LEASE
     ended = lab.wait_for_job(job.id, 90)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from gradient_blueprints import Blueprint
 from gradient_blueprints.models import NewJob, Progress
-from worker.child import Specification
+from worker.child import REPOSITORY, Specification
 from worker.profile import profile
 from worker.sources import SINGLE_FILE, SourceRefused
 
@@ -27,14 +30,14 @@ def checkpoint(tmp_path: Path, roots: Path) -> Path:
 
 
 @pytest.fixture
-def run(checkpoint: Path, roots: Path, tmp_path: Path) -> Run:
+def specify(checkpoint: Path, roots: Path, tmp_path: Path) -> Callable[..., Specification]:
     numbers = iter(range(100))
 
-    def start(reports: list[Progress] | None = None, max_model_bytes: int = 1 << 30, **options: Any) -> Blueprint:
+    def make(max_model_bytes: int = 1 << 30, **options: Any) -> Specification:
         folder = tmp_path / f"job-{next(numbers)}"
         folder.mkdir()
         quick = {"batches": 2, "batch_size": 2, "sequence_length": 16}
-        specification = Specification(
+        return Specification(
             job=NewJob.model_validate(
                 {
                     "model_id": "tiny",
@@ -50,7 +53,14 @@ def run(checkpoint: Path, roots: Path, tmp_path: Path) -> Run:
             max_model_bytes=max_model_bytes,
             max_text_bytes=1 << 30,
         )
-        return profile(specification, (reports if reports is not None else []).append)
+
+    return make
+
+
+@pytest.fixture
+def run(specify: Callable[..., Specification]) -> Run:
+    def start(reports: list[Progress] | None = None, **options: Any) -> Blueprint:
+        return profile(specify(**options), (reports if reports is not None else []).append)
 
     return start
 
@@ -164,3 +174,31 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, run: Run) -> 
 def test_the_model_limit_counts_what_the_configuration_asks_for(run: Run) -> None:
     with pytest.raises(SourceRefused, match="at most 10,000"):
         run(max_model_bytes=10_000)
+
+
+def test_the_process_ends_and_cleans_up_when_its_stdin_does(specify: Callable[..., Specification]) -> None:
+    """Its stdout stays open here, so that only the thread that watches stdin can end it."""
+    specification = specify(batches=5_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.profile"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=REPOSITORY,
+    )
+    with process:
+        try:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(specification.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+            while b"profiling" not in process.stdout.readline():
+                pass
+            drain = threading.Thread(target=process.stdout.read)
+            drain.start()
+            process.stdin.close()
+            assert process.wait(5) == 1
+            drain.join()
+            assert not specification.folder.exists()
+        finally:
+            process.kill()
