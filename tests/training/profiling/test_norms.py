@@ -48,6 +48,23 @@ def test_norms_are_exact_to_double_precision_when_the_model_is_double(architectu
     assert_norms_match(build(architecture).double(), batch(padded=False), tolerance=1e-9)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "bert", "mixtral", "opt"])
+@pytest.mark.parametrize("sizes", [[(4, 9), (3, 12), (1, 8), (5, 5)], [(1, 9), (4, 9), (4, 8)], [(1, 6), (8, 8)]])
+def test_batches_of_any_size_and_length_follow_each_other(architecture: str, sizes: list[tuple[int, int]]) -> None:
+    """Position embeddings are shared by a batch, whatever its length; 8 examples of 8 tokens look alike."""
+    model = build(architecture)
+    batches = [batch(examples, length, seed=index) for index, (examples, length) in enumerate(sizes)]
+    with GradientProfiler(model, groups="tensor") as profiler:
+        for values in batches:
+            profiler.step(values)
+        assert profiler.one_by_one is None
+    looped = [gradients for values in batches for gradients in looped_gradients(model, values)]
+    largest = max(float(gradient.norm()) for gradient in looped[0].values())
+    for row, layer in zip(profiler.table(), profiler.layers, strict=True):
+        expected = [float(gradients[layer.id].norm()) for gradients in looped]
+        np.testing.assert_allclose(row, expected, rtol=TOLERANCE, atol=1e-6 * largest, err_msg=layer.id)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "untied_llama", "gpt2", "bert", "mixtral", "opt", "albert"])
 def test_one_pass_measures_the_whole_batch(architecture: str) -> None:
     with GradientProfiler(build(architecture)) as profiler:

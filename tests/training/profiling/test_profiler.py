@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -136,7 +137,7 @@ def test_micro_batches_change_nothing() -> None:
         with GradientProfiler(model, groups="tensor", micro_batch=size) as profiler:
             profiler.step(batch(5))
         tables.append(profiler.table())
-        norms.append(profiler.domain().records[0].norms)
+        norms.append(np.asarray(profiler.domain().records[0].norms))
     np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4, atol=1e-7)
 
@@ -207,8 +208,6 @@ def test_signal_and_spread_are_the_unbiased_ones() -> None:
 
 
 def test_first_order_is_the_mean_over_all_splits_into_halves() -> None:
-    from itertools import combinations
-
     model = build("llama")
     batches = [batch(2, padded=False, seed=seed) for seed in range(4)]
     with GradientProfiler(model, groups="tensor") as profiler:
@@ -219,12 +218,12 @@ def test_first_order_is_the_mean_over_all_splits_into_halves() -> None:
     for layer in blueprint.layers:
         each = torch.stack([g[layer.id].flatten() for g in gradients])
         root = each.square().mean(0).sqrt()
-        values = []
+        products = []
         for half in combinations(range(4), 2):
             other = [index for index in range(4) if index not in half]
             product = each[list(half)].mean(0) * each[other].mean(0)
-            values.append(float((product / root)[root > 1e-9].sum()))
-        assert layer.first_order == pytest.approx(np.mean(values), rel=1e-3, abs=1e-4)
+            products.append(float((product / root)[root > 1e-9].sum()))
+        assert layer.first_order == pytest.approx(np.mean(products), rel=1e-3, abs=1e-4)
 
 
 def test_factors_are_row_and_column_means_of_the_second_moment(tmp_path: Path) -> None:
@@ -322,6 +321,21 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_is_left_out() -> None:
     assert "non-finite gradient" in profiler.domain().skipped[0]
     with pytest.raises(ConfigurationError, match="all 1 batches had non-finite"):
         profiler.blueprint("tiny", 1.0)
+
+
+def test_a_broken_first_batch_does_not_slow_the_others_down() -> None:
+    model = build("llama")
+    weight = model.get_parameter("model.norm.weight")
+    with GradientProfiler(model) as profiler:
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(float("inf"))
+        profiler.step(batch())
+        with torch.no_grad():
+            weight.copy_(kept)
+        profiler.step(batch())
+        assert profiler.one_by_one is None
+    assert list(profiler.domain().skipped) == [0]
 
 
 def test_misuse_is_told() -> None:
@@ -445,7 +459,7 @@ def test_coarser_layers_are_the_root_sum_of_squares_of_finer_ones() -> None:
     model = build("llama")
     tables = {}
     for granularity in ("tensor", "submodule", "block"):
-        with GradientProfiler(model, groups=granularity) as profiler:  # type: ignore[arg-type]
+        with GradientProfiler(model, groups=granularity) as profiler:
             profiler.step(batch())
         tables[granularity] = {layer.id: row for layer, row in zip(profiler.layers, profiler.table(), strict=True)}
     attention = [row for name, row in tables["tensor"].items() if name.startswith("model.layers.0.self_attn.")]

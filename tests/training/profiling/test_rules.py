@@ -133,7 +133,8 @@ class Mixing(nn.Module):
         self.weight = nn.Parameter(torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.sum()
+        output: Tensor = x * self.weight.sum()
+        return output
 
 
 @pytest.mark.parametrize("kind", [Shifted, Squaring, Mixing])

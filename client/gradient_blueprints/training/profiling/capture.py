@@ -15,16 +15,15 @@ from gradient_blueprints.errors import BlueprintsError
 from gradient_blueprints.training.profiling.contributions import Contribution
 from gradient_blueprints.training.profiling.rules import Call, Nested, Operand, Rule, floating, map_leaves, rule_for
 
+Shape = tuple[int, ...]
+
 
 @dataclass(slots=True)
-class _Shapes:
-    """Shapes of a call's input tensors and floating outputs."""
+class _Shared:
+    """Whether all examples share each input tensor and each floating output of a call."""
 
-    inputs: list[tuple[int, ...]]
-    outputs: list[tuple[int, ...]]
-
-    def alike(self, other: _Shapes) -> bool:
-        return len(self.inputs) == len(other.inputs) and len(self.outputs) == len(other.outputs)
+    inputs: list[bool]
+    outputs: list[bool]
 
 
 class UncoveredParameter(BlueprintsError):
@@ -87,7 +86,8 @@ class Capture:
         self.forward_phase = False
         self.recording = False
         self._in_rule = False
-        self._single: dict[tuple[str, int], _Shapes] = {}
+        self._single: dict[tuple[str, int], tuple[list[Shape], list[Shape]]] = {}
+        self._shared: dict[tuple[str, int], _Shared] = {}
         self._calls: Counter[str] = Counter()
         self._handles = []
         for path, module in model.named_modules():
@@ -127,18 +127,17 @@ class Capture:
             if not outputs:
                 return None
             inputs = _tensors((args, kwargs))
-            single = self._single_shapes(path, inputs, outputs)
-            watched = [self._watchable(path, *pair) for pair in zip(outputs, single.outputs, strict=True)]
+            shared = self._shared_tensors(path, inputs, outputs)
+            examples, scale = self.examples, self.scale
+            watched = [self._watchable(path, *pair) for pair in zip(outputs, shared.outputs, strict=True)]
             if len(watched) > 1:  # one output may be computed from another; views part what the model adds to each
                 watched = [tensor.view_as(tensor) for tensor in watched]
-            examples, scale = self.examples, self.scale
-            alone = iter(single.inputs)
+            rows = [_rows(path, tensor, examples) for tensor in watched]
+            common = iter(shared.inputs)
             kept = map_leaves(
-                lambda tensor: _Kept(_keep(tensor), _rows(path, tensor.shape, next(alone), examples)), (args, kwargs)
+                lambda tensor: _Kept(_keep(tensor), None if next(common) else _rows(path, tensor, examples)),
+                (args, kwargs),
             )
-            rows = [
-                _rows(path, *pair, examples) for pair in zip((t.shape for t in watched), single.outputs, strict=True)
-            ]
 
             def after_backward(gradients: Any) -> None:
                 gradients = [gradients] if isinstance(gradients, Tensor) else gradients
@@ -167,9 +166,12 @@ class Capture:
 
         return after_forward
 
-    def _single_shapes(self, path: str, inputs: list[Tensor], outputs: list[Tensor]) -> _Shapes:
-        """Shapes of this call's inputs and outputs when the model runs one example."""
-        shapes = _Shapes([tuple(t.shape) for t in inputs], [tuple(t.shape) for t in outputs])
+    def _shared_tensors(self, path: str, inputs: list[Tensor], outputs: list[Tensor]) -> _Shared:
+        """Which of a call's tensors all examples share: those that are as large when the model runs one example.
+
+        Learnt from the first batch, beside one example of the same length, and then kept.
+        """
+        shapes = [tuple(t.shape) for t in inputs], [tuple(t.shape) for t in outputs]
         key = (path, self._calls[path])
         if self.forward_phase:
             self._calls[path] += 1
@@ -178,31 +180,49 @@ class Capture:
         if self.recording:
             self._single[key] = shapes
         if self.examples == 1:
-            return shapes
-        if key not in self._single or not self._single[key].alike(shapes):
-            raise ExamplesMixed(f"{path} was called in another way when the model ran one example.")
-        return self._single[key]
+            return _Shared([False] * len(inputs), [False] * len(outputs))
+        if key not in self._shared:
+            if key not in self._single:
+                raise ExamplesMixed(f"{path} was not called when the model ran one example.")
+            self._shared[key] = _Shared(
+                *(
+                    _compared(path, mine, alone, self.examples)
+                    for mine, alone in zip(shapes, self._single[key], strict=True)
+                )
+            )
+        found = self._shared[key]
+        if (len(found.inputs), len(found.outputs)) != (len(inputs), len(outputs)):
+            raise ExamplesMixed(f"{path} is called in several ways.")
+        return found
 
-    def _watchable(self, path: str, output: Tensor, single: tuple[int, ...]) -> Tensor:
+    def _watchable(self, path: str, output: Tensor, shared: bool) -> Tensor:
         """An output whose gradient arrives, and arrives by example."""
         if not output.requires_grad:
             output = output.requires_grad_().clone()  # a leaf could not be changed in place by the model
-        if self.examples > 1 and tuple(output.shape) == single:
-            if output.shape[0] != 1:
+        if shared:
+            if not output.shape or output.shape[0] != 1:
                 raise ExamplesMixed(f"{path} computes one output {tuple(output.shape)} for all examples.")
             output = output.expand(self.examples, *output.shape[1:])
         return output
 
 
-def _rows(path: str, shape: tuple[int, ...], single: tuple[int, ...], examples: int) -> int | None:
-    """Leading rows of one example; None when the examples share the tensor."""
-    if examples == 1:
-        return shape[0] if shape else None
-    if tuple(shape) == single:
+def _compared(path: str, shapes: list[Shape], alone: list[Shape], examples: int) -> list[bool]:
+    """Whether each tensor of a batch is as large as for one example; otherwise it must be so many times as long."""
+    if len(shapes) != len(alone):
+        raise ExamplesMixed(f"{path} is called in another way when the model runs one example.")
+    for shape, single in zip(shapes, alone, strict=True):
+        if shape != single and shape != (single[0] * examples, *single[1:]):
+            raise ExamplesMixed(f"{path}: {shape} for {examples} examples and {single} for one; their rows are mixed.")
+    return [shape == single for shape, single in zip(shapes, alone, strict=True)]
+
+
+def _rows(path: str, tensor: Tensor, examples: int) -> int | None:
+    """Leading rows of one example."""
+    if not tensor.dim():
         return None
-    if len(shape) == len(single) and shape[0] % examples == 0:
-        return shape[0] // examples
-    raise ExamplesMixed(f"{path}: {tuple(shape)} for {examples} examples, {single} for one: their rows are mixed.")
+    if tensor.shape[0] % examples:
+        raise ExamplesMixed(f"{path}: {tensor.shape[0]} rows are no multiple of {examples} examples.")
+    return tensor.shape[0] // examples
 
 
 def _scaled(gradient: Tensor, scale: Tensor | None) -> Tensor:

@@ -53,6 +53,8 @@ class GradientPass:
         self.one_by_one: str | None = None
         """Why examples run one at a time; None when batches do."""
         self._probed = False
+        self._several_probed = False
+        self._reference: dict[str, Tensor] = {}
         self._batch_checked = False
         self._by_autograd: set[str] = set()
         self._pending: dict[str, list[Contribution]] = {}
@@ -85,8 +87,7 @@ class GradientPass:
     def measure(self, batch: Batch, *, totals: bool) -> Measurement:
         """Forward and backward of a batch that has labels."""
         examples = examples_in(batch)
-        if not self._probed:
-            self._probe(slice_examples(batch, 0, 1))
+        self._learn(batch)
         step = 1 if self.one_by_one else min(self._micro_batch or examples, examples)
         weights = self._token_weights(batch, examples)
         try:
@@ -98,7 +99,7 @@ class GradientPass:
             self._run_one_by_one(mixed.what)
             return self.measure(batch, totals=totals)
         measured = _joined(parts, weights)
-        if not self._batch_checked and step > 1:
+        if self._probed and not self._batch_checked and step > 1:
             self._batch_checked = True
             if self._verify and not self.model.training:
                 strayed = _differing(self._reference, {n: s[0] for n, s in measured.squares.items()}, self._tolerance())
@@ -139,9 +140,8 @@ class GradientPass:
             return
         if args or not isinstance(kwargs.get("labels"), Tensor):
             raise ConfigurationError("Inside the profiler call the model by keywords with labels, or use step(batch).")
-        if not self._probed:
-            with torch.random.fork_rng():
-                self._probe(slice_examples(kwargs, 0, 1))
+        with torch.random.fork_rng():
+            self._learn(kwargs)
         if self.one_by_one:
             raise UncoveredParameter(self.one_by_one)
         assert self.reader.shift is not None
@@ -245,12 +245,22 @@ class GradientPass:
 
     # --- verification
 
-    def _probe(self, batch: Batch) -> None:
-        """One example alone: learn the shapes of a single example, and hold every rule against plain autograd."""
+    def _learn(self, batch: Batch) -> None:
+        """Before the first batch, and before the first of several examples: its first example alone.
+
+        Which tensors the examples share shows beside a single one of the same length.
+        """
+        several = examples_in(batch) > 1
+        if not self._probed or (several and not self._several_probed):
+            self._probe(slice_examples(batch, 0, 1), verify=self._verify)
+            self._several_probed = several and self._probed
+
+    def _probe(self, batch: Batch, *, verify: bool) -> None:
+        """One example alone: note its shapes, and hold every rule against plain autograd."""
         self._found = found = Measurement(torch.empty(0), torch.empty(0))
         parameters = self._parameters
         try:
-            if self._verify:
+            if verify:
                 for parameter in parameters.values():
                     parameter.requires_grad_(parameter.is_floating_point())
             held = {name: parameter.grad for name, parameter in parameters.items()}
@@ -259,7 +269,7 @@ class GradientPass:
             with self._listening(1, recording=True):
                 losses = self.reader.run(batch)
                 self._capture.forward_phase = False
-                if self._verify:
+                if verify:
                     losses.values.sum().backward()  # type: ignore[no-untyped-call]
                     self._finish()
             reference = {
@@ -271,9 +281,11 @@ class GradientPass:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False)
                 parameter.grad = held[name]
-        self._probed = True
-        self._reference = reference
-        if self._verify:
+        self._probed = bool(torch.isfinite(losses.values).all())  # else the next batch is held against autograd
+        if not self._probed:
+            return
+        if verify:
+            self._reference = reference
             mine = {name: squares[0] for name, squares in found.squares.items()}
             self._by_autograd = set(_differing(reference, mine, self._tolerance()))
             if self._by_autograd:
