@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import administration, aggregation, aliases, blobs, blueprints, catalog, health, jobs, problems
+from app.api import administration, aggregation, aliases, blobs, blueprints, catalog, health, jobs, problems, staleness
 from app.api.gate import Gate
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
@@ -23,6 +23,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     blobs.router,
     jobs.router,
     aggregation.router,
+    staleness.router,
     administration.router,
     catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
 )

@@ -81,18 +81,14 @@ class Sample:
         sqrt(sum (v_i^2 e_i)^2) / sum v_i^2.
         """
 
+        members = [list(group) for group in groups]
+
         def norms(rows: Floats) -> Floats:
-            return np.stack([np.sqrt((rows[..., members] ** 2).sum(-1)) for members in map(list, groups)], -1)
+            return np.stack([np.hypot.reduce(rows[..., group], axis=-1) for group in members], -1)
 
         log_error = None
         if self.log_error is not None:
-            squares = self.values**2
-            log_error = np.array(
-                [
-                    np.sqrt(((squares[m] * self.log_error[m]) ** 2).sum()) / max(squares[m].sum(), 1e-300)
-                    for m in map(list, groups)
-                ]
-            )
+            log_error = np.array([_pooled_error(self.values[group], self.log_error[group]) for group in members])
         if self.batches is not None:
             return Sample.of_batches(norms(self.batches))
         return Sample(norms(self.values), log_error=log_error)
@@ -100,6 +96,12 @@ class Sample:
     @property
     def resampled(self) -> bool:
         return self.batches is not None and len(self.batches) >= MIN_BATCHES
+
+
+def _pooled_error(values: Floats, errors: Floats) -> float:
+    largest = values.max()
+    squares = (values / largest) ** 2 if largest > 0 else np.ones(len(values))
+    return float(np.sqrt(((squares * errors) ** 2).sum()) / squares.sum())
 
 
 def log_errors(low: npt.ArrayLike, high: npt.ArrayLike, confidence: float = CONFIDENCE) -> Floats | None:
@@ -182,8 +184,8 @@ def assess(published: Sample, local: Sample, *, threshold: float, seed: int, mat
         tau=tau,
         tau_interval=tau_interval,
         ceiling=known,
-        corrected=None if corrected is None else min(1.0, max(-1.0, corrected)),
-        corrected_interval=None if interval is None else (max(-1.0, interval[0]), min(1.0, max(-1.0, interval[1]))),
+        corrected=None if corrected is None else _clipped(corrected),
+        corrected_interval=None if interval is None else (_clipped(interval[0]), _clipped(interval[1])),
         method=method,
         verdict=verdict,
         reasons=tuple(reasons),
@@ -222,7 +224,11 @@ def _tied_share(values: Floats) -> float:
 
 
 def _around(centre: float, half_width: float) -> tuple[float, float]:
-    return max(-1.0, centre - half_width), min(1.0, centre + half_width)
+    return _clipped(centre - half_width), _clipped(centre + half_width)
+
+
+def _clipped(correlation: float) -> float:
+    return min(1.0, max(-1.0, correlation))
 
 
 # --- the ceiling
@@ -260,7 +266,8 @@ def _redrawn(sample: Sample, log_error: Floats, generator: np.random.Generator) 
 
 def _draws(sample: Sample, log_error: Floats, count: int, generator: np.random.Generator) -> Floats:
     noise = generator.standard_normal((count, len(sample.values)))
-    return np.asarray(sample.values * np.exp(np.clip(log_error * noise, -300, 300)))
+    with np.errstate(over="ignore"):  # only ranks are read, and infinity has one
+        return np.asarray(sample.values * np.exp(np.clip(log_error * noise, -300, 300)))
 
 
 def _halves(batches: int, count: int, generator: np.random.Generator) -> tuple[Floats, Floats]:

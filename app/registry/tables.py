@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -300,3 +300,51 @@ class OutboxMessage(Base):
     task: Mapped[str]
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), index=True)
     created_at: Mapped[datetime] = _now()
+
+
+class Evidence(Base):
+    """A staleness check that an adapter let the registry keep: one a key, document, domain and day."""
+
+    __tablename__ = "evidence"
+    __table_args__ = (
+        UniqueConstraint("key_id", "document_id", "domain", "day"),
+        Index("ix_evidence_document_id_domain", "document_id", "domain"),
+        Index("ix_evidence_checkpoint_id_id", "checkpoint_id", "id"),
+        CheckConstraint("verdict IN ('fresh', 'stale', 'indeterminate')", name="verdict"),
+    )
+
+    id: Mapped[int] = _identity()
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id"))
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    domain: Mapped[str]
+    day: Mapped[date] = mapped_column(server_default=text("CURRENT_DATE"))
+    at: Mapped[datetime] = _now()
+    verdict: Mapped[str]
+    level: Mapped[str | None]
+    threshold: Mapped[float]
+    layers: Mapped[int] = mapped_column(Integer)
+    spearman: Mapped[float | None]
+    corrected: Mapped[float | None]
+    ceiling: Mapped[float | None]
+    top_overlap: Mapped[float | None]
+    norms: Mapped[dict[str, Any] | None]
+
+
+class StalenessEvent(Base):
+    """The share of stale verdicts on a document in a domain crossed the limit."""
+
+    __tablename__ = "staleness_events"
+    __table_args__ = (
+        Index("ix_staleness_events_document_id_domain_id", "document_id", "domain", "id"),
+        CheckConstraint("kind IN ('raised', 'cleared')", name="kind"),
+    )
+
+    id: Mapped[int] = _identity()
+    at: Mapped[datetime] = _now()
+    kind: Mapped[str]
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id"), index=True)
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    domain: Mapped[str]
+    stale_share: Mapped[float]
+    users: Mapped[int] = mapped_column(Integer)

@@ -33,6 +33,9 @@ READ = {
     "GET /v1/blobs/{digest}",
     "HEAD /v1/blobs/{digest}",
     "POST /v1/aggregate",
+    "POST /v1/models/{model_id}/checkpoints/{checkpoint}/staleness",
+    "GET /v1/models/{model_id}/checkpoints/{checkpoint}/evidence",
+    "GET /v1/models/{model_id}/evidence",
 }
 NEEDS: dict[str, set[Scope]] = {
     "POST /v1/blueprints": {Scope.PUBLISH},
@@ -48,6 +51,7 @@ NEEDS: dict[str, set[Scope]] = {
     "GET /v1/keys": {Scope.ADMIN},
     "POST /v1/keys/{key_id}/revoke": {Scope.ADMIN},
     "GET /v1/audit": {Scope.ADMIN},
+    "POST /v1/models/{model_id}/checkpoints/{checkpoint}/refresh": {Scope.PROFILE},
     "POST /v1/jobs": {Scope.PROFILE},
     "GET /v1/jobs": set(Scope),
     "GET /v1/jobs/{job_id}": set(Scope),
