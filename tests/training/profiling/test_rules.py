@@ -115,7 +115,8 @@ class Shifted(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / x.norm(dim=-1, keepdim=True) * (1 + self.weight) + self.bias
+        output: Tensor = x / x.norm(dim=-1, keepdim=True) * (1 + self.weight) + self.bias
+        return output
 
 
 class Squaring(Shifted):
