@@ -53,7 +53,7 @@ def test_a_refused_source_fails_its_job_and_the_next_one_is_profiled_and_publish
     assert (provenance.device or "").startswith("cpu")
     factors = lab.fetch_factors(blueprint)
     assert factors is not None
-    assert list((tmp_path / "processes").glob("blueprint-job-*")) == []
+    wait_until(lambda: not list((tmp_path / "processes").glob("blueprint-job-*")), what="the job's folder is gone")
 
 
 def test_a_job_whose_worker_is_killed_is_done_by_another_once_within_two_leases(
@@ -215,6 +215,7 @@ def test_relays_beside_each_other_announce_each_job_once(
     lab: Client, submit: Submit, processes: Processes, broker: Broker, server: Server
 ) -> None:
     relays = [processes.relay(), processes.relay()]
+    wait_until(lambda: processes.logs().count("relay: running") == 2, what="both relays are up")
     submitted = {submit().id for _ in range(40)}
     with broker.client() as client:
         wait_until(lambda: client.llen(PROFILE_QUEUE) >= 40)
