@@ -195,7 +195,7 @@ def _all(adapted: Adapted) -> list[Outcome]:
 
 
 def _ours(outcome: Outcome) -> bool:
-    return outcome.name.startswith(("selected", "published"))
+    return outcome.name.startswith(("published", "local"))
 
 
 def _row(adapted: Adapted) -> Any:
@@ -254,17 +254,19 @@ def _heatmap(norms: np.ndarray, rows: Sequence[str], columns: Sequence[str], xla
 def _loss_against_memory(adapted: Adapted) -> str:
     figure = Figure(figsize=(9.4, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(adapted.base_loss, color=MUTED, linewidth=0.8, linestyle=":")
     axes.axhline(adapted.full.loss, color=MUTED, linewidth=0.8, linestyle=":")
-    selected = [outcome for outcome in adapted.outcomes if outcome.name.startswith("selected")]
+    way = adapted.outcomes[0].name.split(",")[0]
+    selected = [outcome for outcome in adapted.outcomes if outcome.name.startswith(way)]
     axes.plot(
         [outcome.training_bytes / 1e6 for outcome in selected],
         [outcome.loss for outcome in selected],
         color=ACCENT, linewidth=1.2, alpha=0.5,
     )  # fmt: skip
     outcomes = sorted(_all(adapted), key=lambda outcome: outcome.loss)
-    span = adapted.base_loss - min(outcome.loss for outcome in outcomes)
-    heights = _apart([outcome.loss for outcome in outcomes], 0.075 * span)
+    # The loss before training is far above all of them: a frame down to it would hide their differences.
+    best, worst = outcomes[0].loss, outcomes[-1].loss
+    span = max(1.15 * (worst - best), 0.25 * (adapted.base_loss - best))
+    heights = _apart([outcome.loss for outcome in outcomes], 0.085 * span)
     for outcome, height in zip(outcomes, heights, strict=True):
         color = FULL if outcome is adapted.full else ACCENT if _ours(outcome) else RIVAL
         x = outcome.training_bytes / 1e6
@@ -274,9 +276,9 @@ def _loss_against_memory(adapted: Adapted) -> str:
             color=color, va="center", fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
-    axes.annotate(
-        f"before {adapted.base_loss:.3f}", (0.005, adapted.base_loss), xycoords=("axes fraction", "data"),
-        color=MUTED, va="bottom",
+    axes.text(
+        0.005, 0.97, f"before training: {adapted.base_loss:.3f}, above this frame",
+        transform=axes.transAxes, color=MUTED, va="top",
     )  # fmt: skip
     axes.set_xscale("log")
     smallest, largest = (f(outcome.training_bytes / 1e6 for outcome in outcomes) for f in (min, max))
@@ -286,7 +288,7 @@ def _loss_against_memory(adapted: Adapted) -> str:
     places = [place for place in places if smallest * 0.8 <= place <= largest * 1.3]
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
-    axes.set_ylim(min(heights) - 0.06 * span, adapted.base_loss + 0.1 * span)
+    axes.set_ylim(best - 0.08 * span, max(best + 1.12 * span, heights[-1] + 0.12 * span))
     axes.set_xlabel("optimizer state and gradients, MB (measured, logarithmic)")
     axes.set_ylabel("held-out loss, nats per token")
     return _svg(figure)
