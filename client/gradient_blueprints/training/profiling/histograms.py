@@ -55,8 +55,9 @@ class MagnitudeHistogram:
         """Count finite tensors, multiplied by `scale`; `top` needs nothing smaller than `floor`."""
         fine = np.zeros(_FINE, np.int64)
         scaled = _Scaled(tensors, scale)
+        bits = torch.empty(_BLOCK, dtype=torch.int16)
         for block in scaled:
-            fine += _count(block)
+            fine += _count(block, bits)
         sums = (fine * _MIDDLES).reshape(_BINS, -1).sum(1)
         counts = fine.reshape(_BINS, -1).sum(1)
         return cls(counts, sums, _largest(scaled, fine, floor))
@@ -103,15 +104,17 @@ class _Scaled:
     def __iter__(self) -> Iterator[Tensor]:
         buffer = torch.empty(_BLOCK)
         for flat in self._flat:
+            here = flat.device.type == "cpu" and flat.dtype == torch.float32
             for block in torch.split(flat, _BLOCK):
                 part = buffer[: len(block)]
-                yield part.copy_(block).mul_(self._scale)
+                yield torch.mul(block, self._scale, out=part) if here else part.copy_(block).mul_(self._scale)
 
 
-def _count(block: Tensor) -> Counts:
+def _count(block: Tensor, buffer: Tensor) -> Counts:
     """Fine counts of |x| of a contiguous float32 block."""
     upper = block.view(torch.int16).view(-1, 2)[:, 1]  # little endian: sign, exponent, 7 bits of mantissa
-    counts: Counts = torch.bincount(upper & 0x7FFF, minlength=_FINE).numpy()
+    bits = torch.bitwise_and(upper, 0x7FFF, out=buffer[: len(block)])
+    counts: Counts = torch.bincount(bits, minlength=_FINE).numpy()
     return counts
 
 
@@ -122,8 +125,9 @@ def _largest(scaled: _Scaled, fine: Counts, floor: float) -> NDArray[np.float32]
     threshold = max(floor, float(_FINE_EDGES[edge]))
     parts = []
     for block in scaled:
-        magnitudes = block.abs_()
-        if float(magnitudes.max()) >= threshold:
+        lowest, highest = torch.aminmax(block)
+        if max(-float(lowest), float(highest)) >= threshold:
+            magnitudes = block.abs_()
             parts.append(magnitudes[magnitudes >= threshold])
     found: NDArray[np.float32] = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
     if len(found) > TOP:
