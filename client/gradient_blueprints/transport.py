@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import ssl
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing, suppress
@@ -426,6 +427,7 @@ class Blocking:
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._http: httpx2.Client | None = None
+        self._opening = threading.Lock()
         self._process = os.getpid()
 
     def _run(self, steps: Steps[T]) -> T:
@@ -475,10 +477,11 @@ class Blocking:
     def _client(self) -> httpx2.Client:
         import httpx2
 
-        if self._http is None or self._process != os.getpid():  # a forked child must not share its parent's sockets
-            self._http = httpx2.Client(**_client_arguments(self._origin))
-            self._process = os.getpid()
-        return self._http
+        with self._opening:  # of threads that call first at once, one opens the connections
+            if self._http is None or self._process != os.getpid():  # a forked child must not share its parent's sockets
+                self._http = httpx2.Client(**_client_arguments(self._origin))
+                self._process = os.getpid()
+            return self._http
 
     def _send(self, send: Send, opened: list[OpenStream]) -> Answer:
         import httpx2

@@ -6,7 +6,9 @@ import itertools
 import logging
 import re
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -243,3 +245,14 @@ def test_events_are_the_same_wherever_the_stream_was_cut(cuts: list[int]) -> Non
         ("1", "job", '{"a":\n1}'),
         ("2", "message", "é"),
     ]
+
+
+def test_threads_whose_first_calls_come_at_once_share_one_pool_of_connections() -> None:
+    with Client("http://127.0.0.1:9", cache=False) as client, ThreadPoolExecutor(8) as pool:
+        barrier = threading.Barrier(8)
+
+        def open_connections(_: int) -> int:
+            barrier.wait()
+            return id(client._client())
+
+        assert len(set(pool.map(open_connections, range(8)))) == 1
