@@ -90,8 +90,9 @@ def report(blueprint: Blueprint, profiler: GradientProfiler) -> None:
     print(f"alpha (log-binned, top 10 %): median {np.median(binned):.2f}")
     fits = [layer.tail_fit for layer in layers if layer.tail_fit is not None]
     wins = sum((fit.versus_lognormal or 0) > 0 for fit in fits)
+    fitting = sum((fit.versus_lognormal or 0) > 0 and (fit.ks or 0) <= 0.03 for fit in fits)
     print(
-        f"power law wins against the log-normal in {wins} of {len(fits)}; "
+        f"power law wins against the log-normal in {wins} of {len(fits)}, with a distance up to 0.03 in {fitting}; "
         f"median KS {np.median([fit.ks or 0 for fit in fits]):.3f}"
     )
     top = [dict(layer.retained_mass)[0.1] for layer in layers if layer.retained_mass]

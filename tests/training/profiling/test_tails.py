@@ -90,6 +90,15 @@ def test_other_tails_lose_against_the_lognormal_and_are_never_about_one(name: st
     assert exponents == sorted(exponents)  # a lighter tail looks lighter the further out it is read
 
 
+def test_a_mixture_that_neither_law_describes_is_no_power_law() -> None:
+    """More dispersed than any log-normal: the ratio is a tie, and the distance says that both are wrong."""
+    mixed = torch.cat([sample("laplace", 900_000), 1_000 * sample("laplace", 9_000, seed=1)])
+    tail = fit_tail(MagnitudeHistogram.of(mixed))
+    assert tail is not None
+    assert tail.ks > 0.03
+    assert not tail.power_law
+
+
 def test_student_tail_tends_to_one_third_far_out() -> None:
     tail = fit_tail(MagnitudeHistogram.of(sample("student")))
     assert tail is not None
