@@ -93,6 +93,18 @@ if TYPE_CHECKING:
         VersionSummary,
         WhoAmI,
     )
+    from gradient_blueprints.statistics_models import (
+        Advice,
+        Consensus,
+        Course,
+        Evidence,
+        EvidenceSummary,
+        Level,
+        LocalSample,
+        Staleness,
+        TableRow,
+        Verdict,
+    )
 
 _HOMES = {
     "client": (
@@ -174,10 +186,23 @@ _HOMES = {
         "TailFit",
         "VersionSummary",
     ),
+    "statistics_models": (
+        "Advice",
+        "Consensus",
+        "Course",
+        "Evidence",
+        "EvidenceSummary",
+        "Level",
+        "LocalSample",
+        "Staleness",
+        "TableRow",
+        "Verdict",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Advice",
     "Alias",
     "AliasMove",
     "AliasNotFound",
@@ -199,9 +224,13 @@ __all__ = [
     "ConfigurationError",
     "Conflict",
     "ConnectionFailed",
+    "Consensus",
     "CostModel",
+    "Course",
     "DataSource",
     "DigestMismatch",
+    "Evidence",
+    "EvidenceSummary",
     "HeartbeatAnswer",
     "IdempotencyConflict",
     "InternalError",
@@ -222,6 +251,8 @@ __all__ = [
     "LayerChange",
     "LayerKind",
     "LeaseLost",
+    "Level",
+    "LocalSample",
     "MalformedRequest",
     "MethodNotAllowed",
     "MissingBlob",
@@ -244,11 +275,14 @@ __all__ = [
     "RequestTimeout",
     "Scope",
     "ServiceUnavailable",
+    "Staleness",
     "Statistic",
+    "TableRow",
     "TailFit",
     "Unauthenticated",
     "UnexpectedAnswer",
     "UnsupportedMediaType",
+    "Verdict",
     "VersionSummary",
     "WhoAmI",
 ]

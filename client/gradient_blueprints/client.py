@@ -9,10 +9,11 @@ from typing import Self
 from gradient_blueprints.calls import DEFAULT_TIMEOUT
 from gradient_blueprints.job_methods import JobMethods
 from gradient_blueprints.methods import RegistryMethods
+from gradient_blueprints.statistics_methods import StatisticsMethods
 from gradient_blueprints.transport import Awaiting, Blocking
 
 
-class Client(RegistryMethods, JobMethods, Blocking):
+class Client(RegistryMethods, JobMethods, StatisticsMethods, Blocking):
     """A registry, for blocking code. Threads may share one; a forked process may go on with its copy.
 
     What is not given comes from BLUEPRINTS_URL, BLUEPRINTS_API_KEY, BLUEPRINTS_CACHE (a folder)
@@ -45,7 +46,7 @@ class Client(RegistryMethods, JobMethods, Blocking):
         self.close()
 
 
-class AsyncClient(RegistryMethods, JobMethods, Awaiting):
+class AsyncClient(RegistryMethods, JobMethods, StatisticsMethods, Awaiting):
     """A registry, for asyncio. The methods and arguments of `Client`; listings are asynchronous iterators.
 
     async with AsyncClient() as client:

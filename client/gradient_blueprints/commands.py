@@ -19,8 +19,15 @@ from rich.text import Text
 
 from gradient_blueprints.calls import own_version
 from gradient_blueprints.client import Client
-from gradient_blueprints.errors import Unauthenticated
+from gradient_blueprints.errors import ConfigurationError, Unauthenticated
 from gradient_blueprints.models import Alias, Blueprint, Job, JobEvent, JobState, VersionSummary, format_checkpoint
+from gradient_blueprints.statistics_models import (
+    DEFAULT_THRESHOLD,
+    AggregateResult,
+    Consensus,
+    Course,
+    TableRow,
+)
 
 SHOWN_LAYERS = 20
 WIDEST = 10_000  # columns of a table that goes into a pipe: a row stays a line
@@ -333,6 +340,196 @@ def delete_alias(
         _print_json({"model_id": model, "name": name, "deleted": True})
     else:
         _say(f"Deleted the alias {name} of {model}")
+
+
+# --- statistics
+
+
+@app.command()
+def aggregate(
+    context: typer.Context,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]")] = None,
+    result: Annotated[AggregateResult, typer.Option(help="every row, a consensus, or the course over training")] = (
+        AggregateResult.TABLE
+    ),
+    checkpoint: Annotated[list[str] | None, typer.Option(help="only these checkpoints")] = None,
+    since: Annotated[str | None, typer.Option("--from", help="at this checkpoint or later")] = None,
+    until: Annotated[str | None, typer.Option("--to", help="at this checkpoint or earlier")] = None,
+    every: Annotated[bool, typer.Option("--all", help="every version, not each lab's newest")] = False,
+    version: Annotated[list[int] | None, typer.Option(min=1, help="these versions")] = None,
+    lab: Annotated[list[str] | None, typer.Option(help="only these labs")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="only blueprints with a weight for this domain")] = None,
+    digest: Annotated[list[str] | None, typer.Option(help="the blueprint with this digest too")] = None,
+    file: Annotated[list[Path] | None, typer.Option(exists=True, help="this file too (table only)")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="save one consensus as a blueprint")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print NDJSON, a line as it comes")] = False,
+) -> None:
+    """Combine blueprints of many labs, checkpoints and versions."""
+    if output is not None and result is not AggregateResult.CONSENSUS:
+        raise typer.BadParameter("only a consensus is a blueprint: add --result consensus", param_hint="--output")
+    if file and result is not AggregateResult.TABLE:
+        raise typer.BadParameter("files join the table only", param_hint="--file")
+    selection: dict[str, Any] = {
+        "checkpoints": checkpoint or (),
+        "from_checkpoint": since,
+        "to_checkpoint": until,
+        "versions": version or ("all" if every else "newest"),
+        "labs": lab or (),
+        "tags": tag or (),
+        "digests": digest or (),
+    }
+    with _registry(context) as client:
+        if result is AggregateResult.TABLE:
+            rows = client.aggregate_blueprints(models or (), **selection, files=file or ())
+            _print_rows(rows) if not as_json else _print_lines(rows)
+        elif result is AggregateResult.CONSENSUS:
+            found = client.consensus_blueprints(models or (), **selection)
+            if output is not None:
+                _save_consensus(list(found), output)
+            elif as_json:
+                _print_lines(found)
+            else:
+                for consensus in found:
+                    _print_consensus(consensus)
+        else:
+            courses = client.training_courses(models or (), **selection)
+            if as_json:
+                _print_lines(courses)
+            else:
+                for course in courses:
+                    _print_course(course)
+
+
+def _print_lines(values: Iterable[BaseModel]) -> None:
+    for value in values:
+        typer.echo(value.model_dump_json(exclude_none=True))
+
+
+def _print_rows(rows: Iterable[TableRow]) -> None:
+    """As a table without end: nothing is held to make columns of one width."""
+    typer.echo("model\tcheckpoint\tlayer\tgradient_norm\tlab\tversion\tcollision")
+    for row in rows:
+        cells = (
+            row.model_id,
+            format_checkpoint(row.training_checkpoint),
+            row.layer.id,
+            _number(row.layer.gradient_norm),
+            row.lab or "",
+            row.version or "",
+            "collides" if row.collision else "",
+        )
+        typer.echo("\t".join(map(str, cells)))
+
+
+def _save_consensus(found: list[Consensus], output: Path) -> None:
+    if len(found) != 1 or not found[0].layers:
+        raise ConfigurationError(
+            f"This selection has {len(found)} consensuses with layers to save; name one model and one checkpoint."
+        )
+    blueprint = found[0].to_blueprint()
+    output.write_text(blueprint.to_json() + "\n", encoding="utf-8")
+    _say(f"{output}: {blueprint!r}")
+
+
+def _print_consensus(consensus: Consensus) -> None:
+    voices = [source for source in consensus.sources if source.left_out is None]
+    agreement = f"Kendall's W {_number(consensus.kendall_w)} over {consensus.complete_layers} layers"
+    checkpoint = format_checkpoint(consensus.training_checkpoint)
+    _say(f"{consensus.model_id} at {checkpoint}: {consensus.status} of {len(voices)} labs, {agreement}")
+    for source in consensus.sources:
+        if source.left_out is not None:
+            _say(f"  {source.lab} version {source.version} is left out: {source.left_out}")
+    largest = sorted(consensus.layers, key=lambda layer: (layer.rank is None, layer.rank or 0, layer.id))
+    rows = [
+        (
+            layer.rank,
+            layer.id,
+            _number(layer.gradient_norm),
+            layer.labs,
+            _number(layer.spread),
+            layer.influence.lab if layer.influence else "",
+        )
+        for layer in largest
+    ]
+    _print_table(("rank", "layer", "norm", "labs", "spread", "most influential"), rows[:SHOWN_LAYERS], of=len(rows))
+
+
+def _print_course(course: Course) -> None:
+    _say(f"{course.model_id} over {len(course.checkpoints)} checkpoints")
+    for pair in course.neighbours:
+        between = f"{format_checkpoint(pair.from_checkpoint)} to {format_checkpoint(pair.to_checkpoint)}"
+        _say(f"  {between}: Spearman {_number(pair.spearman)} over {pair.layers} layers")
+    _say(f"rising: {', '.join(course.rising) or 'none'}")
+    _say(f"falling: {', '.join(course.falling) or 'none'}")
+
+
+@app.command()
+def stale(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    local: Annotated[
+        Path | None, typer.Argument(exists=True, help="local blueprint, or JSON of layer ids and their batches")
+    ] = None,
+    digest: Annotated[str | None, typer.Option(help="compare with this blueprint of the registry instead")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="check this version instead of the newest")] = None,
+    lab: LabOption = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="correlation to be reached")] = DEFAULT_THRESHOLD,
+    top: Annotated[int | None, typer.Option(min=1, help="size of the top in use")] = None,
+    domain: Annotated[str, typer.Option(help="what the local data are")] = "general",
+    keep: Annotated[bool, typer.Option("--keep", help="let the registry keep the verdict (coarse numbers)")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check whether a blueprint still holds on local data; exits 1 when it does not, nor at a coarser level."""
+    with _registry(context) as client:
+        checked = client.check_staleness(
+            model,
+            checkpoint,
+            None if local is None else _local_values(local),
+            digest=digest,
+            version=version,
+            lab=lab,
+            threshold=threshold,
+            top=top,
+            domain=domain,
+            keep=keep,
+        )
+    if as_json:
+        _print_json(checked)
+    else:
+        _say(f"{checked.verdict}: {checked.advice}" + (f" at level {checked.level}" if checked.level else ""))
+        rows = [
+            (
+                level.level,
+                level.n,
+                _number(level.spearman),
+                _number(level.ceiling),
+                _number(level.corrected),
+                " to ".join(map(_number, level.corrected_ci)) if level.corrected_ci else "–",
+                level.verdict,
+                ", ".join(level.reasons),
+            )
+            for level in checked.levels
+        ]
+        columns = ("level", "n", "Spearman", "ceiling", "corrected", "95 %", "verdict", "because")
+        _print_table(columns, rows)
+        _say(f"top {checked.top}: {_number(checked.top_overlap)} in common, {_number(checked.top_by_chance)} by chance")
+        if checked.not_kept:
+            _say(f"not kept: {checked.not_kept}")
+    if checked.level is None:
+        raise typer.Exit(1)
+
+
+def _local_values(path: Path) -> Any:
+    """A blueprint file, or a JSON object of layer ids and their values or batches."""
+    if path.suffix.lower() == ".json":
+        try:
+            data = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ConfigurationError(f"{path} is not JSON: {error}.") from None
+        if isinstance(data, dict) and "layers" not in data:
+            return data
+    return path
 
 
 # --- jobs
