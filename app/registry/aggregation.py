@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry.agreement import (
     CONFIDENCE,
+    Floats,
     concordance,
     kendall,
     kendall_interval,
@@ -44,6 +45,7 @@ from gradient_blueprints.statistics_models import (
 )
 
 _ROWS_AT_ONCE = 500
+_LAYERS_AT_ONCE = 50  # each holds what every lab says
 _MOST_OPEN_COLUMNS = 1_000
 _DIGITS = 12  # the last digits of a logarithm differ between mathematical libraries; these do not
 _SHOWN_MOVERS = 10
@@ -175,25 +177,48 @@ FROM voices v LEFT JOIN able a USING (lab_id) LEFT JOIN centres c USING (lab_id)
 ORDER BY v.lab
 """  # noqa: S608 - put together from constants
 
-_PLACED = f"""
+_LAYERS = f"""
 {_RELATIVE},
 placed AS (
-    SELECT r.*, c.centre, core.layer_id IS NOT NULL AS is_core,
+    SELECT r.layer_id, r.lab_id, r.norm, r.low, r.high, r.kind, r.depth, r.parts, c.centre,
+           core.layer_id IS NOT NULL AS is_core,
            count(*) OVER (PARTITION BY r.layer_id) = (SELECT count(*) FROM centres) AS complete
     FROM rows r JOIN centres c USING (lab_id) LEFT JOIN core ON core.layer_id = r.layer_id
+),
+ranked AS (
+    SELECT p.*, v.lab,
+           rank() OVER among_complete + (count(*) OVER tied_complete - 1) / 2.0::float AS mid_rank,
+           count(*) OVER tied_complete AS tied,
+           (rank() OVER among_core + (count(*) OVER tied_core - 1) / 2.0::float) / count(*) OVER all_core AS share
+    FROM placed p JOIN voices v USING (lab_id)
+    WINDOW among_complete AS (PARTITION BY lab_id, complete ORDER BY norm),
+           tied_complete AS (PARTITION BY lab_id, complete, norm),
+           among_core AS (PARTITION BY lab_id, is_core ORDER BY norm),
+           tied_core AS (PARTITION BY lab_id, is_core, norm),
+           all_core AS (PARTITION BY lab_id, is_core)
+),
+weights AS (
+    SELECT layer_id, jsonb_object_agg(tag, jsonb_build_array(weight, labs)) AS domain_tags
+    FROM (
+        SELECT r.layer_id, entry.key AS tag, count(*) AS labs,
+               percentile_cont(0.5) WITHIN GROUP (ORDER BY CAST(entry.value AS float)) AS weight
+        FROM rows r JOIN centres c USING (lab_id) CROSS JOIN LATERAL jsonb_each_text(r.domain_tags) AS entry
+        WHERE CAST(:tags AS text[]) IS NULL OR entry.key = ANY(:tags)
+        GROUP BY r.layer_id, entry.key
+    ) per_tag
+    GROUP BY layer_id
 )
-SELECT p.layer_id COLLATE "C" AS layer_id, v.lab, p.norm, p.low, p.high, p.centre, p.is_core, p.complete, p.parts,
-       p.kind, p.depth, p.domain_tags,
-       rank() OVER among_complete + (count(*) OVER tied_complete - 1) / 2.0::float AS rank_sum,
-       count(*) OVER tied_complete AS tied,
-       (rank() OVER among_core + (count(*) OVER tied_core - 1) / 2.0::float) / count(*) OVER all_core AS share
-FROM placed p JOIN voices v USING (lab_id)
-WINDOW among_complete AS (PARTITION BY lab_id, complete ORDER BY norm),
-       tied_complete AS (PARTITION BY lab_id, complete, norm),
-       among_core AS (PARTITION BY lab_id, is_core ORDER BY norm),
-       tied_core AS (PARTITION BY lab_id, is_core, norm),
-       all_core AS (PARTITION BY lab_id, is_core)
-ORDER BY 1, 2
+SELECT r.layer_id COLLATE "C" AS layer_id, r.is_core, r.complete, w.domain_tags,
+       array_agg(r.lab ORDER BY r.lab) AS labs, array_agg(r.norm ORDER BY r.lab) AS norms,
+       array_agg(r.centre ORDER BY r.lab) AS centres,
+       array_agg(r.low ORDER BY r.lab) AS lows, array_agg(r.high ORDER BY r.lab) AS highs,
+       count(*) FILTER (WHERE r.parts > 0) AS rolled_up,
+       mode() WITHIN GROUP (ORDER BY r.kind) AS kind, mode() WITHIN GROUP (ORDER BY r.depth) AS depth,
+       sum(r.mid_rank) AS rank_sum, sum(r.tied * r.tied - 1) AS ties,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY r.share) AS share
+FROM ranked r LEFT JOIN weights w USING (layer_id)
+GROUP BY r.layer_id, r.is_core, r.complete, w.domain_tags
+ORDER BY 1
 """  # noqa: S608 - put together from constants
 
 
@@ -208,16 +233,10 @@ async def _consensus(session: AsyncSession, wanted: Aggregation, group: Row[Any]
     voices = (await session.execute(text(_CENTRES), values)).all()
     centres = {voice.lab: float(voice.centre) for voice in voices if voice.centre is not None}
     scale = float(np.median(list(centres.values()))) if centres else 0.0
-    gathered = _Gathered(scale, set(wanted.tags))
-    rows = await session.stream(text(_PLACED), values, execution_options={"yield_per": _ROWS_AT_ONCE})
-    one_layer: list[Any] = []
+    gathered = _Gathered(scale)
+    rows = await session.stream(text(_LAYERS), values, execution_options={"yield_per": _LAYERS_AT_ONCE})
     async for row in rows:
-        if one_layer and one_layer[0].layer_id != row.layer_id:
-            gathered.add(one_layer)
-            one_layer = []
-        one_layer.append(row)
-    if one_layer:
-        gathered.add(one_layer)
+        gathered.add(row)
     return Consensus(
         model_id=group.model_id,
         training_checkpoint=float(group.fraction),
@@ -252,58 +271,44 @@ class _Estimate:
 class _Gathered:
     """The layers of one checkpoint as they come, and the sums over them."""
 
-    def __init__(self, scale: float, tags: set[str]) -> None:
+    def __init__(self, scale: float) -> None:
         self._scale = scale
-        self._tags = tags
         self._estimates: list[_Estimate] = []
         self._deviations: dict[str, tuple[float, int]] = {}
         self.rank_sums: list[float] = []
         self.ties = 0
 
-    def add(self, rows: Sequence[Any]) -> None:
-        """One layer, a row a lab, by lab."""
+    def add(self, row: Any) -> None:
+        """One layer: what its labs say, by lab."""
         with np.errstate(divide="ignore"):
-            logs = np.log([row.norm for row in rows]) - [row.centre for row in rows]
-        combined = combine(logs, [_log_error(row.low, row.high) for row in rows])
-        for row, deviation in zip(rows, combined.deviations, strict=True):
+            logs = np.log(row.norms) - row.centres
+        combined = combine(logs, _log_errors(row.lows, row.highs))
+        for lab, deviation in zip(row.labs, combined.deviations.tolist(), strict=True):
             if math.isfinite(deviation):
-                total, count = self._deviations.get(row.lab, (0.0, 0))
-                self._deviations[row.lab] = (total + deviation, count + 1)
-        if rows[0].complete:
-            self.rank_sums.append(sum(float(row.rank_sum) for row in rows))
-            self.ties += sum(row.tied**2 - 1 for row in rows)  # t members of a group of ties: t^3 - t together
+                total, count = self._deviations.get(lab, (0.0, 0))
+                self._deviations[lab] = (total + deviation, count + 1)
+        if row.complete:
+            self.rank_sums.append(float(row.rank_sum))
+            self.ties += int(row.ties)  # t members of a group of ties, each t^2 - 1: t^3 - t together
         influence = None
         if combined.influential is not None and combined.without is not None:
             moved = combined.without - combined.log_norm
-            influence = Influence(
-                lab=rows[combined.influential].lab, factor=_power(moved) if math.isfinite(moved) else None
-            )
+            factor = _power(moved) if math.isfinite(moved) else None
+            influence = Influence(lab=row.labs[combined.influential], factor=factor)
+        weights = {tag: DomainWeight(weight=w, labs=labs) for tag, (w, labs) in sorted((row.domain_tags or {}).items())}
         layer = ConsensusLayer(
-            id=rows[0].layer_id,
+            id=row.layer_id,
             gradient_norm=_power(combined.log_norm + self._scale),
-            labs=len(rows),
-            rolled_up=sum(row.parts > 0 for row in rows),
+            labs=len(row.labs),
+            rolled_up=row.rolled_up,
             spread=_rounded(combined.spread),
             i_squared=_rounded(combined.i_squared),
             influence=influence,
-            domain_tags=self._domain_weights(rows),
-            kind=_most_frequent(LayerKind(row.kind) for row in rows if row.kind is not None),
-            depth=_most_frequent(row.depth for row in rows if row.depth is not None),
+            domain_tags=weights or None,
+            kind=None if row.kind is None else LayerKind(row.kind),
+            depth=row.depth,
         )
-        self._estimates.append(
-            _Estimate(layer, float(np.median([float(row.share) for row in rows])) if rows[0].is_core else None)
-        )
-
-    def _domain_weights(self, rows: Sequence[Any]) -> dict[str, DomainWeight] | None:
-        weights: dict[str, list[float]] = {}
-        for row in rows:
-            for tag, weight in (row.domain_tags or {}).items():
-                if not self._tags or tag in self._tags:
-                    weights.setdefault(tag, []).append(float(weight))
-        combined = {
-            tag: DomainWeight(weight=float(np.median(given)), labs=len(given)) for tag, given in sorted(weights.items())
-        }
-        return combined or None
+        self._estimates.append(_Estimate(layer, float(row.share) if row.is_core else None))
 
     def deviation(self, lab: str) -> float | None:
         total, count = self._deviations.get(lab, (0.0, 0))
@@ -322,10 +327,13 @@ class _Gathered:
         )
 
 
-def _log_error(low: float | None, high: float | None) -> float:
-    if low is None or high is None or low <= 0:
-        return math.nan
-    return (math.log(high) - math.log(low)) / (2 * _Z)
+def _log_errors(lows: Sequence[float | None], highs: Sequence[float | None]) -> Floats:
+    """Standard errors of the logarithms from the labs' intervals; NaN where there is none above 0."""
+    low, high = np.array(lows, np.float64), np.array(highs, np.float64)
+    usable = low > 0
+    return np.log(high, where=usable, out=np.full(len(low), np.nan)) / (2 * _Z) - np.log(
+        low, where=usable, out=np.full(len(low), np.nan)
+    ) / (2 * _Z)
 
 
 _Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
@@ -340,12 +348,6 @@ def _power(log: float) -> float:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{_DIGITS}g}")
-
-
-def _most_frequent(values: Iterable[Any]) -> Any:
-    """The most frequent; of equals the first in their own order, whatever order they come in."""
-    found = sorted(values)
-    return max(sorted(set(found)), key=found.count) if found else None
 
 
 # --- the course over training
