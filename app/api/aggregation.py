@@ -66,7 +66,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/aggregate", response_class=StreamingResponse, responses=_RESPONSES | documented(404, 406))
 async def aggregate_blueprints(
-    request: Request, session: Snapshot, reader: Reader, wanted: Aggregation
+    request: Request, reader: Reader, session: Snapshot, wanted: Aggregation
 ) -> StreamingResponse:
     """Combine blueprints: every row, one consensus per checkpoint, or one course per model."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
