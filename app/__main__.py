@@ -7,6 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
+from gradient_blueprints.errors import ConfigurationError
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
@@ -74,5 +76,14 @@ def _serve(host: str, port: int, descriptor: int | None) -> int:
     return 0 if server.started else 3
 
 
+def run() -> int:
+    """What cannot be configured is said without a traceback, which would tell the settings."""
+    try:
+        return main()
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

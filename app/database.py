@@ -26,6 +26,7 @@ def create_engine(settings: Settings) -> AsyncEngine:
         asyncpg_url(settings.database_url),
         pool_size=settings.pool_size,
         max_overflow=settings.pool_overflow,
+        hide_parameters=True,  # an error in the log must not tell what was stored
         pool_pre_ping=True,  # a restarted database costs one retry here instead of one failed request per connection
         connect_args={
             "timeout": 10,

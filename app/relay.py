@@ -17,7 +17,7 @@ from celery import Celery
 
 from app.database import Sessions, create_engine, create_sessions
 from app.notifications import listen
-from app.registry import jobs, outbox
+from app.registry import idempotency, jobs, outbox
 from app.settings import Settings
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE
@@ -142,6 +142,8 @@ class Relay:
             lost = await jobs.end_lost_attempts(session)
         async with sessions.begin() as session:
             again = await jobs.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
+        async with sessions.begin() as session:
+            await idempotency.forget_old(session)
         if lost or again:
             logger.info("sweeper: ended %d lost attempts, announced %d jobs again", lost, again)
         return max(lost, again) == jobs.SWEEP_BATCH

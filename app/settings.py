@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
+
+from gradient_blueprints.errors import ConfigurationError
 
 MEBIBYTE = 1 << 20
 
@@ -15,18 +17,24 @@ MEBIBYTE = 1 << 20
 class Settings(BaseSettings):
     """Built in one place and passed on; nothing else reads the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="BLUEPRINTS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="BLUEPRINTS_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    database_url: str = Field(description="PostgreSQL URL, `postgresql://user:password@host/name`")
+    database_url: str = Field(repr=False, description="PostgreSQL URL, `postgresql://user:password@host/name`")
     database_password: SecretStr | None = Field(None, description="password, when the URL holds none")
-    broker_url: str | None = Field(None, description="Redis or Valkey URL that announces jobs; the relay needs it")
+    broker_url: str | None = Field(
+        None, repr=False, description="Redis or Valkey URL that announces jobs; the relay needs it"
+    )
     secret: SecretStr = Field(
-        description="keys the hash of API keys; at least 32 characters, the same on every process"
+        min_length=32, description="keys the hash of API keys; at least 32 characters, the same on every process"
     )
     admin_key: SecretStr | None = Field(
-        None, description="bootstrap key with the scope admin; replacing it revokes the old"
+        None,
+        min_length=32,
+        description="bootstrap key with the scope admin, at least 32 characters; another one replaces it",
     )
-    worker_key: SecretStr | None = Field(None, description="bootstrap key with the scope work, for workers")
+    worker_key: SecretStr | None = Field(
+        None, min_length=32, description="bootstrap key with the scope work, for workers; at least 32 characters"
+    )
     operator_lab: str = Field("operator", description="lab of the bootstrap keys")
     store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
 
@@ -49,7 +57,13 @@ class Settings(BaseSettings):
 
 def read_settings() -> Settings:
     """Settings from the environment, and secrets from files named `blueprints_...` in BLUEPRINTS_SECRETS_DIR."""
-    settings = Settings(_secrets_dir=os.environ.get("BLUEPRINTS_SECRETS_DIR"))
+    try:
+        settings = Settings(_secrets_dir=os.environ.get("BLUEPRINTS_SECRETS_DIR"))
+    except ValidationError as invalid:
+        faults = [
+            f"BLUEPRINTS_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in invalid.errors()
+        ]
+        raise ConfigurationError("\n".join(faults)) from None  # never with the values, secrets among them
     url = make_url(settings.database_url)
     if settings.database_password is None or url.password is not None:
         return settings

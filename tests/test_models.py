@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,26 @@ def test_a_blueprint_is_immutable() -> None:
         blueprint.model_id = "other"  # type: ignore[misc] # the point of the test
     with pytest.raises(ValidationError):
         blueprint.layers[0].gradient_norm = 1.0  # type: ignore[misc] # the point of the test
+
+
+def test_nothing_within_a_blueprint_can_be_changed() -> None:
+    blueprint = Blueprint.from_dict(paper_example(extra={"a": {"b": [1]}}, provenance={"data": {"general": {"n": 1}}}))
+    assert blueprint.extra is not None
+    assert blueprint.provenance is not None
+    for container in (
+        blueprint.layers[0].domain_tags,
+        blueprint.extra,
+        blueprint.extra["a"],
+        blueprint.provenance.data,
+    ):
+        with pytest.raises(TypeError, match="immutable"):
+            container["x"] = 1  # type: ignore[index, call-overload] # the point of the test
+    assert copy.deepcopy(blueprint) == pickle.loads(pickle.dumps(blueprint)) == blueprint
+
+
+def test_a_long_structure_survives_its_cell() -> None:
+    blueprint = Blueprint.from_dict(paper_example(extra={"a": "x" * 300_000}))
+    assert Blueprint.from_csv(blueprint.to_csv()) == blueprint
 
 
 def test_it_is_saved_beside_a_model_and_read_back(tmp_path: Path) -> None:

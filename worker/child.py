@@ -23,13 +23,6 @@ logger = logging.getLogger(__name__)
 
 PROGRESS, FAILED, FINISHED = "progress", "failed", "finished"
 KEPT_LINES = 20
-SECRETS = (
-    "BLUEPRINTS_API_KEY",
-    "BLUEPRINTS_BROKER_URL",
-    "BLUEPRINTS_ADMIN_KEY",
-    "BLUEPRINTS_SECRET",
-    "BLUEPRINTS_DATABASE_URL",
-)
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -51,7 +44,8 @@ class Child:
     """
 
     def __init__(self, specification: Specification) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        # none of our settings: keys and addresses are among them, and it gets what it needs on stdin
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("BLUEPRINTS_")}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
         self._process = subprocess.Popen(

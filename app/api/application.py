@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, FastAPI
 
 from app.api import administration, aggregation, aliases, blobs, blueprints, catalog, health, jobs, problems, staleness
 from app.api.gate import Gate
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
+from app.registry.blobs import remove_unfinished
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
 from gradient_blueprints.models import Blueprint, Scope
@@ -61,6 +63,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     try:
+        await anyio.to_thread.run_sync(remove_unfinished, settings.store)
         async with app.state.sessions() as session:
             for key, scope in ((settings.admin_key, Scope.ADMIN), (settings.worker_key, Scope.WORK)):
                 if key is not None:

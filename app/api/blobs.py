@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 from app.api.dependencies import CurrentSettings, DigestPath, Reader, Uploader
 from app.api.problems import documented
-from app.api.representations import IMMUTABLE
+from app.api.representations import immutable, names_one_of
 from app.registry import blobs
 from gradient_blueprints import models
+from gradient_blueprints.errors import RangeNotSatisfiable, ServiceUnavailable
 
 router = APIRouter(tags=["blobs"])
 
@@ -46,8 +49,22 @@ async def upload_blob(request: Request, settings: CurrentSettings, caller: Uploa
 async def fetch_blob(request: Request, settings: CurrentSettings, reader: Reader, digest: DigestPath) -> Response:
     """The blob, whole or a range of it. No session is held while it streams."""
     async with request.app.state.sessions() as session:
-        await blobs.get_size(session, digest)
-    header = {"ETag": f'"{digest}"', "Cache-Control": IMMUTABLE}
-    if f'"{digest}"' in request.headers.get("if-none-match", ""):
+        size = await blobs.get_size(session, digest)
+    header = {"ETag": f'"{digest}"', "Cache-Control": immutable(settings)}
+    if names_one_of(request, [header["ETag"]]):
         return Response(status_code=304, headers=header)
-    return FileResponse(blobs.blob_path(settings.store, digest), media_type="application/octet-stream", headers=header)
+    path = blobs.blob_path(settings.store, digest)
+    if not await anyio.Path(path).is_file():
+        raise ServiceUnavailable(f"The store has lost the file of {digest}; its operator can restore it from a backup.")
+    _check_range(request, size)
+    return FileResponse(path, media_type="application/octet-stream", headers=header)
+
+
+def _check_range(request: Request, size: int) -> None:
+    """Leave one satisfiable range of bytes to the file response; ignore what need not be understood (RFC 9110)."""
+    wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""), re.ASCII)
+    first, last = wanted.groups() if wanted else ("", "")
+    if (not first and not last) or (first and last and int(last) < int(first)):
+        request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
+    elif (int(first) >= size) if first else (int(last) == 0):
+        raise RangeNotSatisfiable(f"The blob has {size} bytes.", headers={"Content-Range": f"bytes */{size}"})

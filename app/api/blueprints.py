@@ -13,6 +13,7 @@ from app.api import representations
 from app.api.dependencies import (
     AliasName,
     CheckpointPath,
+    CurrentSettings,
     DigestPath,
     IdempotencyKey,
     LabQuery,
@@ -59,6 +60,8 @@ async def publish_blueprint(
     request: Request, session: Session, caller: Publisher, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Publish a document as JSON or CSV under the next version of its checkpoint."""
+    if encoding := request.headers.get("content-encoding"):
+        raise UnsupportedMediaType(f"A body is sent as it is, without Content-Encoding; this one says {encoding!r}.")
     body = await request.body()
     document = await anyio.to_thread.run_sync(read_document, request.headers.get("content-type", ""), body)
     repetition = IdempotentRequest(session, caller, idempotency_key, b"publish", document.body)
@@ -104,10 +107,12 @@ async def fetch_blueprint(
 
 
 @router.get("/v1/blueprints/{digest}", response_class=Response, responses=_DOCUMENT | documented(404, 406))
-async def fetch_by_digest(request: Request, session: Session, reader: Reader, digest: DigestPath) -> Response:
+async def fetch_by_digest(
+    request: Request, session: Session, reader: Reader, settings: CurrentSettings, digest: DigestPath
+) -> Response:
     """That document, for ever."""
     found = await blueprints.resolve_digest(session, digest)
-    return await _respond(request, session, found, cache_control=representations.IMMUTABLE)
+    return await _respond(request, session, found, cache_control=representations.immutable(settings))
 
 
 @router.get(

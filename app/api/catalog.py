@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated
 
+import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.dependencies import (
@@ -110,7 +111,11 @@ async def unyank_version(
     return await versions.unyank_version(session, caller, model_id, checkpoint, version)
 
 
-@router.get("/v1/models/{model_id:model}/compare", response_model_exclude_none=True, responses=documented(404))
+@router.get(
+    "/v1/models/{model_id:model}/compare",
+    response_model=models.Comparison,
+    responses=documented(404),
+)
 async def compare_blueprints(
     session: Session,
     reader: Reader,
@@ -119,10 +124,12 @@ async def compare_blueprints(
     other: Annotated[str, _SIDE],
     lab: LabQuery = None,
     top: Annotated[int | None, Query(ge=1, le=models.MAX_LAYERS)] = None,
-) -> models.Comparison:
+) -> Response:
     """What changed from `base` to `other`."""
     sides = (_side(base, "/query/base"), _side(other, "/query/other"))
-    return await comparison.compare(session, model_id, *sides, lab=lab, top=top)
+    found = await comparison.compare(session, model_id, *sides, lab=lab, top=top)
+    body = await anyio.to_thread.run_sync(lambda: found.model_dump_json(exclude_none=True))
+    return Response(body, media_type="application/json")
 
 
 def _side(text: str, pointer: str) -> tuple[Decimal, int | None]:

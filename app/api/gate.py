@@ -23,10 +23,6 @@ _DRAIN_BYTES = 128 << 20
 _DRAIN_SECONDS = 10.0
 
 
-class _BodyRefused(Exception):
-    """Ends the reading of a body; `Gate` answers in the application's place."""
-
-
 class Gate:
     """Pure ASGI, so that streamed bodies pass without being held."""
 
@@ -56,7 +52,9 @@ class Gate:
                 await _drain(receive)
             await render(refusal, request_id)(scope, receive, send_with_headers)
             return
-        body = _LimitedBody(receive, self._limit(scope), self._seconds(scope))
+        limit = self._limit(scope)
+        # A blob takes the time that it takes, as long as it moves; app.registry.blobs limits its size.
+        body = _LimitedBody(receive, limit, self._settings.body_seconds, each_message=limit is None)
         started = False
 
         async def send_unless_refused(message: Message) -> None:
@@ -66,7 +64,7 @@ class Gate:
             started = True
             await send_with_headers(message)
 
-        with contextlib.suppress(_BodyRefused):
+        with contextlib.suppress(ApiError):
             await self._app(scope, body.receive, send_unless_refused)
         if body.refusal is not None and not started:
             if isinstance(body.refusal, PayloadTooLarge):
@@ -93,37 +91,37 @@ class Gate:
             return self._settings.max_document_bytes
         return self._settings.max_body_bytes
 
-    def _seconds(self, scope: Scope) -> float | None:
-        return None if scope["path"].startswith("/v1/blobs/") else self._settings.body_seconds
-
 
 class _LimitedBody:
     """`receive` that refuses a body which is too large or too slow, chunked ones without end among them."""
 
-    def __init__(self, receive: Receive, limit: int | None, seconds: float | None) -> None:
+    def __init__(self, receive: Receive, limit: int | None, seconds: float, *, each_message: bool) -> None:
         self._receive = receive
         self._limit = limit
-        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._deadline = time.monotonic() + seconds
         self._seconds = seconds
+        self._each_message = each_message  # the time is that of one message, not of the whole body
         self._received = 0
         self._complete = False
         self.refusal: ApiError | None = None
 
     async def receive(self) -> Message:
-        if self._complete or self._deadline is None:
-            return await self._receive()  # after the body: waits for the disconnect
+        if self._complete:
+            return await self._receive()  # waits for the disconnect
+        if self._each_message:
+            self._deadline = time.monotonic() + self._seconds
         try:
             with anyio.fail_after(max(0.001, self._deadline - time.monotonic())):
                 message = await self._receive()
         except TimeoutError:
             self.refusal = RequestTimeout(f"The body did not arrive within {self._seconds:g} seconds.")
-            raise _BodyRefused from None
+            raise self.refusal from None
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._limit is not None and self._received > self._limit:
                 self.refusal = _too_large(self._limit)
-                raise _BodyRefused
+                raise self.refusal
         return message
 
 

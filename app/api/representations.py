@@ -5,23 +5,24 @@ from __future__ import annotations
 import gzip
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import zstandard
 from fastapi import Request, Response
 
-from app.registry.blueprints import Found
+from app.registry.blueprints import Found, yanked_warning
+from app.settings import Settings
 from gradient_blueprints.errors import NotAcceptable
 from gradient_blueprints.models import Blueprint, format_checkpoint
 
 JSON = "application/json"
 CSV = "text/csv"
-IMMUTABLE = "public, max-age=31536000, immutable"
 REVALIDATE = "no-cache"
 _MOST_HEADER_WARNINGS = 20
 _SMALLEST_COMPRESSED = 1_024  # bytes
 _ENCODINGS = ("zstd", "gzip")
+_UNSAID_IDENTITY = 1e-9  # always acceptable, never preferred, unless it is named
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class DocumentCache:
             self._held -= len(dropped.body)
 
 
+def immutable(settings: Settings) -> str:
+    """Cache-Control of what never changes. Where reading needs a key, a shared cache must not pass it on."""
+    return f"{'public' if settings.public_reads else 'private'}, max-age=31536000, immutable"
+
+
 def negotiate(request: Request, size: int) -> Representation:
     """The representation that suits Accept and Accept-Encoding; NotAcceptable when there is none."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
@@ -75,7 +81,8 @@ def negotiate(request: Request, size: int) -> Representation:
     if media_type is None:
         raise NotAcceptable(f"A blueprint can be had as {JSON} or {CSV}, not as {accept!r}.")
     encodings = ",".join(request.headers.getlist("accept-encoding"))
-    encoding = preferred(encodings, _ENCODINGS) if size >= _SMALLEST_COMPRESSED and encodings else None
+    worthwhile = size >= _SMALLEST_COMPRESSED and encodings
+    encoding = preferred(encodings, (*_ENCODINGS, "identity")) if worthwhile else None
     return Representation(media_type, encoding or "identity")
 
 
@@ -99,19 +106,23 @@ def _quality(qualities: dict[str, float], offer: str) -> float:
     for pattern in (offer, f"{kind}/*", "*/*") if slash else (offer, "*"):
         if pattern in qualities:
             return qualities[pattern]
-    return 0.0
+    return _UNSAID_IDENTITY if offer == "identity" else 0.0
 
 
 def is_unchanged(request: Request, found: Found, representation: Representation) -> bool:
     """Whether If-None-Match names these bytes, in this or another compression of the same media type."""
-    given = ",".join(request.headers.getlist("if-none-match"))
-    if not given:
-        return False
     same = {
         f'"{found.digest_text}{Representation(representation.media_type, encoding).tag_suffix}"'
         for encoding in ("identity", *_ENCODINGS)
     }
-    return any(tag.strip().removeprefix("W/") in same or tag.strip() == "*" for tag in given.split(","))
+    return names_one_of(request, same)
+
+
+def names_one_of(request: Request, tags: Collection[str]) -> bool:
+    """Whether If-None-Match holds one of `tags`, or `*` (RFC 9110 section 13.1.2)."""
+    given = ",".join(request.headers.getlist("if-none-match"))
+    named = {tag.strip().removeprefix("W/") for tag in given.split(",")}
+    return "*" in named or not named.isdisjoint(tags)
 
 
 def encode(body: bytes, representation: Representation) -> bytes:
@@ -147,8 +158,7 @@ def headers(
     if representation.encoding != "identity":
         answer["Content-Encoding"] = representation.encoding
     if found.yanked is not None:
-        yanked = {"code": "yanked", "pointer": "", "detail": f"this version was yanked: {found.yanked}"}
-        warnings = [yanked, *warnings]
+        warnings = [yanked_warning(found.yanked), *warnings]
     if warnings:
         shown = json.dumps(warnings[:_MOST_HEADER_WARNINGS], ensure_ascii=True, separators=(",", ":"))
         answer["Blueprint-Warning"] = shown

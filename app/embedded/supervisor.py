@@ -25,7 +25,14 @@ READY_TIMEOUT = 90.0
 LOOK_EVERY = 0.25
 
 # What a worker, which runs the jobs of every lab, has no business knowing.
-NOT_FOR_WORKERS = ("BLUEPRINTS_DATABASE_URL", "BLUEPRINTS_SECRET", "BLUEPRINTS_ADMIN_KEY")
+NOT_FOR_WORKERS = (
+    "BLUEPRINTS_DATABASE_URL",
+    "BLUEPRINTS_DATABASE_PASSWORD",
+    "BLUEPRINTS_SECRET",
+    "BLUEPRINTS_SECRETS_DIR",
+    "BLUEPRINTS_ADMIN_KEY",
+    "BLUEPRINTS_WORKER_KEY",
+)
 
 
 class StopRequested(BaseException):

@@ -162,7 +162,9 @@ async def list_moves(
 
 async def _own_model(session: AsyncSession, caller: Caller, model_id: str) -> tables.Model:
     """The model, its row locked: two moves of one alias follow each other."""
-    model = await session.scalar(select(tables.Model).where(tables.Model.name == model_id).with_for_update())
+    model = await session.scalar(
+        select(tables.Model).where(tables.Model.name == model_id).with_for_update(key_share=True)
+    )
     if model is None:
         raise ModelNotFound(f"There is no model {model_id!r}.")
     if model.lab_id != caller.lab_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from app.registry.blueprints import digest_bytes
 from app.registry.callers import Caller
 from gradient_blueprints import models
 from gradient_blueprints.errors import BlobNotFound, DigestMismatch, PayloadTooLarge
+
+_LONGEST_UPLOAD = 86_400  # seconds
 
 
 def blob_path(store: Path, digest: str) -> Path:
@@ -91,3 +94,10 @@ async def get_size(session: AsyncSession, digest: str) -> int:
     if size is None:
         raise BlobNotFound(f"No blob has the digest {digest}.")
     return size
+
+
+def remove_unfinished(store: Path) -> None:
+    """Drop what uploads of a killed process left behind; a day is longer than any upload lasts."""
+    for path in (store / "incoming").glob("*"):
+        if time.time() - path.stat().st_mtime > _LONGEST_UPLOAD:
+            path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+import anyio
 from sqlalchemy import Row, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,7 +19,7 @@ from app.registry.callers import Caller
 from app.registry.documents import Document
 from gradient_blueprints import models
 from gradient_blueprints.errors import BlueprintNotFound, CheckpointNotFound, MissingBlob, ModelNotFound
-from gradient_blueprints.models import format_checkpoint, parse_checkpoint
+from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkpoint
 
 ANY_LAB = "*"
 _LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
@@ -58,23 +59,23 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
     reissued.
     """
     blueprint = document.blueprint
-    model = await _ensure_model(session, caller, blueprint.model_id)
-    checkpoint = await _lock_checkpoint(session, model.id, parse_checkpoint(blueprint.training_checkpoint))
-    stored = await session.scalar(
-        select(tables.Document.id).where(tables.Document.digest == digest_bytes(document.digest))
-    )
-    number = None if stored is None else await _version_of(session, checkpoint.id, caller.lab_id, stored)
-    created = number is None
-    if number is None:
-        if stored is None:
-            stored = await _store(session, checkpoint.id, document)
-        number = checkpoint.last_version + 1
+    model_id = await _ensure_model(session, caller, blueprint.model_id)
+    checkpoint_id = await _ensure_checkpoint(session, model_id, parse_checkpoint(blueprint.training_checkpoint))
+    stored = await _ensure_document(session, checkpoint_id, document)
+    # From here on publishers of this checkpoint follow one another: all that takes long was done before. Not FOR
+    # UPDATE, which would wait for the key-share locks that their documents hold on this row, and they for each other.
+    locked = select(tables.Checkpoint.last_version).where(tables.Checkpoint.id == checkpoint_id)
+    last_version = (await session.execute(locked.with_for_update(key_share=True))).scalar_one()
+    existing = await _version_of(session, checkpoint_id, caller.lab_id, stored)
+    warnings = document.warnings
+    if existing is None:
+        number = last_version + 1
         await session.execute(
-            update(tables.Checkpoint).where(tables.Checkpoint.id == checkpoint.id).values(last_version=number)
+            update(tables.Checkpoint).where(tables.Checkpoint.id == checkpoint_id).values(last_version=number)
         )
         await session.execute(
             insert(tables.Version).values(
-                checkpoint_id=checkpoint.id,
+                checkpoint_id=checkpoint_id,
                 number=number,
                 lab_id=caller.lab_id,
                 key_id=caller.key_id,
@@ -83,14 +84,18 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
         )
         place = version_path(blueprint.model_id, blueprint.training_checkpoint, number)
         await audit.record(session, caller, "blueprint.publish", place, digest=document.digest)
+    else:
+        number = existing.number
+        if existing.yanked is not None:
+            warnings = (Warning_.model_validate(yanked_warning(existing.yanked)), *warnings)
     return models.Publication(
         model_id=blueprint.model_id,
         training_checkpoint=blueprint.training_checkpoint,
         version=number,
         digest=document.digest,
-        created=created,
+        created=existing is None,
         lab=caller.lab,
-        warnings=document.warnings,
+        warnings=warnings,
     )
 
 
@@ -99,50 +104,61 @@ def version_path(model_id: str, checkpoint: float | Decimal, number: int) -> str
     return f"{model_id}@{format_checkpoint(checkpoint)}@{number}"
 
 
-async def _ensure_model(session: AsyncSession, caller: Caller, model_id: str) -> Row[int, int]:
+def yanked_warning(reason: str) -> dict[str, str]:
+    return {"code": "yanked", "pointer": "", "detail": f"this version was yanked: {reason}"}
+
+
+async def _ensure_model(session: AsyncSession, caller: Caller, model_id: str) -> int:
     """The model's row; a lab that publishes it first becomes its owner."""
-    query = select(tables.Model.id, tables.Model.lab_id).where(tables.Model.name == model_id)
-    if (row := (await session.execute(query)).first()) is None:
-        created = await session.scalar(
+    query = select(tables.Model.id).where(tables.Model.name == model_id)
+    if (found := await session.scalar(query)) is None:
+        found = await session.scalar(
             insert(tables.Model)
             .values(name=model_id, lab_id=caller.lab_id)
             .on_conflict_do_nothing()
             .returning(tables.Model.id)
         )
-        if created is not None:
+        if found is not None:
             await audit.record(session, caller, "model.create", model_id)
-        row = (await session.execute(query)).one()
-    return row
+        else:
+            found = (await session.execute(query)).scalar_one()
+    return found
 
 
-async def _lock_checkpoint(session: AsyncSession, model_id: int, fraction: Decimal) -> Row[int, int]:
-    query = (
-        select(tables.Checkpoint.id, tables.Checkpoint.last_version)
-        .where(tables.Checkpoint.model_id == model_id, tables.Checkpoint.fraction == fraction)
-        .with_for_update()
+async def _ensure_checkpoint(session: AsyncSession, model_id: int, fraction: Decimal) -> int:
+    query = select(tables.Checkpoint.id).where(
+        tables.Checkpoint.model_id == model_id, tables.Checkpoint.fraction == fraction
     )
-    if (row := (await session.execute(query)).first()) is None:
+    if (found := await session.scalar(query)) is None:
         await session.execute(
             insert(tables.Checkpoint).values(model_id=model_id, fraction=fraction).on_conflict_do_nothing()
         )
-        row = (await session.execute(query)).one()
-    return row
+        found = (await session.execute(query)).scalar_one()
+    return found
 
 
-async def _version_of(session: AsyncSession, checkpoint_id: int, lab_id: int, document_id: int) -> int | None:
-    return await session.scalar(
-        select(tables.Version.number).where(
+async def _version_of(
+    session: AsyncSession, checkpoint_id: int, lab_id: int, document_id: int
+) -> Row[int, str | None] | None:
+    query = (
+        select(tables.Version.number, tables.Yank.reason.label("yanked"))
+        .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
+        .where(
             tables.Version.checkpoint_id == checkpoint_id,
             tables.Version.lab_id == lab_id,
             tables.Version.document_id == document_id,
         )
     )
+    return (await session.execute(query)).first()
 
 
-async def _store(session: AsyncSession, checkpoint_id: int, document: Document) -> int:
+async def _ensure_document(session: AsyncSession, checkpoint_id: int, document: Document) -> int:
+    query = select(tables.Document.id).where(tables.Document.digest == digest_bytes(document.digest))
+    if (found := await session.scalar(query)) is not None:
+        return found
     blueprint = document.blueprint
     await _check_attachments(session, blueprint)
-    document_id = await session.scalar(
+    document_id: int | None = await session.scalar(
         insert(tables.Document)
         .values(
             digest=digest_bytes(document.digest),
@@ -152,9 +168,11 @@ async def _store(session: AsyncSession, checkpoint_id: int, document: Document) 
             layer_count=len(blueprint.layers),
             warnings=[warning.model_dump() for warning in document.warnings],
         )
+        .on_conflict_do_nothing()  # waits for whoever stores the same bytes at this moment
         .returning(tables.Document.id)
     )
-    assert isinstance(document_id, int)
+    if document_id is None:
+        return (await session.execute(query)).scalar_one()
     await _copy_layers(session, document_id, blueprint.layers)
     if blueprint.attachments:
         await session.execute(
@@ -194,11 +212,10 @@ async def _copy_layers(session: AsyncSession, document_id: int, layers: Sequence
     raw = await connection.get_raw_connection()
     driver = raw.driver_connection
     assert driver is not None
-    await driver.copy_records_to_table(
-        tables.Layer.__tablename__,
-        columns=_LAYER_COLUMNS,
-        records=(_layer_record(document_id, position, layer) for position, layer in enumerate(layers)),
+    records = await anyio.to_thread.run_sync(
+        lambda: [_layer_record(document_id, position, layer) for position, layer in enumerate(layers)]
     )
+    await driver.copy_records_to_table(tables.Layer.__tablename__, columns=_LAYER_COLUMNS, records=records)
 
 
 def _layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[Any, ...]:
@@ -303,12 +320,12 @@ async def resolve(
         ).limit(1)
         row = (await session.execute(close)).first()
     if row is None:
-        raise await _explain_miss(session, model_id, checkpoint, lab=lab, version=version)
+        raise await explain_miss(session, model_id, checkpoint, lab=lab, version=version)
     return _found(row, distance=abs(row.fraction - checkpoint))
 
 
-async def _explain_miss(
-    session: AsyncSession, model_id: str, checkpoint: Decimal, *, lab: str | None, version: int | None
+async def explain_miss(
+    session: AsyncSession, model_id: str, checkpoint: Decimal, *, lab: str | None = None, version: int | None = None
 ) -> ModelNotFound | CheckpointNotFound | BlueprintNotFound:
     """The error that says what does exist."""
     fractions = (
@@ -342,12 +359,8 @@ async def _explain_miss(
 
 
 async def resolve_digest(session: AsyncSession, digest: str) -> Found:
-    """The first publication of those bytes that is not yanked, or the first of all with its warning."""
-    query = (
-        _FOUND.where(tables.Document.digest == digest_bytes(digest))
-        .order_by(tables.Yank.version_id.is_not(None), tables.Version.id)
-        .limit(1)
-    )
+    """The first publication of those bytes, so that no later lab changes what is said of them."""
+    query = _FOUND.where(tables.Document.digest == digest_bytes(digest)).order_by(tables.Version.id).limit(1)
     row = (await session.execute(query)).first()
     if row is None:
         raise BlueprintNotFound(f"No blueprint has the digest {digest}.")

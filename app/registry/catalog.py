@@ -9,9 +9,9 @@ from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import paging, tables
-from app.registry.blueprints import VERSIONS, version_row
+from app.registry.blueprints import VERSIONS, explain_miss, version_row
 from gradient_blueprints import models
-from gradient_blueprints.errors import CheckpointNotFound, ModelNotFound
+from gradient_blueprints.errors import ModelNotFound
 
 
 def _like(text: str) -> str:
@@ -119,7 +119,7 @@ async def list_versions(
         .where(tables.Model.name == model_id, tables.Checkpoint.fraction == checkpoint)
     )
     if exists is None:
-        raise CheckpointNotFound(f"{model_id} has no checkpoint {checkpoint.normalize():f}.")
+        raise await explain_miss(session, model_id, checkpoint)
     query = VERSIONS.where(tables.Version.checkpoint_id == exists)
     if lab is not None:
         query = query.where(tables.Lab.name == lab)

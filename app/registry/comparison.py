@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
+import anyio
 from scipy import stats
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -13,6 +14,7 @@ from app.registry.blueprints import resolve
 from app.registry.versions import get_version
 from gradient_blueprints import models
 
+_Side = tuple[models.VersionSummary, dict[str, float]]
 MIN_MATCHED = 3  # below it a rank correlation says nothing
 
 
@@ -30,9 +32,12 @@ async def compare(
     `top` defaults to a tenth of the base's layers, at least 1. Ranks are among all layers of each
     side; equal norms are ranked in the order of the layer ids.
     """
-    (base_version, base_norms), (other_version, other_norms) = [
-        await _norms(session, model_id, checkpoint, number, lab) for checkpoint, number in (base, other)
-    ]
+    left, right = [await _norms(session, model_id, checkpoint, number, lab) for checkpoint, number in (base, other)]
+    return await anyio.to_thread.run_sync(_compared, left, right, top)
+
+
+def _compared(base: _Side, other: _Side, top: int | None) -> models.Comparison:
+    (base_version, base_norms), (other_version, other_norms) = base, other
     base_ranks, other_ranks = _ranks(base_norms), _ranks(other_norms)
     matched = [layer for layer in base_norms if layer in other_norms]
     size = top if top is not None else max(1, len(base_norms) // 10)
@@ -65,7 +70,7 @@ async def compare(
 
 async def _norms(
     session: AsyncSession, model_id: str, checkpoint: Decimal, number: int | None, lab: str | None
-) -> tuple[models.VersionSummary, dict[str, float]]:
+) -> _Side:
     found = await resolve(session, model_id, checkpoint, version=number, lab=lab)
     version = await get_version(session, model_id, checkpoint, found.version)
     rows = await session.execute(

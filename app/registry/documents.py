@@ -68,7 +68,11 @@ def from_blueprint(blueprint: Blueprint) -> Document:
 
 def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
     """Pydantic's locations as JSON pointers (RFC 6901)."""
-    for error in invalid.errors(include_url=False, include_input=False)[:_MOST_PLACES]:
+    faults = invalid.errors(include_url=False, include_input=False)
+    in_layers = any(fault["loc"][:1] == ("layers",) and len(fault["loc"]) > 1 for fault in faults)
+    for error in faults[:_MOST_PLACES]:
+        if in_layers and error["loc"] == ("layers",) and error["type"] == "too_short":
+            continue  # only because the faulty layers do not count
         location = list(error["loc"])
         pointer = "".join(f"/{_escaped(part)}" for part in location)
         pointer += str(error.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import tables
 from app.registry.callers import Caller
 from gradient_blueprints.errors import IdempotencyConflict
+
+KEPT_DAYS = 7
 
 
 class IdempotentRequest:
@@ -51,3 +54,9 @@ class IdempotentRequest:
                     answer=answer,
                 )
             )
+
+
+async def forget_old(session: AsyncSession) -> None:
+    """Answers are kept for KEPT_DAYS; a request that is repeated later is a new one."""
+    age = func.now() - tables.IdempotentRequest.created_at
+    await session.execute(delete(tables.IdempotentRequest).where(age > timedelta(days=KEPT_DAYS)))

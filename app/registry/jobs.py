@@ -18,7 +18,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.registry import audit, blueprints, outbox, paging, tables
 from app.registry.callers import Caller
 from app.registry.documents import Document
-from gradient_blueprints.errors import Conflict, ErrorPlace, InvalidRequest, JobFinished, JobNotFound, LeaseLost
+from gradient_blueprints.errors import (
+    Conflict,
+    ErrorPlace,
+    InvalidRequest,
+    JobFinished,
+    JobNotFound,
+    LeaseLost,
+    PermissionDenied,
+)
 from gradient_blueprints.models import (
     Claim,
     Heartbeat,
@@ -102,7 +110,9 @@ async def list_jobs(
 
 async def cancel_job(session: AsyncSession, caller: Caller, job_id: UUID) -> Job:
     """End a queued job at once; ask the worker of a running one to stop. Cancelling twice is the same as once."""
-    await get_job(session, caller, job_id)
+    job = await get_job(session, caller, job_id)
+    if job.lab != caller.lab and not caller.has(Scope.ADMIN):
+        raise PermissionDenied(f"Job {job_id} belongs to lab {job.lab}; each lab cancels its own.")
     reason = f"cancelled by {caller.lab}"
     changed = await _move(session, job_id, JobState.CANCELLED, _state_in(JobState.QUEUED), reason=reason)
     if changed is None:

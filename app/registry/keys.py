@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -19,10 +20,13 @@ from gradient_blueprints import models
 from gradient_blueprints.errors import InvalidRequest, KeyNotFound, PermissionDenied, Unauthenticated
 from gradient_blueprints.models import Scope
 
+logger = logging.getLogger(__name__)
+
 KEY_PREFIX = "gbr_"
 _RANDOM_CHARACTERS = 43  # 256 bits in base64url
 _CHECKSUM_CHARACTERS = 6
 _SHOWN_CHARACTERS = 12
+_LAST_YEAR = 9000  # time zones near year 9999 overflow
 
 
 def generate_secret() -> str:
@@ -89,6 +93,11 @@ async def create_key(session: AsyncSession, caller: Caller, new: models.NewKey, 
                 "expires_at needs a time zone, such as 2027-01-01T00:00:00Z.",
                 errors=[{"pointer": "/expires_at", "code": "timezone_missing", "detail": "no time zone"}],
             )
+        if new.expires_at.year > _LAST_YEAR:
+            raise InvalidRequest(
+                f"expires_at lies beyond the year {_LAST_YEAR}; leave it out for a key without end.",
+                errors=[{"pointer": "/expires_at", "code": "too_far", "detail": f"beyond the year {_LAST_YEAR}"}],
+            )
         if new.expires_at <= datetime.now(UTC):
             raise InvalidRequest(
                 "expires_at lies in the past.",
@@ -132,21 +141,33 @@ async def _insert(
 async def ensure_bootstrap_key(
     session: AsyncSession, secret: str, pepper: SecretStr, scope: Scope, *, lab_name: str
 ) -> None:
-    """Make `secret` the one bootstrap key with `scope`; an earlier one is revoked. Safe to repeat and to race."""
+    """Make `secret` the one bootstrap key with `scope`. Safe to repeat and to race.
+
+    An earlier one expires, and returns when the operator goes back to it. One that was revoked stays so.
+    """
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("bootstrap-key", 0))))
     await session.execute(insert(tables.Lab).values(name=lab_name).on_conflict_do_nothing())
     lab = await labs.get_lab(session, lab_name)
     name = f"bootstrap-{scope}"
     wanted = hash_secret(secret, pepper)
     others = tables.Key.bootstrap & (tables.Key.name == name) & (tables.Key.hash != wanted)
-    await session.execute(
-        update(tables.Key).where(others, tables.Key.revoked_at.is_(None)).values(revoked_at=func.now())
+    replaced = await session.scalars(
+        update(tables.Key)
+        .where(others, tables.Key.revoked_at.is_(None), tables.Key.expires_at.is_(None))
+        .values(expires_at=func.now())
+        .returning(tables.Key.prefix)
     )
+    for prefix in replaced:
+        await audit.record(session, None, "key.replace", prefix, lab=lab_name)
     existing = await session.scalar(select(tables.Key).where(tables.Key.hash == wanted))
     if existing is None:
-        await _insert(session, lab.id, secret, pepper, (scope,), name=name, bootstrap=True)
-    elif existing.revoked_at is not None and existing.bootstrap:
-        existing.revoked_at = None  # the operator went back to the earlier key
+        created = await _insert(session, lab.id, secret, pepper, (scope,), name=name, bootstrap=True)
+        await audit.record(session, None, "key.create", created.prefix, lab=lab_name, scopes=[str(scope)])
+    elif existing.revoked_at is not None:
+        logger.warning("the bootstrap key %s… was revoked over the API and stays so; set another", existing.prefix)
+    elif existing.bootstrap and existing.expires_at is not None:
+        existing.expires_at = None
+        await audit.record(session, None, "key.restore", existing.prefix, lab=lab_name)
 
 
 async def list_keys(session: AsyncSession, *, limit: int, cursor: str | None) -> models.KeyPage:

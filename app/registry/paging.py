@@ -31,7 +31,7 @@ def decode_cursor(cursor: str | None, *types: type) -> tuple[Any, ...] | None:
         key = None
     if not isinstance(key, list) or [type(part) for part in key] != list(types):
         raise _foreign_cursor()
-    if not all(-(2**63) <= part < 2**63 if isinstance(part, int) else "\0" not in part for part in key):
+    if not all(-(2**63) <= part < 2**63 if isinstance(part, int) else part.isprintable() for part in key):
         raise _foreign_cursor()
     return tuple(key)
 

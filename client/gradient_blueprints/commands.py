@@ -20,7 +20,16 @@ from rich.text import Text
 from gradient_blueprints.calls import own_version
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError, Unauthenticated
-from gradient_blueprints.models import Alias, Blueprint, Job, JobEvent, JobState, VersionSummary, format_checkpoint
+from gradient_blueprints.models import (
+    Alias,
+    Blueprint,
+    Job,
+    JobEvent,
+    JobState,
+    Publication,
+    VersionSummary,
+    format_checkpoint,
+)
 from gradient_blueprints.statistics_models import (
     DEFAULT_THRESHOLD,
     AggregateResult,
@@ -93,17 +102,22 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Publish blueprint files, each as the next version of its model and checkpoint."""
+    published = []
     with _registry(context) as client:
-        published = [client.publish_blueprint(file) for file in files]
+        for file in files:
+            published.append(client.publish_blueprint(file))
+            if not as_json:  # at once, so that what is published is known also when a later file is refused
+                _say_publication(published[-1])
     if as_json:
         _print_json(published)
-        return
-    for publication in published:
-        what = "Published" if publication.created else "Known already:"
-        checkpoint = format_checkpoint(publication.training_checkpoint)
-        _say(f"{what} {publication.model_id} at {checkpoint} version {publication.version}, {publication.digest}")
-        for warning in publication.warnings:
-            _say(f"  warning {warning.code} at {warning.pointer}: {warning.detail}")
+
+
+def _say_publication(publication: Publication) -> None:
+    what = "Published" if publication.created else "Known already:"
+    checkpoint = format_checkpoint(publication.training_checkpoint)
+    _say(f"{what} {publication.model_id} at {checkpoint} version {publication.version}, {publication.digest}")
+    for warning in publication.warnings:
+        _say(f"  warning {warning.code} at {warning.pointer}: {warning.detail}")
 
 
 @app.command()

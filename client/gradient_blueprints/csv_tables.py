@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedRequest
 
+csv.field_size_limit(max(csv.field_size_limit(), 16 << 20))  # a structure in its cell may be as long as a document
 KEY_COLUMNS = ("model_id", "training_checkpoint")
 DOCUMENT_COLUMNS = ("schema_version", "statistic", "cost_model", "attachments", "provenance", "extra")
 _JSON_COLUMNS = frozenset(DOCUMENT_COLUMNS) - {"statistic"}
@@ -27,6 +29,7 @@ _TEXT_COLUMNS = frozenset({"id", "kind", "tail_fit.method"})
 _INTEGER_COLUMNS = frozenset({"parameters", "depth", "tail_fit.entries"})
 _INTERVALS = ("gradient_norm_ci", "alpha_ci")
 _TAIL_FIT = tuple(f"tail_fit.{name}" for name in ("method", "start", "entries", "ks", "versus_lognormal"))
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _OPEN_COLUMNS = ("domain_tags", "domain_norms", "retained_mass")
 _FIXED_COLUMNS = frozenset(
     (
@@ -192,6 +195,8 @@ def _value(column: str, cell: str) -> Any:
     if column in _TEXT_COLUMNS:
         return cell
     if column in _INTEGER_COLUMNS:
+        if not re.fullmatch(r"[0-9]{1,20}", cell):
+            raise ValueError(f"{cell!r} is not a whole number")
         return int(cell)
     return _number(cell)
 
@@ -213,6 +218,8 @@ def _unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(cell: str) -> float:
     """A finite float64; the texts that Python reads as numbers and JSON does not are refused."""
+    if not _NUMBER.fullmatch(cell):
+        raise ValueError(f"{cell!r} is not a number as JSON spells it")
     value = float(cell)
     if value - value != 0:
         raise ValueError(f"{cell!r} is not a finite number")

@@ -45,9 +45,65 @@ MAX_TIME_LIMIT = 7 * 86_400
 """Seconds that one attempt at a job may take at most; the broker's visibility timeout must be longer."""
 
 # A path segment that is also the name of a sub-resource of a model cannot be the second half of a model id.
-RESERVED_SEGMENTS = ("aliases", "checkpoints", "compare", "evidence", "versions", "runs", "labs", "jobs")
+RESERVED_SEGMENTS = (
+    "aliases",
+    "checkpoints",
+    "compare",
+    "evidence",
+    "jobs",
+    "labs",
+    "runs",
+    "selection",
+    "staleness",
+    "versions",
+)
 MODEL_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?"
 LAB_NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
+
+
+def _refuse(container: Any, *_: Any, **__: Any) -> Any:
+    raise TypeError("a blueprint is immutable; make another with Blueprint.from_dict(blueprint.to_dict() | {...})")
+
+
+class FrozenList(list[Any]):
+    """A list that refuses to change, so that a document with a digest cannot."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse
+
+    def __copy__(self) -> FrozenList:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenList:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenList, (list(self),)
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses to change, likewise."""
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __copy__(self) -> FrozenDict:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def _frozen(value: Any) -> Any:
+    """The same JSON value with its containers closed to changes."""
+    if isinstance(value, dict):
+        return FrozenDict({name: _frozen(member) for name, member in value.items()})
+    if isinstance(value, list):
+        return FrozenList(_frozen(member) for member in value)
+    return value
 
 
 class Wire(BaseModel):
@@ -103,6 +159,8 @@ Text = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00]*$")
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen)]
+FrozenJson = Annotated[dict[Tag, JsonValue], AfterValidator(_frozen)]
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
@@ -152,7 +210,7 @@ class Statistic(StrEnum):
 class TailFit(Wire):
     """How `alpha` was fitted."""
 
-    method: Annotated[str, StringConstraints(max_length=64)] = Field(
+    method: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
         description="hill, log_binned or another named method"
     )
     start: Share | None = Field(None, description="share of the entries in the fitted tail")
@@ -171,7 +229,7 @@ class Layer(Wire):
     alpha: NonNegative | None = Field(None, description="rank-size exponent of coordinate magnitudes, paper eq. 1")
     gamma: NonNegative | None = Field(None, description="1/(1 + alpha), paper Appendix A.1")
     k_star: NonNegative | None = Field(None, description="fraction worth updating, paper eq. 15")
-    domain_tags: dict[Tag, NonNegative] | None = Field(None, max_length=256, description="weight per domain")
+    domain_tags: Weights | None = Field(None, description="weight per domain")
     parameters: Count | None = Field(None, description="number of parameters")
     kind: LayerKind | None = None
     depth: Annotated[int, Field(ge=0, le=100_000)] | None = Field(None, description="block index")
@@ -185,9 +243,9 @@ class Layer(Wire):
     spread: NonNegative | None = Field(None, description="trace of the per-example gradient covariance")
     first_order: float | None = Field(None, description="cross-validated first-order decrease of one Adam step")
     retained_mass: tuple[tuple[Share, Share], ...] | None = Field(
-        None, max_length=256, description="[k, share of the sum of |g| kept by the top k], k ascending"
+        None, min_length=1, max_length=256, description="[k, share of the sum of |g| kept by the top k], k ascending"
     )
-    domain_norms: dict[Tag, NonNegative] | None = Field(None, max_length=256, description="gradient norm per domain")
+    domain_norms: Weights | None = Field(None, description="gradient norm per domain")
 
     @model_validator(mode="after")
     def _ascending_retained_mass(self) -> Self:
@@ -220,18 +278,20 @@ class Provenance(Wire):
     profiler: Text | None = Field(None, description="name and version")
     weights_digest: Digest | None = None
     weights_revision: Text | None = None
-    data: dict[Tag, JsonValue] | None = Field(None, description="per domain: digest, source, documents")
+    data: FrozenJson | None = Field(None, description="per domain: digest, source, documents")
     batches: Count | None = None
     batch_size: Count | None = None
     examples: Count | None = None
     tokens: Count | None = None
     sequence_length: Count | None = None
-    loss: dict[Tag, float] | None = Field(None, description="mean validation loss per domain, nats per token")
+    loss: Annotated[dict[Tag, float], AfterValidator(_frozen)] | None = Field(
+        None, description="mean validation loss per domain, nats per token"
+    )
     seed: int | None = Field(None, ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)
     dtype: Text | None = None
     device: Text | None = None
-    versions: dict[Tag, Text] | None = None
-    resources: dict[Tag, JsonValue] | None = Field(None, description="seconds, peak memory, energy as far as read")
+    versions: Annotated[dict[Tag, Text], AfterValidator(_frozen)] | None = None
+    resources: FrozenJson | None = Field(None, description="seconds, peak memory, energy as far as read")
     noise: Noise | None = None
     sources: tuple[Digest, ...] | None = Field(None, description="digests of the blueprints this one was made from")
     notes: Text | None = None
@@ -282,6 +342,19 @@ def _unique_layer_ids(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return layers
 
 
+def _unique_attachment_names(attachments: tuple[Attachment, ...]) -> tuple[Attachment, ...]:
+    seen: set[str] = set()
+    for index, attachment in enumerate(attachments):
+        if attachment.name in seen:
+            raise PydanticCustomError(
+                "duplicate_attachment",
+                "attachment {index} repeats the name {name}; every name must be unique",
+                {"index": index, "name": repr(attachment.name), "pointer": f"/{index}/name"},
+            )
+        seen.add(attachment.name)
+    return attachments
+
+
 class Blueprint(Wire):
     """A gradient blueprint: per-layer gradient statistics of one model at one training checkpoint.
 
@@ -299,9 +372,14 @@ class Blueprint(Wire):
     statistic: Statistic | None = None
     cost_model: CostModel | None = None
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS), AfterValidator(_unique_layer_ids)]
-    attachments: Annotated[tuple[Attachment, ...], Field(max_length=64)] | None = None
+    attachments: (
+        Annotated[tuple[Attachment, ...], Field(min_length=1, max_length=64), AfterValidator(_unique_attachment_names)]
+        | None
+    ) = None
     provenance: Provenance | None = None
-    extra: dict[str, JsonValue] | None = Field(None, description="anything else; kept, never interpreted")
+    extra: Annotated[dict[str, JsonValue], AfterValidator(_frozen)] | None = Field(
+        None, description="anything else; kept, never interpreted"
+    )
 
     _publication: Publication | None = PrivateAttr(default=None)
 

@@ -298,8 +298,8 @@ def upgrade() -> None:
         )
     op.execute(KEEP_TERMINAL_STATE)
     op.execute(
-        "CREATE TRIGGER jobs_keep_terminal_state BEFORE UPDATE OF state ON jobs FOR EACH ROW "
-        "WHEN (OLD.state IN ('succeeded', 'failed', 'crashed', 'cancelled') AND NEW.state <> OLD.state) "
+        "CREATE TRIGGER jobs_keep_terminal_state BEFORE UPDATE ON jobs FOR EACH ROW "
+        "WHEN (OLD.state IN ('succeeded', 'failed', 'crashed', 'cancelled') AND NEW IS DISTINCT FROM OLD) "
         "EXECUTE FUNCTION keep_terminal_state()"
     )
 

@@ -177,6 +177,7 @@ def test_an_expired_key_is_refused(server: Server, http: httpx2.Client, database
     assert refused.status_code == 401
     assert "expired" in refused.json()["detail"]
     assert ask("2020-01-01T00:00:00Z").status_code == 422
+    assert ask("9999-12-31T23:59:59-12:00").status_code == 422
     assert ask("2999-01-01T00:00:00").json()["errors"][0]["pointer"] == "/expires_at"
 
 
@@ -212,6 +213,15 @@ def test_another_bootstrap_key_replaces_the_first(settings: Settings) -> None:
         assert http.get("/v1/whoami", headers={"Authorization": f"Bearer {first.admin_key}"}).status_code == 200
 
 
+def test_a_bootstrap_key_that_was_revoked_stays_so_after_a_restart(settings: Settings) -> None:
+    with serving(settings) as first, httpx2.Client(base_url=first.url) as http:
+        other = {"Authorization": f"Bearer {first.key('operator', Scope.ADMIN)}"}
+        bootstrap = http.get("/v1/keys", headers=other).json()["keys"][0]
+        assert http.post(f"/v1/keys/{bootstrap['id']}/revoke", headers=other).status_code == 200
+    with serving(settings) as again, httpx2.Client(base_url=again.url) as http:
+        assert http.get("/v1/whoami", headers={"Authorization": f"Bearer {again.admin_key}"}).status_code == 401
+
+
 def test_every_write_leaves_an_audit_row(server: Server, publisher: httpx2.Client) -> None:
     document = {"model_id": "tiny", "training_checkpoint": 0.8, "layers": [{"id": "a", "gradient_norm": 1}]}
     publisher.post("/v1/blueprints", json=document, headers={"X-Request-Id": "the-publish"})
@@ -223,6 +233,7 @@ def test_every_write_leaves_an_audit_row(server: Server, publisher: httpx2.Clien
         entries = admin.get("/v1/audit").json()["entries"]
     actions = [entry["action"] for entry in reversed(entries)]
     assert actions == [
+        "key.create",  # the bootstrap key
         "lab.create",
         "key.create",
         "model.create",

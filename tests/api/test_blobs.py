@@ -48,7 +48,47 @@ def test_a_range_of_a_blob(publisher: httpx2.Client, wanted: str, expected: byte
     publisher.put(PATH, content=CONTENT)
     answer = publisher.get(PATH, headers={"Range": wanted})
     assert (answer.status_code, answer.content) == (206, expected)
-    assert publisher.get(PATH, headers={"Range": "bytes=900000-"}).status_code == 416
+
+
+@pytest.mark.parametrize("wanted", ["bytes=900000-", "bytes=200000-", "bytes=-0"])
+def test_a_range_outside_the_blob_is_a_problem(publisher: httpx2.Client, wanted: str) -> None:
+    publisher.put(PATH, content=CONTENT)
+    answer = publisher.get(PATH, headers={"Range": wanted})
+    assert (answer.status_code, answer.json()["code"]) == (416, "range_not_satisfiable")
+    assert answer.headers["content-range"] == f"bytes */{len(CONTENT)}"
+
+
+@pytest.mark.parametrize("wanted", ["bytes=5-2", "bytes=abc", "lines=0-1", "bytes=-", "bytes=0-1,5-6"])
+def test_a_range_that_need_not_be_understood_is_ignored(publisher: httpx2.Client, wanted: str) -> None:
+    publisher.put(PATH, content=CONTENT)
+    answer = publisher.get(PATH, headers={"Range": wanted})
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
+def test_a_blob_whose_file_is_lost_is_a_problem(server: Server, publisher: httpx2.Client) -> None:
+    publisher.put(PATH, content=CONTENT)
+    files_of(server.settings)[0].unlink()
+    assert publisher.get(PATH).json()["code"] == "service_unavailable"
+
+
+def test_what_a_killed_upload_left_is_removed_after_a_day(settings: Settings) -> None:
+    old, new = settings.store / "incoming" / "old", settings.store / "incoming" / "new"
+    old.parent.mkdir(parents=True)
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    with serving(settings):
+        assert files_of(settings) == [new]
+
+
+def test_where_reads_are_closed_shared_caches_keep_nothing(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"public_reads": False})) as server:
+        headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+        with httpx2.Client(base_url=server.url, headers=headers) as http:
+            http.put(PATH, content=CONTENT)
+            digest = http.post("/v1/blueprints", json=paper_example()).json()["digest"]
+            for path in (PATH, f"/v1/blueprints/{digest}"):
+                assert http.get(path).headers["cache-control"] == "private, max-age=31536000, immutable"
 
 
 def test_a_wrong_digest_is_refused_and_nothing_is_kept(server: Server, publisher: httpx2.Client) -> None:

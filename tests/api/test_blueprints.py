@@ -217,6 +217,18 @@ def test_yanked_is_skipped_by_resolution_and_served_by_digest_with_a_warning(pub
     assert "blueprint-warning" not in publisher.get(path).headers
 
 
+def test_another_lab_cannot_take_the_yank_warning_from_a_digest(server: Server, publisher: httpx2.Client) -> None:
+    digest = publish(publisher, blueprint_document()).json()["digest"]
+    publisher.post("/v1/models/tiny/checkpoints/0.8/versions/1/yank", json={"reason": "wrong data"})
+    again = publish(publisher, blueprint_document()).json()
+    assert (again["created"], again["warnings"][0]["code"]) == (False, "yanked")
+    with httpx2.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key('lab-b')}"}) as other:
+        assert publish(other, blueprint_document()).json()["version"] == 2
+    found = publisher.get(f"/v1/blueprints/{digest}")
+    assert found.headers["blueprint-lab"] == "lab-a"
+    assert "wrong data" in found.headers["blueprint-warning"]
+
+
 def test_an_unchanged_blueprint_is_304_and_a_new_version_is_seen_at_once(publisher: httpx2.Client) -> None:
     publish(publisher, PAPER_EXAMPLE)
     first = publisher.get(PAPER_PATH)
@@ -253,13 +265,14 @@ def test_a_digest_is_immutable_to_every_cache(publisher: httpx2.Client) -> None:
         ("zstd", "zstd", zstandard.decompress),
         ("gzip;q=0.5, zstd;q=0.9", "zstd", zstandard.decompress),
         ("zstd;q=0, *;q=0.1", "gzip", gzip.decompress),
+        ("gzip;q=0.5, identity;q=0.1", "gzip", gzip.decompress),
     ],
 )
 def test_bodies_are_compressed_as_the_client_accepts(
     publisher: httpx2.Client, accepted: str, encoding: str, decode: object
 ) -> None:
     digest = publish(publisher, blueprint_document(layers=100)).json()["digest"]
-    plain = publisher.get(f"/v1/blueprints/{digest}", headers={"Accept-Encoding": "identity"})
+    plain = publisher.get(f"/v1/blueprints/{digest}", headers={"Accept-Encoding": "identity;q=1, gzip;q=0.1"})
     assert "content-encoding" not in plain.headers
     for _ in range(2):  # made, then from memory
         with publisher.stream("GET", f"/v1/blueprints/{digest}", headers={"Accept-Encoding": accepted}) as answer:

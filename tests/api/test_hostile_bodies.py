@@ -60,6 +60,8 @@ HOSTILE_JSON: list[tuple[str, str | bytes, int, str | None]] = [
     ("a list", "[]", 422, ""),
     ("null", "null", 422, ""),
     ("100,000 layers", json.dumps(blueprint_document(layers=100_000)), 422, "/layers"),
+    ("two attachments of one name", json.dumps(paper_example(attachments=[ABSENT] * 2)), 422, "/attachments/1/name"),
+    ("empty tags", with_layer(domain_tags={}), 422, "/layers/1/domain_tags"),
     ("an attachment that is not there", json.dumps(paper_example(attachments=[ABSENT])), 422, "/attachments/0/digest"),
 ]  # fmt: skip
 
@@ -72,6 +74,10 @@ HOSTILE_CSV: list[tuple[str, str | bytes, int, str | None]] = [
     ("repeated column", HEADER + ",id\nm,0.8,a,1,b\n", 422, "/0/id"),
     ("ragged row", HEADER + "\nm,0.8,a\n", 400, None),
     ("not a number", HEADER + "\nm,0.8,a,much\n", 422, "/1/gradient_norm"),
+    ("underscored number", HEADER + "\nm,0.8,a,1_000\n", 422, "/1/gradient_norm"),
+    ("number with blanks", HEADER + "\nm,0.8,a, 5 \n", 422, "/1/gradient_norm"),
+    ("foreign digits", HEADER + "\nm,0.8,a,٣\n", 422, "/1/gradient_norm"),
+    ("underscored count", HEADER + ",parameters\nm,0.8,a,1,1_0\n", 422, "/1/parameters"),
     ("nan", HEADER + "\nm,0.8,a,nan\n", 422, "/1/gradient_norm"),
     ("negative norm in the second row", HEADER + "\nm,0.8,a,1\nm,0.8,b,-1\n", 422, "/2/gradient_norm"),
     ("two models in one table", HEADER + "\nm,0.8,a,1\nn,0.8,b,1\n", 422, "/2/model_id"),
@@ -138,6 +144,16 @@ def test_hostile_csv_is_refused_at_its_row_and_column(
 ) -> None:
     answer = counted.post("/v1/blueprints", content=body, headers={"Content-Type": "text/csv"})
     assert_refused(answer, status, pointer)
+
+
+def test_one_bad_layer_is_one_fault(counted: httpx2.Client) -> None:
+    answer = counted.post("/v1/blueprints", json=blueprint_document(layers=1, norm=-1))
+    assert [place["pointer"] for place in answer.json()["errors"]] == ["/layers/0/gradient_norm"]
+
+
+def test_a_compressed_body_is_refused(counted: httpx2.Client) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert_refused(counted.post("/v1/blueprints", content=GOOD, headers=headers), 415, None)
 
 
 @pytest.mark.parametrize("media_type", [None, "text/plain", "application/xml", "application/jsonx"])

@@ -13,11 +13,12 @@ from alembic import command
 
 from app.database import alembic_config, migrate
 from app.embedded import postgres
-from app.settings import Settings
+from app.settings import Settings, read_settings
+from gradient_blueprints.errors import ConfigurationError
 from tests.conftest import execute, make_settings, serving
 from tests.documents import PAPER_EXAMPLE, blueprint_document
 
-IMMUTABLE = ["documents", "layers", "versions", "audit"]
+IMMUTABLE = ["documents", "layers", "attachments", "versions", "blobs", "alias_moves", "audit", "job_events"]
 
 
 @pytest.mark.parametrize("table", IMMUTABLE)
@@ -26,7 +27,8 @@ def test_stored_content_cannot_be_changed(
     publisher: httpx2.Client, database_url: str, table: str, statement: str
 ) -> None:
     publisher.post("/v1/blueprints", json=PAPER_EXAMPLE)
-    column = {"layers": "alpha", "audit": "at"}.get(table, "created_at")
+    columns = {"layers": "alpha", "attachments": "name", "alias_moves": "moved_at", "audit": "at", "job_events": "at"}
+    column = columns.get(table, "created_at")
     target = statement.replace("SET {} = {}", f"SET {column} = {column}").format(table)
     with pytest.raises(asyncpg.RestrictViolationError, match="immutable"):
         execute(database_url, target)
@@ -97,3 +99,27 @@ def test_a_publish_is_visible_to_the_next_fetch_of_another_process(settings: Set
             for norm in range(1, 20):
                 writer.post("/v1/blueprints", json=blueprint_document(norm=norm)).raise_for_status()
                 assert reader.get(path).headers["blueprint-version"] == str(norm)
+
+
+@pytest.mark.parametrize("setting", ["secret", "admin_key", "worker_key"])
+def test_a_secret_that_could_be_guessed_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv("BLUEPRINTS_DATABASE_URL", "postgresql://user:the-password@127.0.0.1/x")
+    monkeypatch.setenv("BLUEPRINTS_SECRET", "s" * 32)
+    monkeypatch.setenv(f"BLUEPRINTS_{setting.upper()}", "hunter2")
+    with pytest.raises(ConfigurationError) as refused:
+        read_settings()
+    assert f"BLUEPRINTS_{setting.upper()}" in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_settings_do_not_show_their_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BLUEPRINTS_DATABASE_URL", "postgresql://user@127.0.0.1/x")
+    monkeypatch.setenv("BLUEPRINTS_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "blueprints_secret").write_text("s3cret" * 8)
+    (tmp_path / "blueprints_database_password").write_text("the-password")
+    settings = read_settings()
+    assert settings.database_url == "postgresql://user:the-password@127.0.0.1/x"
+    assert "the-password" not in repr(settings)
+    assert "s3cret" not in repr(settings)
