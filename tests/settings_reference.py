@@ -11,7 +11,8 @@ from worker.settings import WorkerSettings
 HEAD = """# Settings
 
 Every setting is an environment variable. Secrets may instead be files in the folder that `BLUEPRINTS_SECRETS_DIR`
-names, each called like its variable in lower case (`python -m app up` reads the environment alone). Written by `python -m tests.settings_reference`.
+names, each called like its variable in lower case (`python -m app up` reads the environment alone). Written by
+`python -m tests.settings_reference`.
 """
 
 
