@@ -144,3 +144,13 @@ def test_a_float_that_is_spelled_as_an_integer_keeps_its_digest_through_a_client
     blueprint = Blueprint.from_dict(paper_example(extra={"a": 1e16, "b": 2.0**60}))
     assert b'"a":10000000000000000' in blueprint.to_canonical_bytes()
     assert Blueprint.from_json(blueprint.to_canonical_bytes()).digest == blueprint.digest
+
+
+def test_a_changed_copy_has_its_own_digest_and_layers() -> None:
+    blueprint = Blueprint.from_dict(PAPER_EXAMPLE)
+    assert blueprint.digest
+    assert blueprint.layer("attn.0").gradient_norm == 0.052
+    shorter = blueprint.model_copy(update={"layers": blueprint.layers[1:]})
+    assert shorter.digest == Blueprint.from_dict(shorter.to_dict()).digest != blueprint.digest
+    with pytest.raises(KeyError):
+        shorter.layer("attn.0")

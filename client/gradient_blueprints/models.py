@@ -422,6 +422,13 @@ class Blueprint(Wire):
     def _layers_by_id(self) -> dict[str, Layer]:
         return {layer.id: layer for layer in self.layers}
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, with other values where `update` gives them; what was worked out of the old ones is forgotten."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("digest", "_layers_by_id") if update else ():
+            copied.__dict__.pop(name, None)
+        return copied
+
     # --- conversions
 
     @classmethod

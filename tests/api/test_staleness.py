@@ -337,3 +337,31 @@ def test_without_batches_the_interval_is_that_of_the_layers(publisher: httpx2.Cl
     assert "ceiling" not in level
     half_width = 1.959964 * math.sqrt((1 + (1 - 12 / (24**3 - 24)) ** 2 / 2) / 21)
     assert level["spearman_ci"][0] == pytest.approx(math.tanh(math.atanh(1 - 12 / (24**3 - 24)) - half_width), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        (PATH.replace("staleness", "evidence") + "?cursor=x", 422),
+        (PATH.replace("staleness", "evidence") + "?limit=0", 422),
+        (PATH.replace("staleness", "evidence") + "?domain=%01", 422),
+        (PATH.replace("staleness", "evidence") + "?domain=a%00b", 400),
+        (PATH.replace("staleness", "evidence").replace("0.8", "1.5"), 422),
+        ("/v1/models/a/b/c/evidence", 404),
+    ],
+)
+def test_a_question_about_evidence_that_cannot_be_is_refused(publisher: httpx2.Client, path: str, status: int) -> None:
+    publisher.post("/v1/blueprints", json=blueprint_document())
+    answer = publisher.get(path)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 10_000, b'{"a": NaN}', b"\xff", b"\0"])
+def test_a_refresh_reads_no_body_and_starts_nothing_without_an_earlier_job(
+    publisher: httpx2.Client, body: bytes
+) -> None:
+    publisher.post("/v1/blueprints", json=blueprint_document())
+    answer = publisher.post(PATH.replace("staleness", "refresh"), content=body)
+    assert answer.status_code == 404
+    assert publisher.get("/v1/jobs").json()["jobs"] == []

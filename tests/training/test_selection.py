@@ -302,3 +302,15 @@ def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding()
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(model.parameters()))
     for gradient, (name, _) in zip(expected, model.named_parameters(), strict=True):
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_between_groups_the_published_ranks_hold_and_within_them_size_alone_tells() -> None:
+    published = make_blueprint({"a": 3.0, "b": 1.0, "c": 1.0}, SIZES, k_star={"a": 0.4, "c": 0.2})
+    chosen = select(published, groups={"early": ["a", "c"], "late": ["b"]}, unit="layer", budget=1.0)
+    group = 10**0.5  # of a and c: sqrt(3^2 + 1^2), spread as sqrt(1000 / 1200) and sqrt(200 / 1200)
+    norms = [group * (5 / 6) ** 0.5, 1.0, group * (1 / 6) ** 0.5]
+    assert shares(chosen) == [round(norm / sum(norms), 6) for norm in norms]
+    fractions = {layer.id: layer.fraction for layer in select(published, groups={"early": ["a", "c"]}).layers}
+    assert fractions["a"] == pytest.approx(fractions["c"]), "one k_star for the group"
+    assert select(published, groups={}).layers == select(published).layers
+    assert select(published, groups={"early": ["a", "c"]}).blueprint_digest == published.digest

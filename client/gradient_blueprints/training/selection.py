@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -221,6 +222,7 @@ def select(
     gradients: Mapping[str, torch.Tensor] | None = None,
     domain: str | None = None,
     model: nn.Module | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> Selection:
     """Choose what to train (Algorithm 1): blend, rank, pick.
@@ -240,6 +242,8 @@ def select(
         factors: as `GradientProfiler.factors()` or a blueprint's attachment holds them, `{domain}/{tensor}/row` and
             `.../column`, of the adapter's own domain; `domain` names it when they hold several.
         model: counts parameters where the blueprint does not say how many a layer has.
+        groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
+            and not within them, so that within a group the published side tells no layer from another.
 
     Raises ConfigurationError when a layer's parameter count is unknown or a tensor's shape does not fit.
     """
@@ -249,14 +253,15 @@ def select(
     if not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
     sizes = _layer_sizes(blueprint, gradients, model)
-    shares = _blended_shares(blueprint, local, trust)
+    published = blueprint if groups is None else _between_groups(blueprint, groups, sizes)
+    shares = _blended_shares(published, local, trust)
     if unit == "layer":
         capacity = budget.coordinates(sum(sizes), BYTES_PER_DENSE_PARAMETER)
         fractions = [float(taken) for taken in knapsack(shares, sizes, capacity)]
         ranked: dict[str, tuple[Indices, float]] = {}
     else:
         capacity = budget.coordinates(sum(sizes), BYTES_PER_COORDINATE)
-        k_weights = _k_weights(blueprint, local, trust)
+        k_weights = _k_weights(published, local, trust)
         weights = [weight if share > 0 else 0.0 for weight, share in zip(k_weights, shares, strict=True)]
         fractions = spread(capacity, sizes, weights)
         by_layer = {layer.id: fraction for layer, fraction in zip(blueprint.layers, fractions, strict=True)}
@@ -439,6 +444,26 @@ def _blended_shares(blueprint: Blueprint, local: Blueprint | None, trust: float)
     weight = sum(published[index] for index in seen)
     local_shares = dict(zip(seen, _shares([norms[blueprint.layers[index].id] for index in seen], weight), strict=True))
     return [trust * share + (1 - trust) * local_shares.get(index, share) for index, share in enumerate(published)]
+
+
+def _between_groups(blueprint: Blueprint, groups: Mapping[str, Sequence[str]], sizes: Sequence[int]) -> Blueprint:
+    """The blueprint with what it says within each group taken back.
+
+    A group keeps its norm √Σ v², spread as if every parameter in it had the same: v_i = group · √(n_i / Σ n). Its
+    layers share the mean k_star. Layers outside every group stay as they are.
+    """
+    position = {layer.id: index for index, layer in enumerate(blueprint.layers)}
+    layers = list(blueprint.layers)
+    for members in groups.values():
+        found = [position[name] for name in members if name in position]
+        parameters = sum(sizes[index] for index in found)
+        norm = math.sqrt(sum(layers[index].gradient_norm ** 2 for index in found))
+        known = [k for index in found if (k := layers[index].k_star) is not None]
+        k_star = sum(known) / len(known) if known else None
+        for index in found:
+            share = math.sqrt(sizes[index] / parameters) if parameters else 0.0
+            layers[index] = layers[index].model_copy(update={"gradient_norm": norm * share, "k_star": k_star})
+    return blueprint.model_copy(update={"layers": tuple(layers)})
 
 
 def _shares(values: Sequence[float], whole: float = 1.0) -> list[float]:
