@@ -19,7 +19,7 @@ from gradient_blueprints import Blueprint
 from gradient_blueprints.training.staleness import spearman
 
 if TYPE_CHECKING:
-    from demo.story import Adapted, Findings
+    from demo.findings import UNTUNED, Adapted, Findings
 
 INK, MUTED, ACCENT, RIVAL, FULL = "#1f2933", "#7b8794", "#0f766e", "#c2410c", "#1f2933"
 STYLE = {
@@ -90,8 +90,9 @@ def _headline(adapted: Adapted) -> str:
     ours = adapted.outcomes[0]
     less = adapted.full.training_bytes / ours.training_bytes
     name = f"{adapted.blueprint.model_id} → {adapted.domain}"
+    untuned = "" if adapted.rates_tuned else f" after {adapted.steps} steps at untuned learning rates"
     return (
-        f"<div><b>{adapted.share_of_gain(ours):.0%}</b>of full fine-tuning’s gain, <br>{escape(name)}</div>"
+        f"<div><b>{adapted.share_of_gain(ours):.0%}</b>of full fine-tuning’s gain{untuned}, <br>{escape(name)}</div>"
         f"<div><b>1/{less:.0f}</b>of its optimizer and gradient memory: {megabytes(ours.training_bytes)} "
         f"instead of {megabytes(adapted.full.training_bytes)}</div>"
     )
@@ -178,10 +179,11 @@ def _adaptation(adapted: Adapted) -> str:
     verdict = "stale" if agreement.stale else "holds"
     ceiling = f"local layer ranks follow the published ones with {agreement.correlation:.2f}"
     largest = max(outcome.largest_gradient_bytes for outcome in adapted.outcomes)
+    untuned = "" if adapted.rates_tuned else f" {UNTUNED}"
     return f"""<section><h2>{escape(adapted.blueprint.model_id)} adapted to {escape(adapted.domain)} text</h2>
 <p><span class="verdict {verdict}">{"stale here" if agreement.stale else "holds here"}</span> {ceiling}; another local
 sample of this size would reach {agreement.ceiling:.2f} (simple form: one rank correlation over {agreement.layers}
-layers and its split-half ceiling). {adapted.steps} steps, the same batches for all.</p>
+layers and its split-half ceiling). {adapted.steps} steps, the same batches for all.{untuned}</p>
 <figure>{_loss_against_memory(adapted)}</figure>
 {_table(columns, rows, text=(0,), classes=classes)}
 <p class="small">Memory is measured: moments and indices, then with the gradients that are held when the optimizer

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from demo import models, report, service, texts
-from demo.adapting import Outcome, fine_tune
+from demo.adapting import fine_tune
+from demo.findings import UNTUNED, Adapted, Findings
 from demo.models import Batch, Checkpoint, GptSize
 from demo.screen import Screen, megabytes
 from gradient_blueprints import Blueprint, Client, Job, JobState, Scope
@@ -77,6 +78,7 @@ class Adaptation:
     """Batches of the local sample, of `batch` sequences, from the head of the training data."""
     arms: tuple[Arm, ...]
     """The second is what the adapter chooses; the first, everything, is what it is measured against."""
+    rates_tuned: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ FULL = Scale(
     profile={"batches": 16, "batch_size": 4, "sequence_length": 128},
     adapt_gpt=Adaptation("code", 60, 8, 128, 8, 8, GPT_ARMS),
     profile_smollm2={"batches": 4, "batch_size": 4, "sequence_length": 128},
-    adapt_smollm2=Adaptation("legal", 8, 4, 128, 4, 4, SMOLLM2_ARMS),
+    adapt_smollm2=Adaptation("legal", 8, 4, 128, 4, 4, SMOLLM2_ARMS, rates_tuned=False),
 )
 SHORT = Scale(
     gpt=GptSize(layers=2, width=64, vocabulary=512, steps=40, batch=4, length=64),
@@ -119,35 +121,6 @@ SHORT = Scale(
     profile_smollm2=None,
     adapt_smollm2=None,
 )
-
-
-@dataclass
-class Findings:
-    """What the report shows; everything in it was computed in this run."""
-
-    checkpoints: list[Blueprint] = field(default_factory=list)
-    domains: Blueprint | None = None
-    versions: list[tuple[str, ...]] = field(default_factory=list)
-    adaptations: list[Adapted] = field(default_factory=list)
-    pretraining: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """One model brought to another domain."""
-
-    blueprint: Blueprint
-    domain: str
-    steps: int
-    agreement: LocalAgreement
-    selection: Selection
-    base_loss: float
-    full: Outcome
-    outcomes: tuple[Outcome, ...]
-
-    def share_of_gain(self, outcome: Outcome) -> float:
-        """Of full fine-tuning's gain in held-out loss."""
-        return (self.base_loss - outcome.loss) / (self.base_loss - self.full.loss)
 
 
 def play(work: Path, report_path: Path, scale: Scale) -> Findings:
@@ -401,7 +374,9 @@ def _adapt(
             bars.update(bar, note=f"held-out loss {outcome.loss:.3f}")
             outcomes.append(outcome)
     full, *others = outcomes
-    adapted = Adapted(blueprint, task.domain, task.steps, agreement, chosen, base, full, tuple(others))
+    adapted = Adapted(
+        blueprint, task.domain, task.steps, task.rates_tuned, agreement, chosen, base, full, tuple(others)
+    )
     _show_outcomes(screen, adapted, task)
     return adapted
 
@@ -447,6 +422,8 @@ def _show_outcomes(screen: Screen, adapted: Adapted, task: Adaptation) -> None:
         "per token; gain: share of full fine-tuning's. Memory as measured; it is what is saved, time is not. One seed: "
         "differences of 0.02 mean nothing."
     )
+    if not adapted.rates_tuned:
+        screen.note(UNTUNED)
 
 
 def _versions(client: Client, model_ids: Sequence[str]) -> list[tuple[str, ...]]:
