@@ -1,6 +1,6 @@
 """What it costs to believe a stale blueprint: loss after fine-tuning by it, against the verdict of the registry.
 
-    python examples/staleness_cost.py [--seeds 3] [--steps 60]
+    python -m examples.staleness_cost [--seeds 3] [--steps 60]
 
 A small GPT is pre-trained on English and adapted to code. Blueprints are profiled on mixtures of code and English and
 on legal text, published, and judged by the registry against a local sample of code. With the row and column factors of

@@ -30,7 +30,7 @@ from gradient_blueprints.models import (
 CONSENSUS_METHOD = "weighted-median-of-centred-logs"
 CONSENSUS_METHOD_VERSION = 1
 STALENESS_METHOD_VERSION = 1
-DEFAULT_THRESHOLD = 0.9
+DEFAULT_THRESHOLD = 0.95
 """A blueprint holds while its ranks follow the local ones at least this well, measurement noise taken out."""
 MAX_BATCHES = 1_024
 

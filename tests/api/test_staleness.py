@@ -10,6 +10,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from gradient_blueprints.statistics_models import DEFAULT_THRESHOLD
 from tests.conftest import Server, execute
 from tests.documents import blueprint_document
 
@@ -217,7 +218,7 @@ def test_a_check_is_kept_only_with_consent_and_a_key(publisher: httpx2.Client, s
         "domain": "code",
         "verdict": "fresh",
         "level": "layer",
-        "threshold": 0.9,
+        "threshold": DEFAULT_THRESHOLD,
         "n": 24,
         "spearman": round(answer["levels"][0]["spearman"], 2),
         "corrected": round(answer["levels"][0]["corrected"], 2),
