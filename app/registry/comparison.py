@@ -5,17 +5,15 @@ from __future__ import annotations
 from decimal import Decimal
 
 import anyio
-from scipy import stats
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import tables
+from app.registry import agreement, tables
 from app.registry.blueprints import resolve
 from app.registry.versions import get_version
 from gradient_blueprints import models
 
 _Side = tuple[models.VersionSummary, dict[str, float]]
-MIN_MATCHED = 3  # below it a rank correlation says nothing
 
 
 async def compare(
@@ -42,7 +40,7 @@ def _compared(base: _Side, other: _Side, top: int | None) -> models.Comparison:
     matched = [layer for layer in base_norms if layer in other_norms]
     size = top if top is not None else max(1, len(base_norms) // 10)
     base_top, other_top = _top(base_ranks, size), _top(other_ranks, size)
-    spearman, kendall = _correlations([base_norms[i] for i in matched], [other_norms[i] for i in matched])
+    of_base, of_other = [base_norms[layer] for layer in matched], [other_norms[layer] for layer in matched]
     return models.Comparison(
         base=base_version,
         other=other_version,
@@ -60,8 +58,8 @@ def _compared(base: _Side, other: _Side, top: int | None) -> models.Comparison:
         matched=len(matched),
         only_base=tuple(layer for layer in base_norms if layer not in other_norms),
         only_other=tuple(layer for layer in other_norms if layer not in base_norms),
-        spearman=spearman,
-        kendall=kendall,
+        spearman=agreement.spearman(of_base, of_other),
+        kendall=agreement.kendall(of_base, of_other),
         top=size,
         entered_top=tuple(layer for layer in other_top if layer not in base_top),
         left_top=tuple(layer for layer in base_top if layer not in other_top),
@@ -95,9 +93,3 @@ def _ratio(base: float | None, other: float | None) -> float | None:
         return None
     ratio = other / base
     return ratio if ratio - ratio == 0 else None  # a quotient beyond float64 is no number to report
-
-
-def _correlations(base: list[float], other: list[float]) -> tuple[float | None, float | None]:
-    if len(base) < MIN_MATCHED or min(base) == max(base) or min(other) == max(other):
-        return None, None
-    return float(stats.spearmanr(base, other).statistic), float(stats.kendalltau(base, other).statistic)
