@@ -27,6 +27,7 @@ from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, Layer
+from gradient_blueprints.training.profiling.losses import with_labels
 from gradient_blueprints.training.staleness import spearman
 
 Unit = Literal["coordinate", "layer"]
@@ -329,23 +330,13 @@ def mean_gradients(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor
     ]
     try:
         for batch in batches:
-            model(**with_labels(batch)).loss.backward()
+            model(**with_labels(batch, None)).loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
     return total
-
-
-def with_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch with `labels`: as given, else the input ids, -100 where the attention mask is 0."""
-    if "labels" in batch:
-        return dict(batch)
-    labels = batch["input_ids"].clone()
-    if "attention_mask" in batch:
-        labels[batch["attention_mask"] == 0] = -100
-    return {**batch, "labels": labels}
 
 
 def spread(capacity: int, sizes: Sequence[int], weights: Sequence[float]) -> list[float]:
