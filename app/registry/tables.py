@@ -279,6 +279,33 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
 
+class JobPart(Base):
+    """What one worker does of a job under one lease: a shard, or with number = shards the merge of them all."""
+
+    __tablename__ = "job_parts"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({', '.join(repr(state.value) for state in JobState)})", name="state"),
+        UniqueConstraint("job_id", "lease_token"),
+        Index(
+            "ix_job_parts_lease_expires_at",
+            "lease_expires_at",
+            postgresql_where=text("state IN ('running', 'cancelling')"),
+        ),
+        Index("ix_job_parts_announced_at", "announced_at", postgresql_where=text("state = 'queued'")),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    state: Mapped[str]
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    lease_token: Mapped[int | None]  # of the last claim
+    lease_expires_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None]
+    announced_at: Mapped[datetime | None]
+    announcements: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+
+
 class JobEvent(Base):
     __tablename__ = "job_events"
     __table_args__ = (Index("ix_job_events_job_id_id", "job_id", "id"),)
@@ -289,6 +316,7 @@ class JobEvent(Base):
     state: Mapped[str]
     progress: Mapped[dict[str, Any] | None]
     reason: Mapped[str | None]
+    shards: Mapped[dict[str, Any] | None]  # how many parts are in which state, of a job with several
 
 
 class OutboxMessage(Base):
@@ -299,6 +327,7 @@ class OutboxMessage(Base):
     id: Mapped[int] = _identity()
     task: Mapped[str]
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), index=True)
+    part: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     created_at: Mapped[datetime] = _now()
 
 
