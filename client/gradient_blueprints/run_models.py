@@ -12,6 +12,7 @@ from gradient_blueprints.canonical import MAX_SAFE_INTEGER
 from gradient_blueprints.models import NonNegative, Text, Wire
 
 MAX_SPANS = 10_000
+SensorName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class Resource(StrEnum):
@@ -95,9 +96,7 @@ class Span(Wire):
     one that ends later is the same count read again, and replaces the other.
     """
 
-    sensor: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
-        description="unique in the world, such as GPU-8f6a..., HOST/package-0 or HOST/PROCESS"
-    )
+    sensor: SensorName = Field(description="unique in the world, such as GPU-8f6a..., HOST/package-0 or HOST/PROCESS")
     resource: Resource
     started: NonNegative = Field(description="seconds since 1970")
     ended: NonNegative
@@ -138,7 +137,9 @@ class Tally(Wire):
     )
     region: Text | None = Field(None, description="where the power was drawn; several joined by '; '")
     carbon_intensity: NonNegative | None = Field(None, description="g CO2e per kWh; absent where processes differ")
-    hardware: tuple[Text, ...] = Field((), description="devices in use, sorted; the processors where there are none")
+    hardware: dict[SensorName, Text] = Field(
+        default_factory=dict, description="name of each device in use by its sensor, the processors among them"
+    )
     spans: Annotated[tuple[Span, ...], Field(max_length=MAX_SPANS)] = Field(
         (), description="what the figures are sums of; absent for figures that were told and not metered"
     )
