@@ -72,7 +72,7 @@ def test_a_layer_that_the_local_sample_lacks_keeps_its_published_share() -> None
 
 def test_trust_is_lost_when_local_ranks_contradict_the_published() -> None:
     opposite = make_blueprint({"a": 1.0, "b": 2.0, "c": 3.0})
-    assert default_trust(PUBLISHED, opposite) == 0
+    assert default_trust(PUBLISHED.layers, opposite.layers) == 0
 
 
 def test_trust_follows_the_precision_of_the_two_sides() -> None:
@@ -80,9 +80,9 @@ def test_trust_follows_the_precision_of_the_two_sides() -> None:
     tight = {name: [norm * 0.95, norm * 1.05] for name, norm in norms.items()}
     wide = {name: [norm * 0.8, norm * 1.2] for name, norm in norms.items()}
     surer, less_sure = make_blueprint(norms, gradient_norm_ci=tight), make_blueprint(norms, gradient_norm_ci=wide)
-    assert default_trust(surer, less_sure) == pytest.approx(16 / 17)
-    assert default_trust(less_sure, surer) == pytest.approx(1 / 17)
-    assert default_trust(make_blueprint(norms), surer) == 0.5
+    assert default_trust(surer.layers, less_sure.layers) == pytest.approx(16 / 17)
+    assert default_trust(less_sure.layers, surer.layers) == pytest.approx(1 / 17)
+    assert default_trust(make_blueprint(norms).layers, surer.layers) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_coordinates_are_those_with_the_largest_local_gradient_within_each_tenso
     selection = select(PUBLISHED, budget=0.1, gradients=gradients)
     for name, gradient in gradients.items():
         expected = set(gradient.abs().flatten().topk(gradient.numel() // 10).indices.tolist())
-        assert set(selection.coordinates[name].tolist()) == expected
+        assert set(selection.parts[name].tolist()) == expected
 
 
 def test_factors_score_a_coordinate_by_its_row_times_its_column() -> None:
@@ -139,8 +139,8 @@ def test_factors_score_a_coordinate_by_its_row_times_its_column() -> None:
     factors = {"code/a.weight/row": row, "code/a.weight/column": column}
     selection = select(PUBLISHED, budget=0.1, factors=factors)
     expected = set(torch.outer(row, column).flatten().topk(100).indices.tolist())
-    assert set(selection.coordinates["a.weight"].tolist()) == expected
-    assert list(selection.coordinates) == ["a.weight"]
+    assert set(selection.parts["a.weight"].tolist()) == expected
+    assert list(selection.parts) == ["a.weight"]
 
 
 def test_trust_moves_the_coordinates_from_the_local_gradient_to_the_published_factors() -> None:
@@ -149,10 +149,10 @@ def test_trust_moves_the_coordinates_from_the_local_gradient_to_the_published_fa
 
     def chosen(trust: float) -> set[int]:
         found = select(PUBLISHED, budget=0.1, gradients=gradients, factors=factors, trust=trust)
-        return set(found.coordinates["a.weight"].tolist())
+        return set(found.parts["a.weight"].tolist())
 
-    local = set(select(PUBLISHED, budget=0.1, gradients=gradients).coordinates["a.weight"].tolist())
-    published = set(select(PUBLISHED, budget=0.1, factors=factors).coordinates["a.weight"].tolist())
+    local = set(select(PUBLISHED, budget=0.1, gradients=gradients).parts["a.weight"].tolist())
+    published = set(select(PUBLISHED, budget=0.1, factors=factors).parts["a.weight"].tolist())
     assert chosen(0.0) == local
     assert chosen(1.0) == published
     assert len(chosen(0.5) & local) > len(chosen(1.0) & local)
@@ -166,7 +166,7 @@ def test_factors_of_several_domains_need_a_name() -> None:
     }
     with pytest.raises(ConfigurationError, match="code, law"):
         select(PUBLISHED, factors=factors)
-    assert "a.weight" in select(PUBLISHED, factors=factors, domain="law").coordinates
+    assert "a.weight" in select(PUBLISHED, factors=factors, domain="law").parts
 
 
 def test_factors_of_another_shape_are_refused() -> None:
@@ -197,7 +197,7 @@ def test_with_nothing_to_go_on_coordinates_are_random_and_always_the_same() -> N
 def test_ties_are_spread_over_the_tensor() -> None:
     gradients = {"a.weight": torch.zeros(20, 50)}
     gradients["a.weight"][0, :3] = 1.0
-    chosen = select(PUBLISHED, budget=0.1, gradients=gradients | {"b.weight": torch.ones(1000)}).coordinates["a.weight"]
+    chosen = select(PUBLISHED, budget=0.1, gradients=gradients | {"b.weight": torch.ones(1000)}).parts["a.weight"]
     assert len(chosen) == 100
     assert {0, 1, 2} <= set(chosen.tolist())
     assert chosen[-1] > 900
@@ -207,9 +207,9 @@ def test_a_selection_survives_its_file(tmp_path: Path) -> None:
     selection = select(PUBLISHED, make_blueprint({"a": 1.0, "b": 2.0}), 0.1, gradients=gradients_of())
     again = Selection.load(selection.save(tmp_path / "selection.safetensors"))
     assert (again.layers, again.trust, again.blueprint_digest) == (selection.layers, selection.trust, PUBLISHED.digest)
-    assert again.coordinates.keys() == selection.coordinates.keys()
-    for name, chosen in selection.coordinates.items():
-        assert np.array_equal(again.coordinates[name], chosen)
+    assert again.parts.keys() == selection.parts.keys()
+    for name, chosen in selection.parts.items():
+        assert np.array_equal(again.parts[name], chosen)
 
 
 def test_a_selection_of_a_million_coordinates_is_a_small_file(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_a_selection_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         selection.trust = 0.0  # type: ignore[misc]  # that it is refused is the test
     with pytest.raises(TypeError):
-        selection.coordinates["a.weight"] = np.zeros(1, np.int64)  # type: ignore[index]  # likewise
+        selection.parts["a.weight"] = np.zeros(1, np.int64)  # type: ignore[index]  # likewise
     with pytest.raises(ValueError, match="read-only"):
-        selection.coordinates["a.weight"][0] = 0
+        selection.parts["a.weight"][0] = 0
 
 
 def test_the_summary_says_what_is_trained_and_what_it_takes() -> None:
@@ -249,7 +249,8 @@ def test_whole_layers_are_chosen_by_value_and_not_by_density() -> None:
 @settings(max_examples=300, deadline=None)
 def test_the_knapsack_is_exact(items: list[tuple[int, int]], capacity: int) -> None:
     values, sizes = [float(value) for value, _ in items], [size for _, size in items]
-    taken = knapsack(values, sizes, capacity)
+    taken, exact = knapsack(values, sizes, capacity)
+    assert exact
     best = max(
         sum(value for value, use in zip(values, uses, strict=True) if use)
         for uses in itertools.product([False, True], repeat=len(items))

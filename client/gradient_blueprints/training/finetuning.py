@@ -38,7 +38,7 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
     """
     chosen = []
     for name, parameter in model.named_parameters():
-        indices = selection.indices(name, parameter.numel())
+        indices = selection.indices(name, tuple(parameter.shape))
         parameter.requires_grad_(indices is None or len(indices) > 0)
         if not parameter.requires_grad:
             continue

@@ -1,0 +1,85 @@
+"""The budget that fits a device: its free memory less what a training step holds besides the selection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from gradient_blueprints import allocation
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.losses import with_labels
+
+RESERVE = 0.1
+"""Share of the free memory that is left alone: the allocator's fragments, workspaces of kernels."""
+
+
+class Budget(allocation.Budget):
+    """How much may be trained: a fraction, parameters, bytes of training memory, or what fits a device."""
+
+    @classmethod
+    def device(
+        cls,
+        model: nn.Module,
+        batch: Mapping[str, Any] | tuple[int, int],
+        *,
+        free: float | None = None,
+        reserve: float = RESERVE,
+    ) -> Self:
+        """What is left for training on the model's device when one batch is in flight.
+
+        free · (1 − reserve) − activations − the largest gradient. The activations are measured: the tensors that one
+        forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves for its backward pass, and the
+        largest of them (the logits) once more for its own gradient. What checkpointed segments compute anew is not
+        counted. `free`: bytes, else what the device says now, with the model on it (CUDA; on Linux the available main
+        memory). Raises ConfigurationError when nothing is left, or when the free memory is not known.
+        """
+        if isinstance(batch, tuple):
+            device = next(model.parameters()).device
+            batch = {"input_ids": torch.zeros(batch, dtype=torch.long, device=device)}
+        available = free_bytes(next(model.parameters()).device) if free is None else free
+        saved = saved_bytes(model, batch)
+        gradient = max(parameter.nbytes for parameter in model.parameters())
+        left = available * (1 - reserve) - sum(saved) - max(saved, default=0) - gradient
+        if left <= 0:
+            raise ConfigurationError(
+                f"{available / 1e6:,.0f} MB are free, the activations take {sum(saved) / 1e6:,.0f} MB, the "
+                f"largest gradient {gradient / 1e6:,.0f} MB: nothing is left to train with. Use smaller batches or "
+                "gradient checkpointing."
+            )
+        return cls.bytes(left)
+
+
+def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
+    """Bytes of every storage that a forward pass saves for its backward pass, the weights left out."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(**with_labels(batch, None))
+        del output
+    return list(held.values())
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of a CUDA device, or available main memory where the system says it."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    raise ConfigurationError(f"how much memory is free on {device} is not known here: pass free=")

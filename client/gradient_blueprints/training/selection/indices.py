@@ -1,0 +1,79 @@
+"""Index sets: the best of a tensor, ties and randomness that are the same everywhere, and few bits each in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float32]
+_ESCAPE = 255
+
+
+def best(scores: Scores, count: int, name: str, seed: int, random_share: float = 0.0) -> Indices:
+    """Indices of the `count` largest, ascending; ties are broken at random but always alike.
+
+    `random_share` of the count is drawn at random from the others.
+    """
+    drawn = round(random_share * count)
+    top = _largest(scores, count - drawn, name, seed)
+    if drawn == 0 or count >= len(scores):
+        return top if count < len(scores) else np.arange(len(scores))
+    lots = random_scores(name, len(scores), seed)
+    lots[top] = -1.0
+    return np.sort(np.concatenate([top, _largest(lots, drawn, name, seed)]))
+
+
+def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:
+    if count >= len(scores):
+        return np.arange(len(scores))
+    if count == 0:
+        return np.empty(0, np.int64)
+    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above = np.flatnonzero(scores > threshold)
+    tied = np.flatnonzero(scores == threshold)
+    order = np.argsort(random_scores(name, len(scores), seed)[tied], kind="stable") if len(tied) > 1 else [0]
+    return np.sort(np.concatenate([above, tied[order][: count - len(above)]]))
+
+
+def random_scores(name: str, size: int, seed: int) -> Scores:
+    """Uniform in [0, 1) by hashing (name, seed, index): the same on every machine and version of every library."""
+    start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    with np.errstate(over="ignore"):  # splitmix64 works modulo 2**64
+        z = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return np.asarray((z >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
+
+
+def pack(chosen: Indices) -> npt.NDArray[np.uint8]:
+    """Ascending indices as gaps of a byte each (255 adds 255 and goes on), deflated.
+
+    Near the entropy of a random subset at any density: Huffman codes of the gaps, where a deflated bitmap wastes bits.
+    """
+    gaps = np.diff(chosen, prepend=-1) - 1
+    ends = np.cumsum(gaps // _ESCAPE + 1) - 1
+    coded = np.full(int(ends[-1]) + 1 if len(ends) else 0, _ESCAPE, np.uint8)
+    coded[ends] = gaps % _ESCAPE
+    return np.frombuffer(zlib.compress(coded.tobytes(), 6), np.uint8)
+
+
+def unpack(packed: npt.NDArray[np.uint8]) -> Indices:
+    """What `pack` was given."""
+    coded = np.frombuffer(zlib.decompress(packed.tobytes()), np.uint8)
+    ends = np.flatnonzero(coded != _ESCAPE)
+    return np.cumsum(coded, dtype=np.int64)[ends] + np.arange(len(ends))
+
+
+def prefixes(parameter: str) -> list[str]:
+    """The ids under which a blueprint may list a tensor, the narrowest first: itself, its module, its block.
+
+    >>> prefixes("h.0.attn.weight")
+    ['h.0.attn.weight', 'h.0.attn', 'h.0', 'h']
+    """
+    parts = parameter.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

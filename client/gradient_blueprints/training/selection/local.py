@@ -1,0 +1,154 @@
+"""What a local sample says of every coordinate: its mean gradient, and how noisy that is, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.losses import examples_in, with_labels
+
+Kept = Literal["mean", "square", "factors"]
+
+
+@dataclass
+class LocalStatistics:
+    """Statistics of the gradients of a local sample's batches, by tensor name.
+
+    One number a coordinate is kept at most, and never a second: the mean gradient, or the mean square, or nothing but
+    the row and column means of the squares.
+    """
+
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    square: dict[str, Tensor] = field(default_factory=dict)
+    row: dict[str, Tensor] = field(default_factory=dict)
+    """Row means of the squared batch gradients, summed over the batches, float32; of a vector its squares."""
+    column: dict[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
+    sequences: int | None = 0
+    """Examples seen; None where it is not known."""
+
+    @classmethod
+    def gather(
+        cls,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Any]],
+        keep: Kept = "mean",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> LocalStatistics:
+        """Measure the batches; a gradient is read as soon as it is there, tensor by tensor, and freed.
+
+        `dtype=torch.bfloat16` halves what is kept; it is rounded stochastically, so that small batches do not vanish
+        in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
+        Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigurationError(f"the mean gradient is kept in float32 or bfloat16, not in {dtype}")
+        found = cls()
+        lots = torch.Generator().manual_seed(0)
+
+        def take(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.detach().to(device or parameter.device, torch.float32)
+            parameter.grad = None
+            found._add(name, gradient, keep, dtype, len(batches), lots)
+
+        with gradients_taken(model, take):
+            for batch in batches:
+                model(**with_labels(batch, None)).loss.backward()
+                found.batches += 1
+                found.sequences = (found.sequences or 0) + examples_in(batch)
+        return found
+
+    def _add(
+        self, name: str, gradient: Tensor, keep: Kept, dtype: torch.dtype, batches: int, lots: torch.Generator
+    ) -> None:
+        squares = as_matrix(gradient).square()
+        row = squares.mean(-1) if squares.dim() > 1 else squares
+        self.row[name] = self.row[name] + row if name in self.row else row
+        if squares.dim() > 1:
+            column = squares.mean(-2)
+            self.column[name] = self.column[name] + column if name in self.column else column
+        if keep == "factors":
+            return
+        held, value = (self.mean, gradient) if keep == "mean" else (self.square, squares.view_as(gradient))
+        value = value / batches
+        if name not in held:
+            held[name] = _rounded(value, dtype, lots)
+        elif dtype == torch.float32:
+            held[name] += value
+        else:
+            held[name] = _rounded(value.add_(held[name]), dtype, lots)
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """{tensor: {"row": ..., "column": ...}} of the mean squared batch gradient, as a blueprint's attachment."""
+        return {
+            name: {"row": row / self.batches}
+            | ({"column": self.column[name] / self.batches} if name in self.column else {})
+            for name, row in self.row.items()
+        }
+
+    def noise(self, name: str) -> dict[str, Tensor] | None:
+        """Factors of the variance of the mean gradient s²/n, or None where fewer than two batches tell.
+
+        Over b batches, by row and by column: (mean of the squares − square of the mean) / (b − 1), at least 0.
+        """
+        if self.batches < 2 or name not in self.row or name not in self.mean:
+            return None
+        squared = as_matrix(self.mean[name].float()).square()
+        of_mean = {"row": squared.mean(-1), "column": squared.mean(-2)} if squared.dim() > 1 else {"row": squared}
+        sums = {"row": self.row, "column": self.column}
+        return {
+            side: ((sums[side][name] / self.batches - of_mean[side]) / (self.batches - 1)).clamp_min(0.0)
+            for side in of_mean
+        }
+
+
+def mean_gradients(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Mean gradient of the local batches' losses, by tensor name, in float32; see `LocalStatistics.gather`."""
+    return LocalStatistics.gather(model, batches).mean
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor as its factors see it: the places of a filter are columns."""
+    return tensor.flatten(1) if tensor.dim() == 4 else tensor
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, lots: torch.Generator) -> Tensor:
+    """In bfloat16 up or down at random, in proportion to the nearness: right on average."""
+    if dtype == torch.float32:
+        return value
+    noise = torch.randint(0, 1 << 16, value.shape, generator=lots, dtype=torch.int32).to(value.device)
+    return ((value.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+@contextmanager
+def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `take(name, parameter)` is called as soon as a gradient is there; in evaluation mode."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if any(parameter.grad is not None for _, parameter in trained):
+        raise ConfigurationError("the model holds gradients: call model.zero_grad() before local statistics are taken")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: take(name, parameter)
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]  # torch has no types
+        for name, parameter in trained
+    ]
+    try:
+        yield
+    finally:
+        for registered in hooks:
+            registered.remove()
+        for module, training in modes.items():
+            module.training = training

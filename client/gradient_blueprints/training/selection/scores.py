@@ -1,0 +1,169 @@
+"""How much each coordinate of a tensor is worth: scores as functions of (tensor name, shape), to be mixed and replaced.
+
+A score answers a flat float32 array with one value a coordinate, larger is better, or None for a tensor of which it
+knows nothing (then coordinates are drawn at random). Only the order within a tensor matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.selection.indices import Scores, random_scores
+from gradient_blueprints.training.selection.local import LocalStatistics
+
+Shape = tuple[int, ...]
+Score = Callable[[str, Shape], Scores | None]
+Factors = Mapping[str, Mapping[str, Tensor]]
+"""{tensor: {"row": ..., "column": ...}}, the means of the squared gradient over the other dimension."""
+
+LEAST_SIGNAL = 1e-3
+"""Smallest share of the local mean square that counts as signal: with none at all the prior alone must still rank."""
+
+
+def published_factors(factors: Factors) -> Score:
+    """RMS gradient that row and column factors stand for: √(row_i · column_j / mean(row)); for local factors too."""
+
+    def score(name: str, shape: Shape) -> Scores | None:
+        return _flat(outer(factors[name], name, shape).sqrt_()) if name in factors else None
+
+    return score
+
+
+def local_gradient(mean: Mapping[str, Tensor]) -> Score:
+    """|mean local gradient|."""
+
+    def score(name: str, shape: Shape) -> Scores | None:
+        return _flat(mean[name].detach().float().abs()) if name in mean else None
+
+    return score
+
+
+def local_rms(statistics: LocalStatistics) -> Score:
+    """Root mean square of the local batch gradients; gather with keep="square"."""
+
+    def score(name: str, shape: Shape) -> Scores | None:
+        return _flat(statistics.square[name].float().sqrt()) if name in statistics.square else None
+
+    return score
+
+
+def random_coordinates(seed: int = 0) -> Score:
+    """The same lots at every call and on every machine."""
+    return lambda name, shape: random_scores(name, math.prod(shape), seed)
+
+
+def blended(*parts: tuple[float, Score]) -> Score:
+    """Weighted sum of scores as shares of their sums within a tensor; a part that knows nothing has no say."""
+
+    def score(name: str, shape: Shape) -> Scores | None:
+        total: Scores | None = None
+        fallback: Scores | None = None
+        for weight, part in parts:
+            found = part(name, shape)
+            if found is None:
+                continue
+            mass = float(found.sum(dtype=np.float64))
+            if mass == 0:
+                fallback = found
+                continue
+            share = np.asarray(found * np.float32(weight / mass), np.float32)
+            total = share if total is None else total + share
+        return fallback if total is None else total
+
+    return score
+
+
+def empirical_bayes(
+    factors: Factors, statistics: LocalStatistics, validity: float = 1.0, blend: float | None = None
+) -> Score:
+    """Root of the expected squared mean gradient, given the published factors and the local sample.
+
+    Prior: the true mean gradient μ_ij of this domain has variance τ²·v_ij, v the published factors' second moment,
+    flattened towards uniform where it is not to be believed: v ← validity·v/mean(v) + (1 − validity). Data: the local
+    mean ĝ_ij of b batches with noise variance e_ij = s²_ij/b, of rank one, from the local factors
+    (`LocalStatistics.noise`). τ² is estimated per tensor from E ĝ² = τ²v + e. Then
+
+        E[μ² | ĝ] = (w ĝ)² + w e,   w = τ²v / (τ²v + e).
+
+    Without a local sample the factors alone, √v; with ever more of it the local gradient alone, |ĝ|. A tensor without
+    factors has a uniform prior. Where the noise is not known (fewer than two batches) factors and gradient are blended
+    as shares with the weights `blend` and 1 − blend, `blend` being validity/(1 + validity) unless given.
+    """
+    weight_of_prior = validity / (1 + validity) if blend is None else blend
+
+    def score(name: str, shape: Shape) -> Scores | None:
+        known = name in factors and validity > 0
+        if name not in statistics.mean:
+            return published_factors(factors)(name, shape) if known else None
+        noise = statistics.noise(name)
+        if noise is None:
+            ours, theirs = published_factors(factors), local_gradient(statistics.mean)
+            return blended((weight_of_prior, ours), (1 - weight_of_prior, theirs))(name, shape)
+        mean = statistics.mean[name].detach().float()
+        variance = outer(noise, name, shape).to(mean.device)
+        prior = torch.ones_like(mean)
+        if known:
+            spread = outer(factors[name], name, shape).to(mean.device)
+            prior = spread.mul_(validity / float(spread.mean().clamp_min(_TINY))).add_(1 - validity)
+        squares = float(mean.square().mean())
+        signal = max(squares - float(variance.mean()), LEAST_SIGNAL * squares) / float(prior.mean())
+        prior.mul_(signal)
+        weight = prior.div_((prior + variance).clamp_min_(_TINY))
+        return _flat((weight * mean).square_().add_(variance.mul_(weight)).sqrt_())
+
+    return score
+
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+def outer(factor: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+    """The second moment that factors stand for, row_i · column_j / mean(row), in the tensor's shape, float32.
+
+    A vector has its second moment as row alone; a stack of matrices (experts) has factors for each.
+    """
+    row = factor["row"].detach().float().abs()
+    if "column" in factor:
+        column = factor["column"].detach().float().abs().to(row.device)
+        row = (row / row.mean(-1, keepdim=True).clamp_min(_TINY))[..., :, None] * column[..., None, :]
+    else:
+        row = row.clone()
+    if row.numel() != math.prod(shape):
+        raise ConfigurationError(
+            f"{name} has {math.prod(shape)} entries, its published factors stand for {row.numel()}"
+        )
+    return row.view(shape)
+
+
+def of_domain(factors: Mapping[str, Tensor] | None, domain: str | None) -> dict[str, dict[str, Tensor]]:
+    """{tensor: {"row": ..., "column": ...}} of the domain asked for."""
+    parsed: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in (factors or {}).items():
+        head, _, side = key.rpartition("/")
+        tag, _, name = head.rpartition("/")  # a domain tag may hold slashes, a parameter name does not
+        parsed.setdefault(tag, {}).setdefault(name, {})[side] = tensor
+    if not parsed:
+        return {}
+    if domain is None and len(parsed) == 1:
+        return next(iter(parsed.values()))
+    if domain is None or domain not in parsed:
+        raise ConfigurationError(
+            f"the factors hold the domains {', '.join(sorted(parsed))}: name yours with domain=; factors of a wrong "
+            "domain choose worse than chance, so leave them out when yours is not there"
+        )
+    return parsed[domain]
+
+
+def row_scores(scores: Scores, width: int) -> Scores:
+    """Root mean square over each row of `width` coordinates."""
+    return np.asarray(np.sqrt(np.square(scores.reshape(-1, width)).mean(1)), np.float32)
+
+
+def _flat(scores: Tensor) -> Scores:
+    return np.asarray(scores.flatten().cpu().numpy(), np.float32)
