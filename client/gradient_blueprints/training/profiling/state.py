@@ -25,6 +25,8 @@ class BatchRecord:
     example_squares: NDArray[np.float64]  # (g, n) squared norms
     norms: NDArray[np.float64] | None  # (g,) of the gradient of the batch's token mean
     counts: list[tuple[int, Counts]] | None  # per layer: first bin and counts
+    length: int | None = None  # positions of the batch, padding included
+    digest: str | None = None  # of the batch's tensors, hexadecimal
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class DomainState:
     squares: dict[str, Tensor] = field(default_factory=dict)  # per parameter: sum of squared batch sums
     factors: dict[str, Factors] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)  # batches left out, and why
+    halved: dict[Key, int] = field(default_factory=dict)  # the micro-batch of batches whose own ran out of memory
 
     @property
     def examples(self) -> int:
@@ -113,6 +116,7 @@ def _merged_domain(domain: str, one: DomainState, two: DomainState) -> DomainSta
             for name in one.factors | two.factors
         },
         skipped=one.skipped | two.skipped,
+        halved=one.halved | two.halved,
     )
 
 
