@@ -9,21 +9,40 @@ from typing import Any
 import anyio
 from fastapi import APIRouter, FastAPI
 
-from app.api import administration, aggregation, aliases, blobs, blueprints, catalog, health, jobs, problems, staleness
+from app.api import (
+    administration,
+    aggregation,
+    aliases,
+    blobs,
+    blueprints,
+    catalog,
+    files,
+    health,
+    jobs,
+    metrics,
+    problems,
+    shard_states,
+    staleness,
+)
 from app.api.gate import Gate
+from app.api.metrics import Metrics
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
+from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
 from gradient_blueprints.models import Blueprint, Scope
 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
+    metrics.router,
     blueprints.router,
     aliases.router,
     blobs.router,
+    files.router,
     jobs.router,
+    shard_states.router,
     aggregation.router,
     staleness.router,
     administration.router,
@@ -47,11 +66,13 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.keys_marked_used = {}
+    app.state.metrics = Metrics()
     app.state.documents = DocumentCache(settings.document_cache_bytes)
+    app.state.file_store = open_store(settings.checkpoint_location)
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Gate, settings=settings, metrics=app.state.metrics)
     _describe_shared_schemas(app)
     return app
 

@@ -134,6 +134,7 @@ async def _respond(
     cache: DocumentCache = request.app.state.documents
     representation = representations.negotiate(request, found.size)
     entry = cache.get(found.digest, representation)
+    request.app.state.metrics.documents.labels("no" if entry is None else "yes").inc()
     if entry is None:
         entry = await _represent(cache, session, found, representation)
     header = representations.headers(

@@ -11,12 +11,15 @@ import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.metrics import Metrics
 from app.api.problems import render
 from app.settings import Settings
 from gradient_blueprints.errors import ApiError, MalformedRequest, PayloadTooLarge, RequestTimeout
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JOB_RESULT = re.compile(r"/v1/jobs/[^/]+/result")
+_CHECKPOINT_FILE = re.compile(r"/v1/models/.+/checkpoints/[^/]+/files/.+")
+_SHARD_STATE = re.compile(r"/v1/jobs/[^/]+/shards/[^/]+/state")
 
 
 _DRAIN_BYTES = 128 << 20
@@ -26,31 +29,42 @@ _DRAIN_SECONDS = 10.0
 class Gate:
     """Pure ASGI, so that streamed bodies pass without being held."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
         self._settings = settings
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        began = time.perf_counter()
+        status = 499  # the client went away before there was an answer
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-Id"] = request_id
                 answer.setdefault("X-Content-Type-Options", "nosniff")
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)
 
+        try:
+            await self._answer(scope, headers, receive, send_with_headers, request_id)
+        finally:
+            self._metrics.answered(scope, status, time.perf_counter() - began)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send, request_id: str) -> None:
         if refusal := self._refusal_before_reading(scope, headers):
             if "expect" not in headers:
                 await _drain(receive)
-            await render(refusal, request_id)(scope, receive, send_with_headers)
+            await render(refusal, request_id)(scope, receive, send)
             return
         limit = self._limit(scope)
         # A blob takes the time that it takes, as long as it moves; app.registry.blobs limits its size.
@@ -62,7 +76,7 @@ class Gate:
             if body.refusal is not None and not started:
                 return  # whatever the application makes of a body cut short, the refusal is the answer
             started = True
-            await send_with_headers(message)
+            await send(message)
 
         with contextlib.suppress(ApiError):
             await self._app(scope, body.receive, send_unless_refused)
@@ -70,7 +84,7 @@ class Gate:
             if isinstance(body.refusal, PayloadTooLarge):
                 await _drain(receive)
             body.refusal.headers["Connection"] = "close"  # the rest of the body is not read
-            await render(body.refusal, request_id)(scope, receive, send_with_headers)
+            await render(body.refusal, request_id)(scope, receive, send)
 
     def _refusal_before_reading(self, scope: Scope, headers: Headers) -> ApiError | None:
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
@@ -85,7 +99,7 @@ class Gate:
 
     def _limit(self, scope: Scope) -> int | None:
         path = scope["path"]
-        if path.startswith("/v1/blobs/"):
+        if path.startswith("/v1/blobs/") or _SHARD_STATE.fullmatch(path) or _CHECKPOINT_FILE.fullmatch(path):
             return None  # app.registry.blobs has its own, while it streams
         if path == "/v1/blueprints" or _JOB_RESULT.fullmatch(path):
             return self._settings.max_document_bytes

@@ -45,6 +45,7 @@ NEEDS: dict[str, set[Scope]] = {
     "DELETE /v1/models/{model_id}/aliases/{name}": {Scope.PUBLISH},
     "PUT /v1/blobs/{digest}": {Scope.PUBLISH, Scope.WORK},
     "GET /v1/whoami": set(Scope),
+    "GET /metrics": {Scope.READ, Scope.ADMIN},
     "POST /v1/labs": {Scope.ADMIN},
     "GET /v1/labs": {Scope.ADMIN},
     "POST /v1/keys": {Scope.ADMIN},
@@ -61,6 +62,8 @@ NEEDS: dict[str, set[Scope]] = {
     "POST /v1/jobs/{job_id}/heartbeat": {Scope.WORK},
     "POST /v1/jobs/{job_id}/result": {Scope.WORK},
     "POST /v1/jobs/{job_id}/outcome": {Scope.WORK},
+    "PUT /v1/jobs/{job_id}/shards/{shard}/state": {Scope.WORK},
+    "GET /v1/jobs/{job_id}/shards/{shard}/state": {Scope.WORK},
 }
 PATH_VALUES = {
     "model_id": "tiny",
@@ -69,6 +72,7 @@ PATH_VALUES = {
     "name": "stable",
     "digest": "sha256:" + "0" * 64,
     "key_id": "999999",
+    "shard": "0",
     "job_id": "00000000-0000-7000-8000-000000000000",
 }
 
