@@ -1,0 +1,390 @@
+"""Which examples to train on: Algorithm 2 of the paper, and the rivals it has to beat.
+
+A strategy scores every example of a stream of batches, higher first; `select_data` keeps the best share as an index:
+
+>>> predictor = fit_influence(model, sample_batches)                     # doctest: +SKIP
+>>> print(predictor.calibration)                                         # doctest: +SKIP
+>>> index = select_data(model, DataLoader(dataset, 8), 0.3, predictor)   # doctest: +SKIP
+>>> dataset.select(index)  # or torch.utils.data.Subset(dataset, index)  # doctest: +SKIP
+
+Batches are dicts as the model takes them, in the order of the data set (`shuffle=False`). Only scores are kept of the
+stream, 8 bytes an example. A large gradient may be noise: compare with `Random` before believing any of them
+(docs/data-selection.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling import GradientProfiler
+from gradient_blueprints.training.profiling.losses import (
+    IGNORED,
+    Batch,
+    LossReader,
+    examples_in,
+    slice_examples,
+    target_tokens,
+    token_losses,
+    with_labels,
+)
+from gradient_blueprints.training.ridge import Ridge
+from gradient_blueprints.training.staleness import spearman
+
+Scores = npt.NDArray[np.float64]
+Index = npt.NDArray[np.int64]
+
+_FOLDS = 5
+_RESAMPLES = 1_000
+_FEWEST = 20
+
+
+class Strategy(Protocol):
+    """Scores of examples, (examples,), in their order; NaN for an example without a target, which is never kept."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores: ...
+
+
+def select_data(
+    model: nn.Module, batches: Iterable[Batch], fraction: float, strategy: Strategy, *, guard: float = 0.0
+) -> Index:
+    """Positions of the `fraction` of the examples that the strategy scores highest, ascending (Algorithm 2, step 4).
+
+    `guard`: leave out this share with the very highest scores first. Broken text has large gradients.
+    """
+    return keep_top(strategy(model, batches), fraction, guard=guard)
+
+
+def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
+    """The index for scores that are there already.
+
+    >>> keep_top(np.array([0.1, 9.0, 0.3, np.nan, 0.2]), 0.4, guard=0.2)
+    array([2, 4])
+    """
+    if not 0 < fraction <= 1 or not 0 <= guard < 1:
+        raise ConfigurationError(f"fraction = {fraction} is a share in (0, 1], guard = {guard} one in [0, 1)")
+    known = np.flatnonzero(~np.isnan(scores))
+    best = known[np.argsort(-scores[known], kind="stable")]
+    start = int(guard * len(scores) + 1e-9)
+    return np.sort(best[start : start + int(fraction * len(scores) + 1e-9)])
+
+
+# --- exact influences
+
+
+def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_normalised: bool = False) -> Scores:
+    """J(z) = ||∇L(z)|| over the whole model (eq. 27), L the mean loss of z's target tokens; (examples,).
+
+    One forward and backward pass per batch. The gradient of a mean over t tokens whose gradients are mostly noise
+    shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead.
+    """
+    found: list[Scores] = []
+    with evaluating(model), GradientProfiler(model, groups="block", statistics="examples") as profiler:
+        for number, batch in enumerate(batches):
+            scores = np.full(examples_in(batch), np.nan)
+            profiler.step(batch, key=number)
+            record = profiler.domain().records.pop(number, None)  # what is not kept of the stream
+            if record is not None:
+                scores[_with_targets(batch, len(record.losses))] = np.sqrt(record.example_squares.sum(0)) * (
+                    np.sqrt(record.tokens) if length_normalised else 1.0
+                )
+            found.append(scores)
+    return _joined(found)
+
+
+def _with_targets(batch: Batch, expected: int) -> npt.NDArray[np.bool_]:
+    """Which examples have a target token, of which the profiler counted `expected`."""
+    labels = with_labels(batch, None).get("labels")
+    if not isinstance(labels, Tensor) or expected == examples_in(batch):
+        return np.ones(examples_in(batch), np.bool_)
+    masks = [(target_tokens(labels, shift=shift) > 0).cpu().numpy() for shift in (True, False)]
+    return next(mask for mask in masks if mask.sum() == expected)
+
+
+# --- Algorithm 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far f_φ can be believed: rank correlations with the true J on examples that it was not fitted to."""
+
+    examples: int
+    predicted: float
+    """Spearman correlation of predicted and true J, out of fold."""
+    interval: tuple[float, float]
+    """95 %, bootstrap over examples."""
+    by_loss: float | None
+    """What the loss alone reaches on the same examples; None where it was not read."""
+    by_length: float | None
+    """What the number of target tokens alone reaches; None where all are as long."""
+
+    def __str__(self) -> str:
+        alone = ", ".join(
+            f"by {name} alone {'–' if value is None else f'{value:.2f}'}"
+            for name, value in (("loss", self.by_loss), ("length", self.by_length))
+        )
+        low, high = self.interval
+        return (
+            f"rank correlation with the true influence {self.predicted:.2f} "
+            f"[{low:.2f}, {high:.2f}] on {self.examples} held-out examples; {alone}"
+        )
+
+
+@dataclass(frozen=True)
+class InfluencePredictor:
+    """f_φ of Algorithm 2, a strategy: ridge regression of log J on features that need no backward pass."""
+
+    ridge: Ridge
+    depth: int
+    with_loss: bool
+    calibration: Calibration
+    influences: Scores
+    """The true J of the sample, (examples,)."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
+        """Predicted J of every example, up to a monotone function of it."""
+        features = _features(model, batches, self.depth, with_loss=self.with_loss)
+        return _joined([self.ridge.predict(part) for part in features])
+
+
+def fit_influence(
+    model: nn.Module,
+    sample: Sequence[Batch],
+    *,
+    depth: int = 2,
+    with_loss: bool = True,
+    length_normalised: bool = True,
+    winsorise: float = 0.02,
+    seed: int = 0,
+) -> InfluencePredictor:
+    """Steps 1 to 3 of Algorithm 2: the exact J of a small sample, and f_φ fitted to it.
+
+    Features: the mean over positions of the hidden state after the model's first `depth` blocks, the logarithm of the
+    number of targets, and the loss. `with_loss=False` stops the model after those blocks: far cheaper, less exact.
+    `winsorise`: log J is clipped to its quantiles at this share and its complement before fitting, features to four
+    standard deviations, so that no outlier bends the fit or is carried to the top by it.
+    The paper's own J is `length_normalised=False`.
+
+    Raises ConfigurationError for fewer than 20 examples with a gradient.
+    """
+    influences = exact_influences(model, sample, length_normalised=length_normalised)
+    features = np.concatenate(list(_features(model, sample, depth, with_loss=with_loss)))  # (examples, features)
+    known = np.flatnonzero((influences > 0) & np.isfinite(features).all(1))
+    if len(known) < _FEWEST:
+        raise ConfigurationError(
+            f"{len(known)} examples with a gradient are too few to fit to: give at least {_FEWEST}"
+        )
+    x, targets = features[known], np.log(influences[known])
+    scalars = 2 if with_loss else 1
+    width = x.shape[1] - scalars
+    importance = np.append(np.full(width, width**-0.5), np.ones(scalars))
+    clipped = np.clip(targets, *np.quantile(targets, [winsorise, 1 - winsorise]))
+    rng = np.random.default_rng(seed)
+    folds = rng.permutation(np.arange(len(known)) % _FOLDS)
+    predicted = np.empty(len(known))
+    for fold in range(_FOLDS):
+        inside = folds != fold
+        predicted[~inside] = Ridge.fit(x[inside], clipped[inside], importance).predict(x[~inside])
+    resampled = [
+        correlation
+        for draw in rng.integers(0, len(known), (_RESAMPLES, len(known)))
+        if (correlation := spearman(predicted[draw].tolist(), targets[draw].tolist())) is not None
+    ]
+    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled else (0.0, 0.0)
+    calibration = Calibration(
+        examples=len(known),
+        predicted=spearman(predicted.tolist(), targets.tolist()) or 0.0,
+        interval=(float(low), float(high)),
+        by_loss=spearman(x[:, -1].tolist(), targets.tolist()) if with_loss else None,
+        by_length=spearman(x[:, -scalars].tolist(), targets.tolist()),
+    )
+    return InfluencePredictor(Ridge.fit(x, clipped, importance), depth, with_loss, calibration, influences)
+
+
+def _features(model: nn.Module, batches: Iterable[Batch], depth: int, *, with_loss: bool) -> Iterator[Scores]:
+    """(examples, width + 1 or + 2) per batch: pooled hidden state, log of targets, loss."""
+    blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
+    if blocks is None or not 1 <= depth <= len(blocks):
+        raise ConfigurationError(f"The model has no list of at least {depth} blocks to read hidden states from.")
+    for run in _forwards(model, batches, blocks[depth - 1], stop=not with_loss):
+        assert run.hidden is not None
+        hidden = run.hidden.float()  # (n, t, width)
+        given = run.batch.get("attention_mask")
+        mask = torch.ones(hidden.shape[:2]) if not isinstance(given, Tensor) else given
+        mask = mask.to(hidden).unsqueeze(2)
+        columns = [(hidden * mask).sum(1) / mask.sum(1).clamp_min(1), run.tokens.clamp_min(1).log().unsqueeze(1)]
+        if with_loss:
+            columns.append(_loss(run.logits, run.labels, run.shift).unsqueeze(1))
+        found = torch.cat([column.to(hidden) for column in columns], 1)
+        found[run.tokens.to(found.device) == 0] = torch.nan
+        yield found.double().cpu().numpy()
+
+
+# --- rivals
+
+
+@dataclass(frozen=True)
+class Random:
+    """Chance: the rival that everything has to beat."""
+
+    seed: int = 0
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
+        return np.random.default_rng(self.seed).random(sum(examples_in(batch) for batch in batches))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean loss per target token, one forward pass; `prefer` what is hard, easy, or nearest to the median."""
+
+    prefer: Literal["high", "low", "middle"] = "high"
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
+        losses = _per_example(model, batches, _loss)
+        if self.prefer == "middle":
+            return -np.abs(losses - np.nanmedian(losses))
+        return losses if self.prefer == "high" else -losses
+
+
+@dataclass(frozen=True)
+class ErrorNorm:
+    """EL2N (Paul et al. 2021): the mean over target tokens of ||softmax(logits) - onehot||, one forward pass."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
+        return _per_example(model, batches, _error_norm)
+
+
+@dataclass(frozen=True)
+class GradientNorm:
+    """GraNd (Paul et al. 2021) at the model as it is: the exact J of every example, not a prediction of it.
+
+    GraNd proper averages J over several networks early in training; `others` are such further checkpoints.
+    """
+
+    others: tuple[nn.Module, ...] = ()
+    length_normalised: bool = False
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
+        stream = list(batches) if self.others else batches
+        found = [
+            exact_influences(one, stream, length_normalised=self.length_normalised) for one in (model, *self.others)
+        ]
+        return np.asarray(np.mean(found, axis=0))
+
+
+def _loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    return token_losses(logits, labels, shift=shift).values
+
+
+def _error_norm(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """||p - y||² = Σp² - 2 p_y + 1 at every target, logits (n, t, vocabulary) or (n, classes)."""
+    if labels.dim() == 1:
+        logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
+    elif shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    found = []
+    for example, targets in zip(logits, labels, strict=True):  # one at a time: positions × vocabulary floats
+        counted = targets != IGNORED
+        shares = example[counted].float().softmax(1)
+        of_target = shares.gather(1, targets[counted].unsqueeze(1)).squeeze(1)
+        found.append((shares.square().sum(1) - 2 * of_target + 1).clamp_min(0).sqrt().mean())
+    return torch.stack(found)
+
+
+def _per_example(model: nn.Module, batches: Iterable[Batch], score: Callable[[Tensor, Tensor, bool], Tensor]) -> Scores:
+    found = []
+    for run in _forwards(model, batches):
+        values = score(run.logits, run.labels, run.shift).double().cpu().numpy()
+        values[(run.tokens == 0).cpu().numpy()] = np.nan
+        found.append(values)
+    return _joined(found)
+
+
+# --- running the model
+
+
+class _Enough(Exception):
+    """The blocks that were wanted have run; the rest of the forward pass is not needed."""
+
+
+@dataclass
+class _Forward:
+    """One batch through the model, without gradients."""
+
+    batch: Batch
+    shift: bool
+    outputs: Any = None
+    hidden: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        labels: Tensor = self.batch["labels"]
+        return labels
+
+    @property
+    def logits(self) -> Tensor:
+        logits: Tensor = self.outputs if isinstance(self.outputs, Tensor) else self.outputs.logits
+        return logits
+
+    @property
+    def tokens(self) -> Tensor:
+        """Targets of every example, (n,)."""
+        return target_tokens(self.labels, shift=self.shift)
+
+
+def _forwards(
+    model: nn.Module, batches: Iterable[Batch], block: nn.Module | None = None, *, stop: bool = False
+) -> Iterator[_Forward]:
+    """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
+    device = next(model.parameters()).device
+    shift: bool | None = None
+    for given in batches:
+        batch = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in with_labels(given, None).items()
+        }
+        with evaluating(model), torch.no_grad():
+            if shift is None:  # read off the model's own loss, as the profiler does
+                reader = LossReader(model)
+                reader.run(slice_examples(batch, 0, 1))
+                shift = bool(reader.shift)
+            run = _Forward(batch, shift)
+
+            def note(module: nn.Module, inputs: Any, output: Any, run: _Forward = run) -> None:
+                run.hidden = output if isinstance(output, Tensor) else output[0]
+                if stop:
+                    raise _Enough
+
+            hook = None if block is None else block.register_forward_hook(note)
+            try:
+                run.outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+            except _Enough:
+                pass
+            finally:
+                if hook is not None:
+                    hook.remove()
+        yield run
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module is in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return np.concatenate(parts) if parts else np.empty(0)

@@ -1,0 +1,255 @@
+"""Scores of examples, the predictor of Algorithm 2 and its calibration, and the index that comes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.data_selection import (
+    ErrorNorm,
+    GradientNorm,
+    Loss,
+    Random,
+    exact_influences,
+    fit_influence,
+    keep_top,
+    select_data,
+)
+from gradient_blueprints.training.ridge import STRENGTHS, Ridge
+from tests.training.profiling.small_models import VOCABULARY, Batch, bert, llama
+
+LENGTHS = (4, 12, 7, 3, 9, 12)
+
+
+def padded(lengths: tuple[int, ...], seed: int = 0) -> Batch:
+    """Random ids, each example as long as asked for, the rest padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def one_by_one(model: nn.Module, batch: Batch) -> list[Batch]:
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [{"input_ids": batch["input_ids"][i : i + 1, :length]} for i, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return llama().eval()
+
+
+def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
+    scores = np.array([5.0, 1.0, np.nan, 4.0, 3.0, 2.0])
+    assert keep_top(scores, 0.5).tolist() == [0, 3, 4]
+    assert keep_top(scores, 1.0).tolist() == [0, 1, 3, 4, 5]
+    assert keep_top(scores, 0.34, guard=0.17).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("fraction", "guard"), [(0, 0), (1.1, 0), (0.5, 1)])
+def test_shares_outside_their_range_are_refused(fraction: float, guard: float) -> None:
+    with pytest.raises(ConfigurationError, match="share"):
+        keep_top(np.ones(3), fraction, guard=guard)
+
+
+def test_the_index_works_with_datasets_and_with_a_data_loader(model: nn.Module) -> None:
+    rows = [{"input_ids": row} for row in padded((6,) * 10)["input_ids"].tolist()]
+    dataset = Dataset.from_list(rows).with_format("torch")
+    index = select_data(model, DataLoader(dataset, batch_size=4), 0.3, Loss())
+    assert len(index) == 3
+    chosen = dataset.select(index)["input_ids"][:]
+    again = [batch["input_ids"] for batch in DataLoader(Subset(dataset, index.tolist()), batch_size=3)]
+    assert torch.equal(torch.as_tensor(chosen), again[0])
+
+
+# --- exact influences and rivals, against the obvious
+
+
+def looped_influence(model: nn.Module, batch: Batch) -> float:
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    model.zero_grad()
+    return float(norm)
+
+
+def test_exact_influences_are_those_of_a_loop_of_backward_passes(model: nn.Module) -> None:
+    batch = padded(LENGTHS)
+    wanted = np.array([looped_influence(model, one) for one in one_by_one(model, batch)])
+    assert exact_influences(model, [batch]) == pytest.approx(wanted, rel=1e-4)
+    by_length = exact_influences(model, [batch], length_normalised=True)
+    assert by_length == pytest.approx(wanted * np.sqrt(np.array(LENGTHS) - 1), rel=1e-4)
+
+
+def test_an_example_without_targets_has_no_score_and_shifts_no_other(model: nn.Module) -> None:
+    batch = padded(LENGTHS)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[2] = -100
+    silent = batch | {"labels": labels}
+    for strategy in (Loss(), ErrorNorm(), GradientNorm(), Loss("middle")):
+        scores = strategy(model, [batch, silent])
+        assert np.flatnonzero(np.isnan(scores)).tolist() == [8]
+        if strategy != Loss("middle"):
+            assert scores[[6, 7, 9, 10, 11]] == pytest.approx(scores[[0, 1, 3, 4, 5]], rel=1e-4)
+    assert 8 not in select_data(model, [batch, silent], 1.0, Loss())
+
+
+def test_losses_and_error_norms_are_those_of_each_example_alone(model: nn.Module) -> None:
+    batch = padded(LENGTHS)
+    losses, errors = [], []
+    for one in one_by_one(model, batch):
+        with torch.no_grad():
+            outputs = model(**one, labels=one["input_ids"])
+        losses.append(float(outputs.loss))
+        targets = one["input_ids"][0, 1:]
+        difference = outputs.logits[0, :-1].softmax(1) - nn.functional.one_hot(targets, VOCABULARY)
+        errors.append(float(difference.norm(dim=1).mean()))
+    assert Loss()(model, [batch]) == pytest.approx(losses, rel=1e-4)
+    assert Loss("low")(model, [batch]) == pytest.approx(-np.array(losses), rel=1e-4)
+    assert ErrorNorm()(model, [batch]) == pytest.approx(errors, rel=1e-4)
+    middle = Loss("middle")(model, [batch])
+    assert middle.argmax() == np.abs(np.array(losses) - np.median(losses)).argmin()
+
+
+def test_labels_that_a_model_does_not_shift_are_read_unshifted() -> None:
+    torch.manual_seed(0)
+    masked = bert().eval()
+    batch = padded((6, 6))
+    with torch.no_grad():
+        wanted = [float(masked(**one, labels=one["input_ids"]).loss) for one in one_by_one(masked, batch)]
+    assert Loss()(masked, [batch]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_gradient_norm_over_several_checkpoints_is_the_mean(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    other, batch = llama().eval(), padded(LENGTHS)
+    mean = (exact_influences(model, [batch]) + exact_influences(other, [batch])) / 2
+    assert GradientNorm((other,))(model, iter([batch])) == pytest.approx(mean)
+
+
+def test_chance_is_the_same_for_the_same_seed_and_another_for_another(model: nn.Module) -> None:
+    batches = [padded(LENGTHS), padded(LENGTHS, 1)]
+    assert Random(1)(model, batches).tolist() == Random(1)(model, batches).tolist()
+    assert Random(1)(model, batches).tolist() != Random(2)(model, batches).tolist()
+    assert len(Random()(model, batches)) == 12
+
+
+def test_scoring_leaves_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = llama().train()
+    model.get_submodule("model.norm").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for strategy in (Loss(), ErrorNorm(), GradientNorm(), fit_influence(model, [padded(LENGTHS * 4)])):
+        strategy(model, [padded(LENGTHS)])
+    assert model.training
+    assert not model.get_submodule("model.norm").training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- Algorithm 2
+
+
+def pool(seed: int, count: int) -> list[Batch]:
+    """Examples whose influence varies: few or many distinct tokens, short or long."""
+    rng = np.random.default_rng(seed)
+    batches = []
+    for number in range(count):
+        batch = padded(tuple(rng.integers(4, 24, 6).tolist()), seed=1_000 * seed + number)
+        alike = torch.tensor(rng.random(6) < 0.5).unsqueeze(1)
+        ids = torch.where(alike, batch["input_ids"] % 3 + 1, batch["input_ids"]) * batch["attention_mask"]
+        batches.append(batch | {"input_ids": ids})
+    return batches
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[Batch]:
+    return pool(0, 16)
+
+
+def test_the_predictor_ranks_examples_that_it_has_not_seen(model: nn.Module, sample: list[Batch]) -> None:
+    predictor = fit_influence(model, sample, length_normalised=False)
+    unseen = pool(1, 16)
+    truth = exact_influences(model, unseen)
+    correlation = np.corrcoef(np.argsort(np.argsort(predictor(model, iter(unseen)))), np.argsort(np.argsort(truth)))
+    assert correlation[0, 1] > 0.7
+    low, high = predictor.calibration.interval
+    assert low < predictor.calibration.predicted < high
+    assert low - 0.1 < correlation[0, 1] < high + 0.1
+    assert predictor.calibration.examples == 96
+    assert "held-out" in str(predictor.calibration)
+
+
+def test_without_the_loss_only_the_first_blocks_run(model: nn.Module, sample: list[Batch]) -> None:
+    predictor = fit_influence(model, sample, with_loss=False, depth=1)
+    assert predictor.calibration.by_loss is None
+    runs: list[Tensor] = []
+    handle = model.get_submodule("model.layers.1").register_forward_hook(lambda *call: runs.append(call[2]))
+    unseen = pool(1, 8)
+    predicted = predictor(model, unseen)
+    handle.remove()
+    assert len(runs) == 1  # the first example, from which it is read whether labels are shifted
+    assert len(predicted) == 48
+    assert np.isfinite(predicted).all()
+
+
+def test_calibration_is_near_zero_where_nothing_can_be_predicted() -> None:
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((200, 30)), rng.standard_normal(200)
+    ridge = Ridge.fit(x[:150], noise[:150], np.ones(30))
+    assert np.var(ridge.predict(x[150:])) < 0.2 * np.var(noise)  # shrunk towards the mean
+    assert ridge.strength > 0.01 * np.linalg.norm(x[:150], 2) ** 2
+
+
+def test_an_outlier_bends_neither_the_fit_nor_the_ranking(model: nn.Module, sample: list[Batch]) -> None:
+    ridge = Ridge.fit(np.arange(100.0)[:, None], np.arange(100.0), np.ones(1))
+    assert ridge.predict(np.array([[1e9]]))[0] < 200
+    plain = fit_influence(model, sample)
+    wild = fit_influence(model, sample, winsorise=0.0)
+    assert plain.ridge.intercept != wild.ridge.intercept
+
+
+def test_too_small_a_sample_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigurationError, match="too few"):
+        fit_influence(model, [padded(LENGTHS)])
+
+
+def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigurationError, match="blocks"):
+        fit_influence(model, [padded(LENGTHS * 4)], depth=3)
+
+
+def test_ridge_takes_the_strength_with_the_least_error_left_one_out() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((25, 6))
+    y = x[:, 0] + 0.8 * rng.standard_normal(25)
+    importance = np.array([1.0, 1, 1, 0.5, 0.5, 0.5])
+    found = Ridge.fit(x, y, importance)
+    z = (x - x.mean(0)) / x.std(0) * importance
+    errors = {}
+    for strength in STRENGTHS * np.linalg.norm(z, 2) ** 2:
+        residuals = []
+        for left_out in range(25):
+            inside = np.arange(25) != left_out
+            centre, level = z[inside].mean(0), y[inside].mean()
+            a = z[inside] - centre
+            w = np.linalg.solve(a.T @ a + strength * np.eye(6), a.T @ (y[inside] - level))
+            residuals.append(y[left_out] - level - (z[left_out] - centre) @ w)
+        errors[float(strength)] = float(np.mean(np.square(residuals)))
+    best = min(errors, key=lambda strength: errors[strength])
+    assert found.strength == pytest.approx(best)
+    w = np.linalg.solve(z.T @ z + best * np.eye(6), z.T @ (y - y.mean()))
+    assert found.predict(x) == pytest.approx(y.mean() + z @ w)
+
+
+def test_ridge_ignores_a_feature_that_never_varied() -> None:
+    x = np.stack([np.arange(30.0), np.full(30, 7.0)], 1)
+    ridge = Ridge.fit(x, np.arange(30.0), np.ones(2))
+    assert ridge.predict(np.array([[3.0, 7.0]])) == pytest.approx(ridge.predict(np.array([[3.0, 99.0]])))
