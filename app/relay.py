@@ -17,7 +17,7 @@ from celery import Celery
 
 from app.database import Sessions, create_engine, create_sessions
 from app.notifications import listen
-from app.registry import idempotency, jobs, outbox
+from app.registry import idempotency, job_parts, outbox
 from app.settings import Settings
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE
@@ -139,11 +139,11 @@ class Relay:
 
     async def _sweep(self, sessions: Sessions) -> bool:
         async with sessions.begin() as session:
-            lost = await jobs.end_lost_attempts(session)
+            lost = await job_parts.end_lost_attempts(session)
         async with sessions.begin() as session:
-            again = await jobs.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
+            again = await job_parts.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
         async with sessions.begin() as session:
             await idempotency.forget_old(session)
         if lost or again:
-            logger.info("sweeper: ended %d lost attempts, announced %d jobs again", lost, again)
-        return max(lost, again) == jobs.SWEEP_BATCH
+            logger.info("sweeper: ended %d lost attempts, announced %d parts again", lost, again)
+        return max(lost, again) == job_parts.SWEEP_BATCH

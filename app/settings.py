@@ -37,12 +37,21 @@ class Settings(BaseSettings):
     )
     operator_lab: str = Field("operator", description="lab of the bootstrap keys")
     store: Path = Field(Path("store"), description="folder of attachments and uploaded files")
+    checkpoint_store: str | None = Field(
+        None, description="folder of uploaded checkpoints, or `s3://bucket/prefix`; `checkpoints` in the store if unset"
+    )
 
     public_reads: bool = Field(True, description="whether reading needs no key")
     max_document_bytes: int = Field(16 * MEBIBYTE, gt=0, description="largest blueprint body")
     max_blob_bytes: int = Field(8 << 30, gt=0, description="largest attachment")
+    max_shard_bytes: int = Field(256 << 30, gt=0, description="largest partial result of a job's shard")
+    max_file_bytes: int = Field(64 << 30, gt=0, description="largest file of an uploaded checkpoint")
+    lab_file_bytes: int = Field(1 << 40, gt=0, description="uploaded checkpoint files of one lab together")
+    upload_seconds: float = Field(
+        7 * 86_400, gt=0, description="time after which an unfinished upload that nobody goes on with is removed"
+    )
     max_body_bytes: int = Field(MEBIBYTE, gt=0, description="largest body of every other request")
-    body_seconds: float = Field(60, gt=0, description="time in which a request body other than a blob must arrive")
+    body_seconds: float = Field(60, gt=0, description="time in which a request body other than a file must arrive")
     document_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="memory for blueprint bodies, per process")
 
     pool_size: int = Field(10, gt=0, description="database connections kept, per process")
@@ -53,6 +62,10 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
     reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")
     sweep_seconds: float = Field(5, gt=0, description="pause between two looks for lost leases")
+
+    @property
+    def checkpoint_location(self) -> str:
+        return self.checkpoint_store or str(self.store / "checkpoints")
 
 
 def read_settings() -> Settings:

@@ -18,10 +18,10 @@ from gradient_blueprints.errors import RangeNotSatisfiable, ServiceUnavailable
 
 router = APIRouter(tags=["blobs"])
 
-_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _BLOB: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The blob", "content": _BINARY},
-    206: {"description": "The range asked for", "content": _BINARY},
+    200: {"description": "The blob", "content": BINARY},
+    206: {"description": "The range asked for", "content": BINARY},
     304: {"description": "Unchanged"},
 }
 
@@ -32,7 +32,7 @@ _BEFORE: dict[int | str, dict[str, Any]] = {200: {"model": models.BlobSummary, "
     "/v1/blobs/{digest}",
     status_code=201,
     response_model=models.BlobSummary,
-    openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
+    openapi_extra={"requestBody": {"required": True, "content": BINARY}},
     responses=_BEFORE | documented(),
 )
 async def upload_blob(request: Request, settings: CurrentSettings, caller: Uploader, digest: DigestPath) -> Response:
@@ -56,15 +56,15 @@ async def fetch_blob(request: Request, settings: CurrentSettings, reader: Reader
     path = blobs.blob_path(settings.store, digest)
     if not await anyio.Path(path).is_file():
         raise ServiceUnavailable(f"The store has lost the file of {digest}; its operator can restore it from a backup.")
-    _check_range(request, size)
+    check_range(request, size)
     return FileResponse(path, media_type="application/octet-stream", headers=header)
 
 
-def _check_range(request: Request, size: int) -> None:
+def check_range(request: Request, size: int) -> None:
     """Leave one satisfiable range of bytes to the file response; ignore what need not be understood (RFC 9110)."""
     wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""), re.ASCII)
     first, last = wanted.groups() if wanted else ("", "")
     if (not first and not last) or (first and last and int(last) < int(first)):
         request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
     elif (int(first) >= size) if first else (int(last) == 0):
-        raise RangeNotSatisfiable(f"The blob has {size} bytes.", headers={"Content-Range": f"bytes */{size}"})
+        raise RangeNotSatisfiable(f"The file has {size} bytes.", headers={"Content-Range": f"bytes */{size}"})

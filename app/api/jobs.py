@@ -26,7 +26,7 @@ from app.api.dependencies import (
 from app.api.pages import with_links
 from app.api.problems import documented
 from app.notifications import listen
-from app.registry import documents, jobs
+from app.registry import documents, job_parts, job_transitions, jobs
 from app.registry.callers import Caller
 from app.registry.idempotency import IdempotentRequest
 from app.registry.paging import DEFAULT_LIMIT
@@ -65,7 +65,7 @@ class EventStreams:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.event_streams = EventStreams()
     listener = asyncio.create_task(
-        listen(app.state.settings.database_url, jobs.EVENTS_CHANNEL, app.state.event_streams.wake)
+        listen(app.state.settings.database_url, job_transitions.EVENTS_CHANNEL, app.state.event_streams.wake)
     )
     try:
         yield
@@ -179,7 +179,7 @@ async def watch_job(
 @router.post("/v1/jobs/{job_id}/claim", response_model_exclude_none=True, responses=documented(404, 409))
 async def claim_job(session: Session, caller: Worker, settings: CurrentSettings, job_id: UUID) -> models.Claim:
     """Take a queued job under a lease."""
-    return await jobs.claim_job(session, caller, job_id, lease_seconds=settings.lease_seconds)
+    return await job_parts.claim_job(session, caller, job_id, lease_seconds=settings.lease_seconds)
 
 
 @router.post("/v1/jobs/{job_id}/heartbeat", response_model_exclude_none=True, responses=documented(404, 409))
@@ -187,7 +187,7 @@ async def renew_lease(
     session: Session, caller: Worker, settings: CurrentSettings, job_id: UUID, heartbeat: models.Heartbeat
 ) -> models.HeartbeatAnswer:
     """Keep the lease and tell the progress; the answer says whether to stop."""
-    return await jobs.renew_lease(session, job_id, heartbeat, lease_seconds=settings.lease_seconds)
+    return await job_parts.renew_lease(session, job_id, heartbeat, lease_seconds=settings.lease_seconds)
 
 
 @router.post(
@@ -201,10 +201,10 @@ async def finish_job(
 ) -> models.Job:
     """Publish the blueprint under the job's lab and end the job, both or neither; safe to repeat."""
     document = await anyio.to_thread.run_sync(documents.parse_json, await request.body())
-    return await jobs.finish_job(session, caller, job_id, lease_token, document)
+    return await job_parts.finish_job(session, caller, job_id, lease_token, document)
 
 
 @router.post("/v1/jobs/{job_id}/outcome", response_model_exclude_none=True, responses=documented(404, 409))
 async def end_job(session: Session, caller: Worker, job_id: UUID, outcome: models.JobOutcome) -> models.Job:
     """A worker's last word when it has no blueprint; safe to repeat."""
-    return await jobs.end_job(session, caller, job_id, outcome)
+    return await job_parts.end_job(session, caller, job_id, outcome)

@@ -7,6 +7,8 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -34,10 +36,29 @@ async def receive(store: Path, digest: str, chunks: AsyncIterator[bytes], *, max
     It is written beside its place, verified, made durable, and only then renamed: what stands under
     a digest always has it. A body of another digest leaves nothing behind.
     """
-    place = blob_path(store, digest)
+    async with receiving(store, chunks, max_bytes=max_bytes) as received:
+        if received.digest != digest:
+            raise DigestMismatch(
+                f"The body has {received.size} bytes and the digest {received.digest}, not {digest}; nothing was kept."
+            )
+        await put_in_place(received.path, blob_path(store, digest))
+    return received.size
+
+
+@dataclass(frozen=True)
+class Received:
+    """A body that arrived whole, as a durable file of the store."""
+
+    path: Path
+    size: int
+    digest: str
+
+
+@asynccontextmanager
+async def receiving(store: Path, chunks: AsyncIterator[bytes], *, max_bytes: int) -> AsyncIterator[Received]:
+    """Write a body beside its place; the file is gone afterwards unless it was put there."""
     incoming = store / "incoming" / secrets.token_hex(16)
-    for folder in (place.parent, incoming.parent):
-        await anyio.Path(folder).mkdir(parents=True, exist_ok=True)
+    await anyio.Path(incoming.parent).mkdir(parents=True, exist_ok=True)
     hasher = hashlib.sha256()
     size = 0
     try:
@@ -45,20 +66,19 @@ async def receive(store: Path, digest: str, chunks: AsyncIterator[bytes], *, max
             async for chunk in chunks:
                 size += len(chunk)
                 if size > max_bytes:
-                    raise PayloadTooLarge(f"A blob has at most {max_bytes} bytes here.")
+                    raise PayloadTooLarge(f"A file has at most {max_bytes} bytes here.")
                 hasher.update(chunk)
                 await file.write(chunk)
             await file.flush()
             await anyio.to_thread.run_sync(os.fsync, file.wrapped.fileno())
-        received = f"sha256:{hasher.hexdigest()}"
-        if received != digest:
-            raise DigestMismatch(
-                f"The body has {size} bytes and the digest {received}, not {digest}; nothing was kept."
-            )
-        await anyio.to_thread.run_sync(_place, incoming, place)
+        yield Received(incoming, size, f"sha256:{hasher.hexdigest()}")
     finally:
         await anyio.Path(incoming).unlink(missing_ok=True)
-    return size
+
+
+async def put_in_place(incoming: Path, place: Path) -> None:
+    await anyio.Path(place.parent).mkdir(parents=True, exist_ok=True)
+    await anyio.to_thread.run_sync(_place, incoming, place)
 
 
 def _place(incoming: Path, place: Path) -> None:

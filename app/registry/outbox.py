@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import tables
@@ -15,9 +15,9 @@ OUTBOX_CHANNEL = "outbox"
 BATCH = 20  # few enough that a slow broker does not hold the rows for longer than a transaction may idle
 
 
-async def announce(session: AsyncSession, job_id: UUID) -> None:
-    """Have the job announced to the workers once this transaction has committed."""
-    await session.execute(insert(tables.OutboxMessage).values(task=PROFILE_TASK, job_id=job_id))
+async def announce(session: AsyncSession, job_id: UUID, part: int) -> None:
+    """Have a part of the job announced to the workers once this transaction has committed."""
+    await session.execute(insert(tables.OutboxMessage).values(task=PROFILE_TASK, job_id=job_id, part=part))
     await session.execute(select(func.pg_notify(OUTBOX_CHANNEL, "")))
 
 
@@ -44,10 +44,14 @@ async def send_waiting(
         await session.execute(
             delete(tables.OutboxMessage).where(tables.OutboxMessage.id.in_([message.id for message in sent]))
         )
+        announced = tuple_(tables.JobPart.job_id, tables.JobPart.number)
         await session.execute(
-            update(tables.Job)
-            .where(tables.Job.id.in_([message.job_id for message in sent]), tables.Job.state == JobState.QUEUED)
-            .values(announced_at=func.clock_timestamp(), announcements=tables.Job.announcements + 1)
+            update(tables.JobPart)
+            .where(
+                announced.in_([(message.job_id, message.part) for message in sent]),
+                tables.JobPart.state == JobState.QUEUED,
+            )
+            .values(announced_at=func.clock_timestamp(), announcements=tables.JobPart.announcements + 1)
             .execution_options(synchronize_session=False)
         )
     return len(sent), failure

@@ -254,10 +254,6 @@ class Job(Base):
     __table_args__ = (
         CheckConstraint(f"state IN ({', '.join(repr(state.value) for state in JobState)})", name="state"),
         Index("ix_jobs_lab_id_id", "lab_id", "id"),
-        Index(
-            "ix_jobs_lease_expires_at", "lease_expires_at", postgresql_where=text("state IN ('running', 'cancelling')")
-        ),
-        Index("ix_jobs_announced_at", "announced_at", postgresql_where=text("state = 'queued'")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -265,15 +261,10 @@ class Job(Base):
     key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
     request: Mapped[dict[str, Any]]  # gradient_blueprints.models.NewJob
     state: Mapped[str]
-    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    max_attempts: Mapped[int] = mapped_column(Integer)
-    lease_token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing: rises with each claim
-    lease_expires_at: Mapped[datetime | None]
-    progress: Mapped[dict[str, Any] | None]
+    max_attempts: Mapped[int] = mapped_column(Integer)  # of each part
+    lease_token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing: rises with each claim of a part
     reason: Mapped[str | None]
     version_id: Mapped[int | None] = mapped_column(ForeignKey("versions.id"))
-    announced_at: Mapped[datetime | None]
-    announcements: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     created_at: Mapped[datetime] = _now()
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -297,11 +288,12 @@ class JobPart(Base):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     state: Mapped[str]
-    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"), default=0)
     lease_token: Mapped[int | None]  # of the last claim
     lease_expires_at: Mapped[datetime | None]
-    progress: Mapped[dict[str, Any] | None]
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     reason: Mapped[str | None]
+    state_digest: Mapped[bytes | None]  # of the partial result that a shard handed in
     announced_at: Mapped[datetime | None]
     announcements: Mapped[int] = mapped_column(Integer, server_default=text("0"))
 
@@ -314,9 +306,9 @@ class JobEvent(Base):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"))
     at: Mapped[datetime] = _now()
     state: Mapped[str]
-    progress: Mapped[dict[str, Any] | None]
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     reason: Mapped[str | None]
-    shards: Mapped[dict[str, Any] | None]  # how many parts are in which state, of a job with several
+    parts: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # state to number, with shards
 
 
 class OutboxMessage(Base):
@@ -377,3 +369,30 @@ class StalenessEvent(Base):
     domain: Mapped[str]
     stale_share: Mapped[float]
     users: Mapped[int] = mapped_column(Integer)
+
+
+class CheckpointFile(Base):
+    """A file of a lab's checkpoint in the registry's store; on its way in until `completed_at`, unchangeable after."""
+
+    __tablename__ = "checkpoint_files"
+    __table_args__ = (
+        UniqueConstraint("lab_id", "model_name", "fraction", "path"),
+        Index("ix_checkpoint_files_touched_at", "touched_at", postgresql_where=text("completed_at IS NULL")),
+        CheckConstraint("received BETWEEN 0 AND size", name="received"),
+    )
+
+    id: Mapped[int] = _identity()
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    model_name: Mapped[str]  # not a row of models, which everybody may list
+    fraction: Mapped[Decimal]
+    path: Mapped[str]
+    size: Mapped[int]
+    digest: Mapped[bytes]
+    received: Mapped[int] = mapped_column(server_default=text("0"))
+    token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing: rises with each request that writes
+    place: Mapped[str]  # its name in the store
+    upload: Mapped[dict[str, Any]]  # what the store needs to go on with it
+    created_at: Mapped[datetime] = _now()
+    touched_at: Mapped[datetime] = _now()
+    completed_at: Mapped[datetime | None]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from gradient_blueprints.calls import (
     JSON_BODY,
     Checkpointish,
-    Connected,
     built,
     checkpoint_text,
+    digest_text,
     job_path,
     left_until,
     listing,
@@ -20,6 +21,7 @@ from gradient_blueprints.calls import (
     new_idempotency_key,
     some,
 )
+from gradient_blueprints.downloads import Downloading
 from gradient_blueprints.errors import JobFinished
 from gradient_blueprints.models import (
     Blueprint,
@@ -55,7 +57,7 @@ SILENCE = 60.0  # seconds; the registry sends a comment far more often, so a str
 Source = str | PathLike[str] | DataSource
 
 
-class JobMethods(Connected):
+class JobMethods(Downloading):
     """Submit, watch and cancel; claim, renew and finish."""
 
     @method
@@ -74,7 +76,8 @@ class JobMethods(Connected):
         """Have the registry's workers profile a checkpoint; its blueprint becomes the next version.
 
         `source` is the folder of the checkpoint and `data` the text per domain, as the workers see them;
-        `options` are the fields of ProfileOptions (batches, batch_size, sequence_length, seed, ...).
+        `options` are the fields of ProfileOptions (batches, batch_size, sequence_length, seed, ...);
+        with `shards=5` up to five workers share the batches, and the blueprint is what one would give.
 
             job = client.submit_checkpoint("tiny", 0.8, source="/data/tiny/0.8", data={"code": "/data/code.txt"})
             client.wait_for_job(job.id).version
@@ -166,7 +169,7 @@ class JobMethods(Connected):
 
     @method
     def claim_job(self, job_id: str) -> Steps[Claim]:
-        """Take a job under a lease; JobFinished or Conflict when it is not to be had."""
+        """Take a part of a job under a lease; JobFinished or Conflict when there is none to be had."""
         return (yield from self._write(Claim, "POST", job_path(job_id, "claim")))
 
     @method
@@ -193,6 +196,21 @@ class JobMethods(Connected):
                 return job
             raise
         return answer.parse(Job)
+
+    @method
+    def finish_shard(self, job_id: str, shard: int, lease_token: int, state: str | Path) -> Steps[Job]:
+        """Hand in the partial result of a shard, a file, streamed; safe to repeat."""
+        headers = {"Content-Type": "application/octet-stream"}
+        path = job_path(job_id, "shards", str(shard), "state")
+        request = Request("PUT", path, some(lease_token=lease_token), headers, Path(state))
+        answer = yield from self._exchange(request)
+        return answer.parse(Job)
+
+    @method
+    def fetch_shard_state(self, job_id: str, shard: int, digest: str, path: str | Path) -> Steps[Path]:
+        """The partial result of a shard, whose digest is in the job's parts, as a file at `path`."""
+        address = job_path(job_id, "shards", str(shard), "state")
+        return (yield from self._fetch_file(address, digest_text(digest), Path(path)))
 
     @method
     def end_job(self, job_id: str, outcome: JobOutcome) -> Steps[Job]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradient_blueprints.cache import Partial, Question, Remembered, copy_into_place, digest_of_file
+from gradient_blueprints.cache import Question, Remembered, digest_of_file
 from gradient_blueprints.calls import (
     Checkpointish,
-    Connected,
     built,
     checkpoint_path,
     checkpoint_text,
@@ -27,6 +25,7 @@ from gradient_blueprints.calls import (
     some,
 )
 from gradient_blueprints.canonical import digest_of
+from gradient_blueprints.downloads import Downloading
 from gradient_blueprints.errors import (
     ApiError,
     BlobNotFound,
@@ -34,7 +33,6 @@ from gradient_blueprints.errors import (
     ConnectionFailed,
     DigestMismatch,
     OfflineMiss,
-    RangeNotSatisfiable,
     UnexpectedAnswer,
 )
 from gradient_blueprints.models import (
@@ -70,14 +68,10 @@ from gradient_blueprints.models import (
 )
 from gradient_blueprints.transport import (
     Answer,
-    NoAnswer,
-    Pause,
-    ReadOn,
     Request,
     Steps,
     Stream,
     Work,
-    jitter,
 )
 
 FACTORS = "factors.safetensors"
@@ -86,7 +80,7 @@ WARNINGS = TypeAdapter(tuple[Warning_, ...])
 logger = logging.getLogger("gradient_blueprints")
 
 
-class RegistryMethods(Connected):
+class RegistryMethods(Downloading):
     """Everything but jobs."""
 
     # --- blueprints
@@ -332,7 +326,7 @@ class RegistryMethods(Connected):
             size = source.stat().st_size
         else:
             digest, size = digest_of(source), len(source)
-        path = f"/v1/blobs/{digest}"
+        path = _blob_path(digest)
         try:
             yield from self._exchange(Request("HEAD", path))
         except (
@@ -350,59 +344,16 @@ class RegistryMethods(Connected):
 
         Streamed, resumed where a connection broke off, and in place only once its digest is verified.
         """
-        return (yield from self._fetch_blob(digest_text(digest), None if path is None else Path(path)))
+        return (yield from self._fetch_file(_blob_path(digest), digest, None if path is None else Path(path)))
 
     @method
     def fetch_factors(self, blueprint: Blueprint, path: str | Path | None = None) -> Steps[Path]:
         """The attachment factors.safetensors of a blueprint as a file, as `fetch_blob` gives it."""
         for attachment in blueprint.attachments or ():
             if attachment.name == FACTORS:
-                return (yield from self._fetch_blob(attachment.digest, None if path is None else Path(path)))
+                digest = attachment.digest
+                return (yield from self._fetch_file(_blob_path(digest), digest, None if path is None else Path(path)))
         raise BlobNotFound(f"{blueprint!r} has no attachment {FACTORS}; profile it with factors to get them.")
-
-    def _fetch_blob(self, digest: str, target: Path | None) -> Steps[Path]:
-        cached: Path | None = yield Work(lambda: self.cache.locate(digest))
-        if cached is None:
-            if self.offline:
-                raise OfflineMiss(
-                    f"The blob {digest} is not in {self.cache}, and this client is offline. "
-                    "Fetch it once while connected, or unset BLUEPRINTS_OFFLINE."
-                )
-            with self.cache.receive(digest, otherwise=target) as partial:
-                yield from self._download(f"/v1/blobs/{digest}", partial)
-            cached = partial.place
-        if target is None or target == cached:
-            return cached
-        source = cached
-        yield Work(lambda: copy_into_place(source, target))
-        return target
-
-    def _download(self, path: str, partial: Partial) -> Steps[None]:
-        """Fill `partial`; `timeout` bounds the time without progress, not the whole."""
-        failures = 0
-        deadline = time.monotonic() + self.timeout
-        while not partial.complete:
-            begun = partial.size
-            # WhoAmI: a range counts the bytes as they are, not as they were compressed.
-            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begun}-"} if begun else {})
-            try:
-                answer = yield from self._exchange(Request("GET", path, {}, headers), stream=True, silence=self.timeout)
-                if answer.status != 206:
-                    partial.restart()
-                while chunk := (yield ReadOn(answer)):
-                    partial.write(chunk)
-                return
-            except RangeNotSatisfiable:
-                partial.restart()
-                failures += 1
-            except NoAnswer as lost:
-                failures = failures + 1 if partial.size <= begun else 0
-                if partial.size > begun:
-                    deadline = time.monotonic() + self.timeout
-                elif time.monotonic() > deadline:
-                    raise ConnectionFailed(f"No progress with {path} for {self.timeout:g} s: {lost}.") from lost
-                logger.debug("%s broke off at byte %d: %s", path, partial.size, lost)
-            yield Pause(jitter(failures + 1))
 
     # --- labs, keys, audit
 
@@ -513,6 +464,10 @@ def _document(document: Blueprint | Mapping[str, Any] | str | bytes | Path) -> t
             )
     is_json = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"["))
     return content, "application/json" if is_json else "text/csv"
+
+
+def _blob_path(digest: str) -> str:
+    return f"/v1/blobs/{digest_text(digest)}"
 
 
 def _side(side: Checkpointish | tuple[Checkpointish, int]) -> str:

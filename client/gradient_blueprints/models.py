@@ -43,6 +43,7 @@ PROFILE_QUEUE = "profile"
 """Queue of the broker that announcements go through."""
 MAX_TIME_LIMIT = 7 * 86_400
 """Seconds that one attempt at a job may take at most; the broker's visibility timeout must be longer."""
+MAX_SHARDS = 64
 
 # A path segment that is also the name of a sub-resource of a model cannot be the second half of a model id.
 RESERVED_SEGMENTS = (
@@ -747,7 +748,12 @@ class ProfileOptions(Wire):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     granularity: Literal["tensor", "submodule", "block"] = "submodule"
     statistic: Statistic = Statistic.MEAN
-    time_limit: Annotated[float, Field(gt=0, le=MAX_TIME_LIMIT)] = Field(3_600, description="seconds of one attempt")
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = Field(
+        1, description="parts that the batches are spread over, for as many workers at once"
+    )
+    time_limit: Annotated[float, Field(gt=0, le=MAX_TIME_LIMIT)] = Field(
+        3_600, description="seconds of one attempt at a shard"
+    )
 
 
 class NewJob(Wire):
@@ -767,6 +773,17 @@ class Progress(Wire):
     total: Count | None = None
 
 
+class JobPart(Wire):
+    """What one worker does of a job under one lease: a shard or, with number = shards, the merge of them all."""
+
+    number: int
+    state: JobState
+    attempts: int
+    progress: Progress | None = None
+    reason: str | None = None
+    digest: Digest | None = Field(None, description="of the partial result of a shard that is done")
+
+
 class Job(Wire):
     id: str
     state: JobState
@@ -777,9 +794,10 @@ class Job(Wire):
     data: dict[Tag, DataSource]
     options: ProfileOptions
     provenance_notes: Text | None = None
-    attempts: int
-    max_attempts: int
-    progress: Progress | None = None
+    attempts: int = Field(description="of the part that was tried most often")
+    max_attempts: int = Field(description="of each part")
+    parts: tuple[JobPart, ...] = Field((), description="its shards; after the last of several, their merge")
+    progress: Progress | None = Field(None, description="of several shards the sum")
     reason: str | None = Field(None, description="why it failed, crashed or was cancelled")
     version: int | None = Field(None, description="version of the blueprint that it published")
     digest: Digest | None = None
@@ -800,12 +818,16 @@ class JobEvent(Wire):
     state: JobState
     progress: Progress | None = None
     reason: str | None = None
+    parts: dict[JobState, int] | None = Field(
+        None, description="of a job with shards, how many parts are in which state"
+    )
 
 
 class Claim(Wire):
-    """Answer to a claim: the job, and the lease under which it may be worked on."""
+    """Answer to a claim: the job, which part of it to do, and the lease under which it may be worked on."""
 
     job: Job
+    part: int = Field(0, description="a shard; or, with number = shards, their merge")
     lease_token: int = Field(description="fencing token; a later claim gets a larger one")
     lease_seconds: float
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import create_engine, create_sessions
-from app.registry import jobs
+from app.registry import job_parts
 from app.settings import Settings
 from gradient_blueprints import Blueprint, Client
 from gradient_blueprints.models import Job, Scope
@@ -71,8 +71,8 @@ def expire_lease(
     """Lets the leases of all jobs run out and the sweeper look."""
 
     def run() -> int:
-        sql("UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE lease_expires_at IS NOT NULL")
-        return in_session(jobs.end_lost_attempts)
+        sql("UPDATE job_parts SET lease_expires_at = now() - interval '1 second' WHERE lease_expires_at IS NOT NULL")
+        return in_session(job_parts.end_lost_attempts)
 
     return run
 

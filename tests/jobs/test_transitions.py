@@ -240,7 +240,7 @@ def test_a_heartbeat_does_not_prolong_the_lease_of_a_cancelling_job(lab: Client,
     token = worker.claim_job(job.id).lease_token
 
     def expiry() -> object:
-        return sql("SELECT lease_expires_at FROM jobs")[0][0]
+        return sql("SELECT lease_expires_at FROM job_parts")[0][0]
 
     before = expiry()
     worker.heartbeat_job(job.id, token)
