@@ -28,6 +28,11 @@ class BatchRecord:
     length: int | None = None  # positions of the batch, padding included
     digest: str | None = None  # of the batch's tensors, hexadecimal
 
+    @property
+    def loss(self) -> float:
+        """Mean loss per target token."""
+        return float((self.losses * self.tokens).sum() / max(1, self.tokens.sum()))
+
 
 @dataclass(slots=True)
 class Factors:
