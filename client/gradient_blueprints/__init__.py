@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BlobNotFound,
         BlueprintNotFound,
         BlueprintsError,
+        CheckpointFileNotFound,
         CheckpointNotFound,
         ConfigurationError,
         Conflict,
@@ -57,7 +58,9 @@ if TYPE_CHECKING:
         Unauthenticated,
         UnexpectedAnswer,
         UnsupportedMediaType,
+        UploadConflict,
     )
+    from gradient_blueprints.file_models import CheckpointFile
     from gradient_blueprints.models import (
         Alias,
         AliasMove,
@@ -118,6 +121,7 @@ _HOMES = {
         "BlobNotFound",
         "BlueprintNotFound",
         "BlueprintsError",
+        "CheckpointFileNotFound",
         "CheckpointNotFound",
         "ConfigurationError",
         "Conflict",
@@ -150,7 +154,9 @@ _HOMES = {
         "Unauthenticated",
         "UnexpectedAnswer",
         "UnsupportedMediaType",
+        "UploadConflict",
     ),
+    "file_models": ("CheckpointFile",),
     "models": (
         "Alias",
         "AliasMove",
@@ -216,6 +222,8 @@ __all__ = [
     "Blueprint",
     "BlueprintNotFound",
     "BlueprintsError",
+    "CheckpointFile",
+    "CheckpointFileNotFound",
     "CheckpointNotFound",
     "CheckpointSummary",
     "Claim",
@@ -282,6 +290,7 @@ __all__ = [
     "Unauthenticated",
     "UnexpectedAnswer",
     "UnsupportedMediaType",
+    "UploadConflict",
     "Verdict",
     "VersionSummary",
     "WhoAmI",

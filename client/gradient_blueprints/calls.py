@@ -126,8 +126,12 @@ class Connected:
             left = None if left is None else left - len(items)
             if page.next is None:
                 return
-            # Only the query is taken from the answer, so that no answer decides where the key goes.
-            asked = dict(parse_qsl(urlsplit(page.next).query, keep_blank_values=True))
+            asked = query_of_next(page.next)
+
+
+def query_of_next(link: str) -> dict[str, str]:
+    """Only the query is taken from a page's link to the next, so that no answer decides where the key goes."""
+    return dict(parse_qsl(urlsplit(link).query, keep_blank_values=True))
 
 
 def _registry_url(text: str) -> str:

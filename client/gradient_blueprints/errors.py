@@ -7,10 +7,10 @@ BlueprintsError
 │   ├── PermissionDenied        403   the key lacks a scope, or another lab owns the thing
 │   ├── NotFound                404
 │   │   ├── ModelNotFound, CheckpointNotFound, BlueprintNotFound, AliasNotFound
-│   │   └── BlobNotFound, JobNotFound, LabNotFound, KeyNotFound
+│   │   └── BlobNotFound, CheckpointFileNotFound, JobNotFound, LabNotFound, KeyNotFound
 │   ├── NotAcceptable           406
 │   ├── Conflict                409
-│   │   └── IdempotencyConflict, AlreadyExists, LeaseLost, JobFinished
+│   │   └── IdempotencyConflict, AlreadyExists, UploadConflict, LeaseLost, JobFinished
 │   ├── PreconditionFailed      412   If-Match names another revision
 │   ├── PayloadTooLarge         413
 │   ├── UnsupportedMediaType    415
@@ -144,6 +144,10 @@ class BlobNotFound(NotFound):
     code, title = "blob_not_found", "No such blob"
 
 
+class CheckpointFileNotFound(NotFound):
+    code, title = "checkpoint_file_not_found", "No such checkpoint file"
+
+
 class JobNotFound(NotFound):
     code, title = "job_not_found", "No such job"
 
@@ -178,6 +182,12 @@ class IdempotencyConflict(Conflict):
 
 class AlreadyExists(Conflict):
     code, title = "already_exists", "Already exists"
+
+
+class UploadConflict(Conflict):
+    """The stored part of a file is not where the request goes on; `extensions["received"]` tells how long it is."""
+
+    code, title = "upload_conflict", "The upload does not go on from there"
 
 
 class LeaseLost(Conflict):

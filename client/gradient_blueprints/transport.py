@@ -56,6 +56,27 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
+class FilePart:
+    """The bytes of a file from `offset` on; `sent` is told of each chunk that goes out, by its size."""
+
+    path: Path
+    offset: int = 0
+    sent: Callable[[int], None] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size - self.offset
+
+    def chunks(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while chunk := file.read(CHUNK):
+                yield chunk
+                if self.sent is not None:
+                    self.sent(len(chunk))
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request, as often as it is sent. `repeatable`: sending it twice does what sending it once does."""
 
@@ -63,8 +84,15 @@ class Request:
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | Path | None = None
+    body: bytes | Path | FilePart | None = None
     repeatable: bool = True
+
+    @property
+    def file(self) -> FilePart | None:
+        """The body, where it is sent from a file."""
+        if isinstance(self.body, Path):
+            return FilePart(self.body)
+        return self.body if isinstance(self.body, FilePart) else None
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}" + (f"?{urlencode(self.query)}" if self.query else "")
@@ -193,7 +221,7 @@ def exchange(
             failure = _error(answer)
             reason = f"{answer.status}: {failure.detail if isinstance(failure, ApiError) else failure}"
             wait, may_pass = _retry_after(answer.headers) or 0.0, answer.status in PASSING_STATUSES
-        if isinstance(request.body, Path):
+        if request.file is not None:
             deadline += time.monotonic() - began  # the time that a large body takes is not time lost
         pause = wait + jitter(attempt)
         if not may_pass or not request.repeatable or time.monotonic() + pause >= deadline:
@@ -328,8 +356,8 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
     request = send.request
     headers = dict(request.headers)
     left = wait = max(0.001, send.deadline - time.monotonic())
-    if isinstance(request.body, Path):
-        headers["Content-Length"] = str(request.body.stat().st_size)
+    if request.file is not None:
+        headers["Content-Length"] = str(request.file.size)
         wait = send.silence
     return {
         "method": request.method,
@@ -366,7 +394,7 @@ def _from_now_on(response: httpx2.Response, seconds: float) -> None:
 
 
 def _in_time(send: Send) -> None:
-    if time.monotonic() > send.deadline and not isinstance(send.request.body, Path):
+    if time.monotonic() > send.deadline and send.request.file is None:
         raise NoAnswer("the answer came too slowly")
 
 
@@ -383,16 +411,10 @@ def _no_answer(error: Exception) -> NoAnswer:
     return no_answer
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-async def _chunks_from_thread(path: Path) -> AsyncIterator[bytes]:
+async def _chunks_from_thread(part: FilePart) -> AsyncIterator[bytes]:
     import asyncio
 
-    chunks = _chunks(path)
+    chunks = part.chunks()
     while chunk := await asyncio.to_thread(next, chunks, b""):
         yield chunk
 
@@ -486,8 +508,8 @@ class Blocking:
     def _send(self, send: Send, opened: list[OpenStream]) -> Answer:
         import httpx2
 
-        body = send.request.body
-        content = _chunks(body) if isinstance(body, Path) else body
+        part, body = send.request.file, send.request.body
+        content = part.chunks() if part is not None else body if isinstance(body, bytes) else None
         try:
             request = self._client().build_request(**_httpx_arguments(self._origin, send), content=content)
             response = self._client().send(request, stream=True)
@@ -585,8 +607,8 @@ class Awaiting:
     async def _send(self, send: Send, opened: list[OpenStream]) -> Answer:
         import httpx2
 
-        body = send.request.body
-        content = _chunks_from_thread(body) if isinstance(body, Path) else body
+        part, body = send.request.file, send.request.body
+        content = _chunks_from_thread(part) if part is not None else body if isinstance(body, bytes) else None
         try:
             request = self._client().build_request(**_httpx_arguments(self._origin, send), content=content)
             response = await self._client().send(request, stream=True)

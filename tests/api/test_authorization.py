@@ -44,6 +44,11 @@ NEEDS: dict[str, set[Scope]] = {
     "PUT /v1/models/{model_id}/aliases/{name}": {Scope.PUBLISH},
     "DELETE /v1/models/{model_id}/aliases/{name}": {Scope.PUBLISH},
     "PUT /v1/blobs/{digest}": {Scope.PUBLISH, Scope.WORK},
+    "GET /v1/models/{model_id}/checkpoints/{checkpoint}/files": {Scope.PUBLISH, Scope.PROFILE, Scope.WORK},
+    "GET /v1/models/{model_id}/checkpoints/{checkpoint}/files/{path}": {Scope.PUBLISH, Scope.PROFILE, Scope.WORK},
+    "HEAD /v1/models/{model_id}/checkpoints/{checkpoint}/files/{path}": {Scope.PUBLISH, Scope.PROFILE, Scope.WORK},
+    "PUT /v1/models/{model_id}/checkpoints/{checkpoint}/files/{path}": {Scope.PUBLISH, Scope.PROFILE},
+    "DELETE /v1/models/{model_id}/checkpoints/{checkpoint}/files/{path}": {Scope.PUBLISH, Scope.PROFILE},
     "GET /v1/whoami": set(Scope),
     "GET /metrics": {Scope.READ, Scope.ADMIN},
     "POST /v1/labs": {Scope.ADMIN},
@@ -73,6 +78,7 @@ PATH_VALUES = {
     "digest": "sha256:" + "0" * 64,
     "key_id": "999999",
     "shard": "0",
+    "path": "config.json",
     "job_id": "00000000-0000-7000-8000-000000000000",
 }
 
