@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -159,6 +159,12 @@ class Tally(Wire):
     def amounts(self) -> dict[Resource, float]:
         """The figures that were read."""
         return {resource: value for resource in Resource if (value := getattr(self, resource)) is not None}
+
+    def model_card(self, training_type: Literal["pre-training", "fine-tuning"] = "fine-tuning") -> str:
+        """What to paste into a Hugging Face model card: its metadata, and the disclosure for people."""
+        from gradient_blueprints.carbon import model_card  # it reads this type
+
+        return model_card(self, training_type)
 
 
 class RunPoint(Wire):
