@@ -1,0 +1,171 @@
+"""LoRA as a blueprint would have it: a rank for every matrix, out of one budget (bridge to peft)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.bridges.tensors import layer_of
+from gradient_blueprints.training.selection import Budget, Selection
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError as missing:
+    raise ImportError("LoraConfig comes from peft, which is not installed: pip install peft") from missing
+
+SCALE = 2.0
+"""lora_alpha / r of every adapter: the usual alpha = 2r, kept the same however the ranks differ."""
+
+
+def to_peft(
+    source: Blueprint | Selection,
+    model: nn.Module,
+    budget: float | Budget = 0.01,
+    *,
+    by: Literal["k_star", "share"] = "k_star",
+    largest_rank: int = 256,
+    scale: float = SCALE,
+    **options: Any,
+) -> LoraConfig:
+    """A peft `LoraConfig` whose ranks follow the blueprint: `get_peft_model(model, to_peft(blueprint, model, 0.01))`.
+
+    `budget`: parameters of all adapters together, as a fraction of the model's or `Budget.parameters(n)`; never
+    exceeded, and missed by less than the smallest adapter's cost per rank unless every rank is at its largest.
+    An adapter of rank r on a matrix d × p has r(d + p) parameters, which are dealt out
+
+    - by `k_star`: in proportion to k_star·d·p, the share of the matrix worth updating (layers without one count as
+      the mean of the others);
+    - by `share`: in proportion to the layer's share of the gradient norm, within a layer by d·p (Algorithm 1's rank);
+    - of a `Selection`: in proportion to the parameters it selects, whatever `by`.
+
+    A module that would get less than half a rank is left out of `target_modules`. Every linear module (torch's, and
+    Hugging Face's Conv1D) that a layer of the blueprint covers takes part, but the head, whose weight is often the
+    embedding's. `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
+    builds.
+    """
+    matrices = _matrices(model, {layer.id for layer in source.layers})
+    if not matrices:
+        raise ConfigurationError("No linear module of the model lies in a layer of the blueprint: another model?")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    budget = budget if isinstance(budget, Budget) else Budget.fraction(budget)
+    if budget.measure == "bytes":
+        raise ConfigurationError("An adapter's budget is a fraction or a number of parameters, Budget.parameters(n).")
+    capacity = budget.coordinates(total, 1)
+    weights = _adapter_weights(source, matrices, by)
+    ranks = _ranks(matrices, weights, capacity, largest_rank)
+    if not ranks:
+        raise ConfigurationError(f"{capacity:,} parameters pay for no adapter of rank 1: raise the budget.")
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=_alpha(usual, scale),
+        target_modules=sorted(ranks),
+        rank_pattern={name: rank for name, rank in sorted(ranks.items()) if rank != usual},
+        alpha_pattern={name: _alpha(rank, scale) for name, rank in sorted(ranks.items()) if rank != usual},
+        **options,
+    )
+    wanted = sum(rank * matrices[name].cost for name, rank in ranks.items())
+    built = adapter_parameters(model, config)
+    if built != wanted and not options:
+        raise ConfigurationError(f"peft builds {built:,} parameters where {wanted:,} were meant; please report this.")
+    return config
+
+
+def adapter_parameters(model: nn.Module, config: LoraConfig) -> int:
+    """How many parameters peft makes trainable for this configuration, on a copy of the model without its weights."""
+    weightless = {id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()}
+    skeleton = copy.deepcopy(model, dict(weightless))
+    adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A linear module: its layer in the blueprint and its shape."""
+
+    layer: str
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def cost(self) -> int:
+        """Parameters of an adapter, per rank."""
+        return self.rows + self.columns
+
+
+def _matrices(model: nn.Module, layers: Iterable[str]) -> dict[str, _Matrix]:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    known = set(layers)
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and module is not head and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            layer = layer_of(f"{name}.weight", known)
+            if layer is not None:
+                found[name] = _Matrix(layer, *weight.shape)
+    return found
+
+
+def _adapter_weights(source: Blueprint | Selection, matrices: Mapping[str, _Matrix], by: str) -> dict[str, float]:
+    """What each matrix's adapter may cost, relative to the others."""
+    if isinstance(source, Selection):
+        fractions = {layer.id: layer.fraction for layer in source.layers}
+        return {name: fractions[matrix.layer] * matrix.size for name, matrix in matrices.items()}
+    if by == "share":
+        held = Counter({matrix.layer: 0 for matrix in matrices.values()})
+        for matrix in matrices.values():
+            held[matrix.layer] += matrix.size
+        norms = {layer.id: layer.gradient_norm for layer in source.layers}
+        return {name: norms[matrix.layer] * matrix.size / held[matrix.layer] for name, matrix in matrices.items()}
+    stars = {layer.id: min(1.0, layer.k_star) for layer in source.layers if layer.k_star is not None}
+    mean = sum(stars.values()) / len(stars) if stars else 1.0
+    return {name: stars.get(matrix.layer, mean) * matrix.size for name, matrix in matrices.items()}
+
+
+def _ranks(
+    matrices: Mapping[str, _Matrix], weights: Mapping[str, float], capacity: int, largest: int
+) -> dict[str, int]:
+    """Whole ranks with Σ rank·cost at most `capacity`, as near `weights` as they get; without zeros.
+
+    Shares that a full matrix cannot take go to the others; then what rounding down left goes to the largest remainders.
+    """
+    limits = {name: min(largest, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
+    ideal = dict.fromkeys(matrices, 0.0)
+    room, waiting = float(capacity), {name for name, weight in weights.items() if weight > 0}
+    while waiting:
+        unit = room / sum(weights[name] for name in waiting)
+        full = {name for name in waiting if unit * weights[name] >= limits[name] * matrices[name].cost}
+        if not full:
+            ideal |= {name: unit * weights[name] / matrices[name].cost for name in waiting}
+            break
+        ideal |= {name: float(limits[name]) for name in full}
+        room -= sum(limits[name] * matrices[name].cost for name in full)
+        waiting -= full
+    ranks = {name: math.floor(rank + 1e-9) for name, rank in ideal.items()}
+    left = capacity - sum(rank * matrices[name].cost for name, rank in ranks.items())
+    taking = sorted((name for name in ideal if ideal[name] >= 0.5), key=lambda name: (ranks[name] - ideal[name], name))
+    while taking := [name for name in taking if ranks[name] < limits[name] and matrices[name].cost <= left]:
+        for name in taking:
+            if matrices[name].cost <= left:
+                ranks[name] += 1
+                left -= matrices[name].cost
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def _alpha(rank: int, scale: float) -> int:
+    return max(1, round(scale * rank))

@@ -1,0 +1,132 @@
+"""Training whole layers with other people's tools: Axolotl and LLaMA-Factory, each as far as it can say it.
+
+Axolotl trains any set of whole tensors; LLaMA-Factory the first or the last blocks with some of their modules. Neither
+trains single coordinates, which is what a blueprint is best at (docs/adapting.md). torchtune is left out: its last
+release is of April 2025, and its recipes take neither form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.bridges.tensors import layer_of, tensor_shares
+from gradient_blueprints.training.selection import Budget, Selection
+
+
+def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
+    """Axolotl's `unfrozen_parameters`: one pattern for each layer that the selection trains whole.
+
+    >>> yaml.safe_dump({"unfrozen_parameters": to_axolotl(selection, model)})  # doctest: +SKIP
+
+    Axolotl matches patterns from the start of a parameter's name, takes every dot for a literal one (an escaped dot
+    would be escaped twice and match nothing), and trains what any of them matches
+    (axolotl-ai-cloud/axolotl, src/axolotl/utils/freeze.py). Raises ConfigurationError for a selection of coordinates:
+    Axolotl can freeze whole tensors and leading rows, not entries.
+    """
+    patterns = []
+    names = [name for name, _ in model.named_parameters()]
+    wanted = _whole_parameters(selection, names)
+    for layer in selection.layers:
+        if layer.fraction == 1:
+            if layer.id in names:
+                patterns.append(f"^{layer.id}$")
+            elif any(name.startswith(f"{layer.id}.") for name in names):
+                patterns.append(f"^{layer.id}.")
+    unfrozen = {name for name in names if any(axolotl_matches(pattern, name) for pattern in patterns)}
+    if unfrozen != wanted:  # a layer inside another one, or a name with the signs of a pattern
+        patterns = [f"^{name}$" for name in names if name in wanted]
+    return patterns
+
+
+def axolotl_matches(pattern: str, parameter: str) -> bool:
+    """Axolotl's own rule for a pattern without a range of rows."""
+    return re.match(re.sub(r"\.(?!\+)", r"\\.", pattern), parameter) is not None
+
+
+def _whole_parameters(selection: Selection, names: Sequence[str]) -> set[str]:
+    partial = [layer.id for layer in selection.layers if 0 < layer.fraction < 1]
+    if partial:
+        raise ConfigurationError(
+            f"The selection trains a part of {partial[0]}; tools that freeze need whole layers: select(unit='layer')."
+        )
+    fractions = {layer.id: layer.fraction for layer in selection.layers}
+    known = set(fractions)
+    return {name for name in names if (layer := layer_of(name, known)) is not None and fractions[layer] == 1}
+
+
+@dataclass(frozen=True)
+class FreezeTuning:
+    """LLaMA-Factory's freeze arguments, and how much of what was wanted they can say."""
+
+    arguments: dict[str, str | int]
+    """For its YAML file, as they are."""
+    parameters: tuple[str, ...]
+    """Names of the parameters that it will train."""
+    trained: int
+    share: float
+    """Share of the blueprint's gradient norm in them."""
+
+
+def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Budget = 0.1) -> FreezeTuning:
+    """The best freeze tuning that LLaMA-Factory can express within a budget of parameters.
+
+    It trains the first or last n blocks, in each the same modules, and modules outside the blocks; a parameter is
+    trained when its name contains `.INDEX.MODULE` or the name of such a module
+    (hiyouga/LLaMA-Factory, src/llamafactory/model/adapter.py, `_setup_freeze_tuning`, and hparams/finetuning_args.py).
+    All combinations are tried; the one with the largest sum of gradient-norm shares wins, the smaller one in a tie.
+    A layer's share is spread over its tensors by size. `select(unit="layer")` is not bound to such shapes: compare.
+    """
+    config = getattr(model.config, "text_config", model.config)
+    blocks = next(
+        (n for key in ("num_hidden_layers", "num_layers", "n_layer") if (n := getattr(config, key, None))), None
+    )
+    if not blocks:
+        raise ConfigurationError("The model's configuration does not say how many blocks it has; nor could the tool.")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    values = tensor_shares(blueprint, sizes)
+    inside = sorted({name.split(".0.")[-1].split(".")[0] for name in sizes if ".0." in name})
+    outside = sorted({name.split(".")[-2] for name in sizes if not re.search(r"\.\d+\.", name) and "." in name})
+    budget = budget if isinstance(budget, Budget) else Budget.fraction(budget)
+    capacity = budget.coordinates(sum(sizes.values()), 12)
+
+    order = list(sizes)
+    worth = np.array([[values[name], sizes[name]] for name in order])  # (parameters, 2)
+
+    def holds(fragments: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        return np.array([any(fragment in name for fragment in fragments) for name in order])
+
+    extras = {names: holds(names) for names in _subsets(outside)}
+    best: tuple[float, float] | None = None
+    for modules in _subsets(inside)[1:]:
+        of_block = np.stack([holds([f".{i}.{module}" for module in modules]) for i in range(blocks)])
+        for sign, by_block in ((-1, of_block), (1, of_block[::-1])):  # the first blocks, the last blocks
+            trained = np.logical_or.accumulate(by_block)  # (count - 1, parameters)
+            for extra, more in extras.items():
+                for count, (value, size) in enumerate((trained | more) @ worth, start=1):
+                    if size <= capacity and (best is None or (value, -size) > best):
+                        best, chosen = (value, -size), (sign * count, modules, extra, trained[count - 1] | more)
+    if best is None:
+        raise ConfigurationError(f"{capacity:,} parameters pay for no module of one block: raise the budget.")
+    layers, modules, extra, mask = chosen
+    arguments: dict[str, str | int] = {
+        "finetuning_type": "freeze",
+        "freeze_trainable_layers": layers,
+        "freeze_trainable_modules": ",".join(modules),
+    }
+    if extra:
+        arguments["freeze_extra_modules"] = ",".join(extra)
+    names = tuple(name for name, held in zip(order, mask, strict=True) if held)
+    share = min(1.0, sum(values[name] for name in names))
+    return FreezeTuning(arguments, names, sum(sizes[name] for name in names), share)
+
+
+def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    return [subset for count in range(len(names) + 1) for subset in itertools.combinations(names, count)]

@@ -1,0 +1,165 @@
+"""LoRA configurations from blueprints, counted on the models that peft builds of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.bridges.adapters import SCALE, adapter_parameters, to_peft
+from gradient_blueprints.training.profiling.layers import Granularity, group_parameters
+from gradient_blueprints.training.selection import Budget, select
+from tests.training.profiling.small_models import VOCABULARY, gpt2, llama
+
+# peft 0.21 reads an attribute that transformers 5 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def blueprint_of(model: nn.Module, groups: Granularity = "submodule", **stars: float) -> Blueprint:
+    """Norms by position; k_star by the end of a layer's id."""
+    return Blueprint.from_dict(
+        {
+            "model_id": "m",
+            "training_checkpoint": 1.0,
+            "layers": [
+                {
+                    "id": group.id,
+                    "gradient_norm": float(number + 1),
+                    "parameters": group.size,
+                    "k_star": next((star for end, star in stars.items() if group.id.endswith(end)), None),
+                }
+                for number, group in enumerate(group_parameters(model, groups))
+            ],
+        }
+    )
+
+
+def built(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, int, float]]:
+    """(module, rank, scaling) of every adapter of the real model."""
+    for name, module in get_peft_model(model, config).named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            yield name.removeprefix("base_model.model."), module.r["default"], module.scaling["default"]
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_what_peft_builds_keeps_the_budget_to_the_last_rank(make: Callable[[], nn.Module], share: float) -> None:
+    model = make()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = to_peft(blueprint_of(model, attn=0.6, mlp=0.2), model, share, fan_in_fan_out=make is gpt2)
+    promised = adapter_parameters(model, config)
+    adapted = get_peft_model(model, config)
+    assert trainable(adapted) == promised
+    assert share * total - 40 < promised <= share * total  # the smallest adapter costs 24 or 32 a rank
+
+
+def test_ranks_follow_k_star_at_one_scaling_everywhere() -> None:
+    model = llama()
+    config = to_peft(blueprint_of(model, self_attn=0.4, mlp=0.1), model, Budget.parameters(2_000))
+    ranks = {name: rank for name, rank, _ in built(model, config)}
+    # k_star · d · p / (d + p): attention 0.4 · 16 · 16 / 32 = 3.2 and 0.4 · 16 · 8 / 24 = 2.1, feed-forward 0.96
+    assert ranks["model.layers.0.self_attn.q_proj"] > 2.5 * ranks["model.layers.0.mlp.up_proj"]
+    assert ranks["model.layers.0.self_attn.q_proj"] > ranks["model.layers.0.self_attn.k_proj"]
+    assert ranks["model.layers.0.self_attn.q_proj"] == ranks["model.layers.1.self_attn.q_proj"]
+    model = llama()
+    assert {scaling for _, _, scaling in built(model, config)} == {SCALE}
+
+
+def test_ranks_follow_the_share_of_the_gradient_norm_when_asked_to() -> None:
+    model = llama()
+    config = to_peft(blueprint_of(model), model, Budget.parameters(4_000), by="share")
+    ranks = {name: rank for name, rank, _ in built(model, config)}
+    assert ranks["model.layers.1.self_attn.q_proj"] > 1.5 * ranks["model.layers.0.self_attn.q_proj"]  # norms 2 and 6
+
+
+def test_a_selection_of_layers_gets_adapters_there_alone() -> None:
+    model = llama()
+    blueprint = blueprint_of(model)
+    selection = select(blueprint, budget=0.5, unit="layer", model=model)
+    chosen = {layer.id for layer in selection.layers if layer.fraction == 1}
+    config = to_peft(selection, model, Budget.parameters(500))
+    modules = {name for name, _, _ in built(model, config)}
+    assert modules
+    assert {name.rpartition(".")[0] for name in modules} <= chosen
+
+
+@pytest.mark.parametrize("groups", ["tensor", "block"])
+def test_every_granularity_of_a_blueprint_finds_its_modules(groups: Granularity) -> None:
+    model = llama()
+    config = to_peft(blueprint_of(model, groups), model, 0.2)
+    assert len(list(built(model, config))) == 14
+
+
+def test_the_head_stays_out_and_no_rank_exceeds_its_matrix() -> None:
+    model = llama(tie_word_embeddings=False)
+    config = to_peft(blueprint_of(model), model, 1.0)
+    found = list(built(model, config))
+    assert all(rank <= 16 for _, rank, _ in found)
+    assert "lm_head" not in {name for name, _, _ in found}
+
+
+def test_a_config_survives_being_saved_and_trains(tmp_path: Path) -> None:
+    model = llama()
+    adapted = get_peft_model(model, to_peft(blueprint_of(model, mlp=0.5), model, 0.1, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    again.inference_mode = False
+    assert adapter_parameters(llama(), again) == trainable(adapted)
+    ids = torch.randint(VOCABULARY, (2, 6))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(600, 9_000), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_no_budget_is_ever_exceeded(capacity: int, attention: float, feed_forward: float) -> None:
+    model = llama()
+    blueprint = blueprint_of(model, self_attn=attention, mlp=feed_forward)
+    config = to_peft(blueprint, model, Budget.parameters(capacity))
+    assert adapter_parameters(model, config) <= capacity
+
+
+def test_building_a_config_leaves_the_model_alone() -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    to_peft(blueprint_of(model), model, 0.1)
+    assert {name for name, _ in model.named_parameters()} <= before.keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_a_budget_below_every_adapter_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="no adapter of rank 1"):
+        to_peft(blueprint_of(model), model, Budget.parameters(20))
+
+
+def test_a_blueprint_of_another_model_and_a_budget_in_bytes_are_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="another model"):
+        to_peft(blueprint_of(gpt2()), model)
+    with pytest.raises(ConfigurationError, match="parameters"):
+        to_peft(blueprint_of(model), model, Budget.bytes(1e6))
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    spec = importlib.util.find_spec("gradient_blueprints.training.bridges.adapters")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match="pip install peft"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

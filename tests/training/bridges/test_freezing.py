@@ -1,0 +1,102 @@
+"""What Axolotl and LLaMA-Factory are told, held against their own rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.bridges.freezing import axolotl_matches, to_axolotl, to_llama_factory
+from gradient_blueprints.training.finetuning import apply_selection
+from gradient_blueprints.training.profiling.layers import Granularity
+from gradient_blueprints.training.selection import Budget, select
+from tests.training.bridges.test_adapters import blueprint_of
+from tests.training.profiling.small_models import gpt2, llama
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("groups", ["tensor", "submodule", "block"])
+def test_axolotl_unfreezes_what_the_selection_trains(make: Callable[[], nn.Module], groups: Granularity) -> None:
+    model = make()
+    selection = select(blueprint_of(model, groups), budget=0.6, unit="layer", model=model)
+    patterns = to_axolotl(selection, model)
+    unfrozen = {n for n, _ in model.named_parameters() if any(axolotl_matches(pattern, n) for pattern in patterns)}
+    assert unfrozen == {entry.name for entry in apply_selection(model, selection)}
+    assert patterns
+
+
+def test_axolotls_dots_are_literal_and_escaped_ones_match_nothing() -> None:
+    assert axolotl_matches("^model.layers.1.", "model.layers.1.mlp.weight")
+    assert not axolotl_matches("^model.layers.1.", "model.layers.11.mlp.weight")
+    assert not axolotl_matches("^modelXlayers", "model.layers.1.mlp.weight")
+    assert not axolotl_matches(r"^model\.layers", "model.layers.1.mlp.weight")
+    assert axolotl_matches("^model.layers.[0-1]+.mlp.[a-z]+$", "model.layers.1.mlp.weight")
+
+
+def test_axolotl_cannot_be_told_of_coordinates() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="unit='layer'"):
+        to_axolotl(select(blueprint_of(model), budget=0.1, model=model), model)
+
+
+def llama_factorys_rule(model: nn.Module, arguments: dict[str, str | int], blocks: int) -> set[str]:
+    """`_setup_freeze_tuning` restated: the parameters that stay trainable."""
+    count = int(arguments["freeze_trainable_layers"])
+    indices = range(max(0, blocks - count), blocks) if count > 0 else range(min(-count, blocks))
+    fragments = []
+    for module in str(arguments["freeze_trainable_modules"]).split(","):
+        fragments += [f".{index:d}.{module}" for index in indices]
+    if "freeze_extra_modules" in arguments:
+        extra = str(arguments["freeze_extra_modules"]).split(",")
+        outside = {n.split(".")[-2] for n, _ in model.named_parameters() if re.search(r"\.\d+\.", n) is None}
+        assert set(extra) <= outside
+        fragments += extra
+    return {name for name, _ in model.named_parameters() if any(fragment in name for fragment in fragments)}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 1.0])
+def test_llama_factory_trains_what_was_promised_within_the_budget(make: Callable[[], nn.Module], share: float) -> None:
+    model = make()
+    found = to_llama_factory(blueprint_of(model), model, share)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert llama_factorys_rule(model, found.arguments, 2) == set(found.parameters)
+    assert found.trained == sum(sizes[name] for name in found.parameters) <= share * sum(sizes.values())
+    assert 0 < found.share <= 1
+    if share == 1:
+        assert found.share == pytest.approx(1)
+
+
+def test_llama_factory_is_given_the_end_of_the_model_that_matters() -> None:
+    model = llama()
+    for end, sign in (("0", -1), ("1", 1)):
+        norms = {
+            "model_id": "m",
+            "training_checkpoint": 1.0,
+            "layers": [{"id": f"model.layers.{i}", "gradient_norm": 9.0 if str(i) == end else 1.0} for i in range(2)],
+        }
+        found = to_llama_factory(Blueprint.from_dict(norms), model, Budget.parameters(2_100))
+        assert found.arguments["freeze_trainable_layers"] == sign
+        assert found.arguments["finetuning_type"] == "freeze"
+
+
+def test_a_norm_outside_the_blocks_drags_the_norms_inside_along_and_they_are_counted() -> None:
+    model = llama()
+    blueprint = blueprint_of(model)
+    only_norm = Blueprint.from_dict(
+        blueprint.to_dict() | {"layers": [{"id": "model.norm", "gradient_norm": 1.0, "parameters": 16}]}
+    )
+    found = to_llama_factory(only_norm, model, 0.5)
+    assert "model.norm.weight" in found.parameters
+    assert "model.layers.0.input_layernorm.weight" in found.parameters  # its name contains "norm"
+    assert found.trained >= 5 * 16
+
+
+def test_a_budget_below_every_module_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="no module"):
+        to_llama_factory(blueprint_of(model), model, Budget.parameters(3))
