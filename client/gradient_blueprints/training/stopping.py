@@ -100,6 +100,10 @@ class MarginalReturn:
         gain = psi - old_psi if self.goal == "rise" else old_psi - psi
         return gain / (gamma - old_gamma)
 
+    def settings(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"eta": self.eta, "patience": self.patience, "window": self.window, "goal": self.goal}
+
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, as plain JSON."""
         return {

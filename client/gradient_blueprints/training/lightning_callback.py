@@ -1,0 +1,82 @@
+"""A callback for Lightning's Trainer that meters training, keeps the curve of Ψ over Γ, and stops by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError, MissingExtra
+from gradient_blueprints.training.metered_run import DecayGuard, MeteredRun
+from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.stopping import MarginalReturn
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as missing:
+    if missing.name not in ("lightning", "lightning.pytorch"):
+        raise
+    raise MissingExtra("lightning", "The callback for Lightning") from missing
+
+
+class CapabilityCallback(Callback):
+    """The counterpart of `trainer_callback.CapabilityCallback`: a point (Ψ, Γ) at each validation.
+
+    Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
+    attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
+    EarlyStopping does, and comes back with `fit(ckpt_path=...)`.
+    """
+
+    def __init__(
+        self,
+        rule: MarginalReturn | None = None,
+        gamma: str | Mapping[str, float] = "seconds",
+        *,
+        metric: str = "val_loss",
+        guard: float = 0.5,
+        meter: ResourceMeter | None = None,
+        network: Callable[[LightningModule], nn.Module] = lambda module: module.model,  # type: ignore[assignment,return-value]
+    ) -> None:
+        self.metric, self.guard = metric, DecayGuard(guard)
+        self.run = MeteredRun(meter or ResourceMeter(), rule, gamma)
+        self._network = network
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        meter = self.run.meter
+        meter.model = self._network(pl_module)
+        meter.optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        meter.start()
+        self.run.check_gamma()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        self._decay_ahead(trainer)  # to have seen the highest rate
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self.run.meter.running:
+            return
+        if self.metric not in trainer.callback_metrics:
+            raise ConfigurationError(
+                f"the module logs no {self.metric!r}; there is {', '.join(trainer.callback_metrics) or 'nothing'}"
+            )
+        psi = float(trainer.callback_metrics[self.metric])
+        stop = self.run.check(trainer.global_step, psi, decay_ahead=self._decay_ahead(trainer)).stop
+        # A metric that was logged without sync_dist differs between the processes: one that stops, stops all.
+        trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(stop, all=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run.meter.stop()
+
+    def _decay_ahead(self, trainer: Trainer) -> bool:
+        if not trainer.optimizers or not trainer.lr_scheduler_configs:
+            return False
+        config = trainer.lr_scheduler_configs[0]
+        steps = trainer.estimated_stepping_batches if config.interval == "step" else trainer.max_epochs or 0
+        return self.guard.ahead(trainer.optimizers[0], config.scheduler, int(steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.run.state_dict(), "highest_rate": self.guard.highest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.run.load_state_dict(state_dict)
+        self.guard.highest = state_dict["highest_rate"]

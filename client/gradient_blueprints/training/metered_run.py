@@ -1,0 +1,100 @@
+"""A training run under the meter: its curve of Ψ over Γ, and the rule that may end it. What the callbacks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.run_models import Resource, RunPoint
+from gradient_blueprints.training.replay import Check
+from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.stopping import Decision, MarginalReturn, Reason, priced
+
+
+class DecayGuard:
+    """Whether the learning rate is still to be decayed: it is above `share` of its highest, and will go below."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        if not 0 < share <= 1:
+            raise ConfigurationError(f"guard = {share}: it is a share of the highest learning rate, in (0, 1]")
+        self.share = share
+        self.highest = 0.0
+
+    def ahead(self, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> bool:
+        """`steps`: after how many of its steps the scheduler will be at the end of training.
+
+        A LambdaLR, which all schedules of transformers but one are, is asked for its rate then. Any other scheduler is
+        taken to decay.
+        """
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        self.highest = max(self.highest, rate)
+        if scheduler is None or rate <= self.share * self.highest:
+            return False
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+        if isinstance(scheduler, LambdaLR):
+            bases = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            return max(float(base) * factor(steps) for base, factor in bases) <= self.share * self.highest
+        return True
+
+
+class MeteredRun:
+    """Meter, rule and curve. Γ is one resource, or a price for each of several."""
+
+    def __init__(
+        self, meter: ResourceMeter, rule: MarginalReturn | None, gamma: str | Mapping[str, float] = "seconds"
+    ) -> None:
+        self.meter, self.rule = meter, rule
+        prices = {gamma: 1.0} if isinstance(gamma, str) else dict(gamma)
+        unknown = sorted(name for name in prices if name not in list(Resource))
+        if unknown or not prices:
+            raise ConfigurationError(f"Γ is made of {', '.join(Resource)}; not of {', '.join(unknown) or 'nothing'}")
+        self.prices = {Resource(name): float(price) for name, price in prices.items()}
+        self.points: list[RunPoint] = []
+        self.decisions: list[Decision] = []
+        self.stopped: Decision | None = None
+
+    def check_gamma(self) -> None:
+        """Raise ConfigurationError now, and not at the first evaluation, where this machine cannot read Γ."""
+        if self.rule is not None:
+            counted = dict.fromkeys((Resource.TOKENS, Resource.FLOPS), 0.0)  # read once a batch has come
+            priced({**counted, **self.meter.tally().amounts()}, self.prices)
+
+    def check(self, step: int, psi: float, *, decay_ahead: bool = False) -> Decision:
+        """Add the point and ask the rule; without one the answer is to go on. All ranks have to call it."""
+        spent = self.meter.tally_of_ranks().amounts()
+        if math.isfinite(psi):
+            self.points.append(RunPoint(step=step, psi=psi, gamma=spent))
+        if self.rule is None:
+            return Decision(False, Reason.PAYS, None)
+        decision = self.rule.update(psi, priced(spent, self.prices), decay_ahead=decay_ahead)
+        self.decisions.append(decision)
+        if decision.stop:
+            self.stopped = decision
+        return decision
+
+    @property
+    def last_ratio(self) -> float | None:
+        """The ratio of the last window, which the paper asks to report."""
+        return self.decisions[-1].ratio if self.decisions else None
+
+    def curve(self) -> list[Check]:
+        """The points as `replay` wants them, without knowledge of a decay."""
+        return [Check(priced(point.gamma, self.prices), point.psi) for point in self.points]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "meter": self.meter.state_dict(),
+            "rule": None if self.rule is None else self.rule.state_dict(),
+            "points": [point.model_dump(mode="json") for point in self.points],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.meter.load_state_dict(state["meter"])
+        if self.rule is not None and state["rule"] is not None:
+            self.rule.load_state_dict(state["rule"])
+        self.points = [RunPoint.model_validate(point) for point in state["points"]]

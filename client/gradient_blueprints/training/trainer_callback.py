@@ -1,0 +1,123 @@
+"""A callback for `transformers.Trainer` that meters training, keeps the curve of Ψ over Γ, and stops by a rule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from gradient_blueprints.training.metered_run import DecayGuard, MeteredRun
+from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.stopping import MarginalReturn
+
+JOURNAL_SECONDS = 30.0
+
+
+class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
+    """Meters the whole training; at each evaluation adds a point (Ψ, Γ) and, with a `rule`, may stop the training.
+
+        callback = CapabilityCallback(rule=MarginalReturn(eta=0.02, patience=3), gamma="energy_kwh")
+        Trainer(..., callbacks=[callback]).train()
+        callback.run.points, callback.run.meter.tally(), callback.run.stopped
+
+    Ψ is the evaluation's `metric`. Γ is one resource, or prices `{"energy_kwh": 0.25, "accelerator_hours": 2.0}`.
+    `meter` is a ResourceMeter, or its arguments as a mapping; the model and the optimizer are the trainer's.
+
+    Stopping waits while the learning rate is above `guard` times its highest so far, if the schedule is one that
+    decays: what a decay brings would be lost. `guard=1` lets it stop at any time.
+
+    The state travels in `trainer_state.json` and is taken up again by `train(resume_from_checkpoint=...)`, whether or
+    not `restore_callback_states_from_checkpoint` is set (when it is, Trainer puts a new callback in the place of this
+    one: find it in `trainer.callback_handler`). Each process also keeps `output_dir/resources-RANK.json`, rewritten at
+    saves and, every half minute at most, at logs, so that work between the last checkpoint and a kill is counted: it
+    was spent.
+    Several processes: Γ is that of all of them, and they all decide alike.
+    """
+
+    def __init__(
+        self,
+        rule: MarginalReturn | Mapping[str, Any] | None = None,
+        gamma: str | Mapping[str, float] = "seconds",
+        *,
+        metric: str = "eval_loss",
+        guard: float = 0.5,
+        meter: ResourceMeter | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.metric, self.guard = metric, DecayGuard(guard)
+        self._meter_arguments = dict(meter) if isinstance(meter, Mapping) else {}
+        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**self._meter_arguments)
+        self.run = MeteredRun(made, rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule), gamma)
+        self._journalled = -math.inf
+
+    # --- the trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        meter = self.run.meter
+        meter.model, meter.optimizer = rest.get("model"), rest.get("optimizer")
+        if state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            saved = saved[0] if isinstance(saved, list) else saved
+            if saved is not None:
+                self.saved_state = saved["attributes"]["saved_state"]
+            if self._journal(args).is_file():
+                meter.load(self._journal(args))
+        meter.start()
+        self.run.check_gamma()
+
+    def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if self.run.meter.running and time.monotonic() - self._journalled > JOURNAL_SECONDS:
+            self._save(args)
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._save(args)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.guard.ahead(rest["optimizer"], rest.get("lr_scheduler"), state.max_steps)  # to have seen the highest rate
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **rest: Any) -> None:
+        if not self.run.meter.running or self.metric not in (metrics or {}):
+            return
+        decay_ahead = self.guard.ahead(rest["optimizer"], rest.get("lr_scheduler"), state.max_steps)
+        if self.run.check(state.global_step, metrics[self.metric], decay_ahead=decay_ahead).stop:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.run.meter.stop()
+        self._save(args)
+
+    def _save(self, args: Any) -> None:
+        self._journalled = time.monotonic()
+        self.run.meter.save(self._journal(args))
+
+    @staticmethod
+    def _journal(args: Any) -> Path:
+        return Path(args.output_dir) / f"resources-{args.process_index}.json"
+
+    # --- what the trainer saves and restores
+
+    def state(self) -> dict[str, Any]:
+        rule = self.run.rule
+        return {
+            "args": {
+                "rule": None if rule is None else rule.settings(),
+                "gamma": dict(self.run.prices),
+                "metric": self.metric,
+                "guard": self.guard.share,
+                "meter": self._meter_arguments,
+            },
+            "attributes": {"saved_state": self.saved_state},
+        }
+
+    @property
+    def saved_state(self) -> dict[str, Any]:
+        return {**self.run.state_dict(), "highest_rate": self.guard.highest}
+
+    @saved_state.setter
+    def saved_state(self, state: Mapping[str, Any]) -> None:
+        self.run.load_state_dict(state)
+        self.guard.highest = state["highest_rate"]
