@@ -11,7 +11,7 @@ def main() -> int:
     failed = []
     for script in sorted(Path(__file__).parent.glob("[!_]*.py")):
         print(f"\n=== {script.name}", flush=True)
-        if subprocess.run([sys.executable, str(script)]).returncode:
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{script.stem}"]).returncode:
             failed.append(script.name)
     print(f"\nfailed: {', '.join(failed)}" if failed else "\nall benchmarks ran")
     return len(failed)

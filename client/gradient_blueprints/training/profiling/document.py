@@ -111,6 +111,11 @@ def build_blueprint(
                 for name in sorted(state.domains)
                 if state.domains[name].skipped
             },
+            "halved_micro_batches": {
+                name: {str(key): state.domains[name].halved[key] for key in ordered(state.domains[name].halved)}
+                for name in sorted(state.domains)
+                if state.domains[name].halved
+            },
             "gaussian_null": [[k, _digits(gaussian_retained_mass(k))] for k in SHARES],
             "tails": {group.id: _tail_extra(tail) for group, tail in zip(groups, tails, strict=True) if tail},
         }

@@ -50,6 +50,11 @@ class MagnitudeHistogram:
     def entries(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def floor(self) -> float:
+        """What an entry must exceed to be among the largest from now on."""
+        return float(self.top[-1]) if len(self.top) == TOP else 0.0
+
     @classmethod
     def of(cls, *tensors: Tensor, scale: float = 1.0, floor: float = 0.0) -> MagnitudeHistogram:
         """Count finite tensors, multiplied by `scale`; `top` needs nothing smaller than `floor`."""

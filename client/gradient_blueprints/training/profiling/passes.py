@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.errors import BlueprintsError, ConfigurationError
 from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed, UncoveredParameter
 from gradient_blueprints.training.profiling.contributions import Contribution, square, squares_of_sum
 from gradient_blueprints.training.profiling.layers import parameter_names
@@ -23,20 +24,66 @@ from gradient_blueprints.training.profiling.losses import (
     target_tokens,
     token_losses,
 )
+from gradient_blueprints.training.profiling.random_state import RandomState
+from gradient_blueprints.training.profiling.totals import BatchTotals, placed
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 @dataclass(slots=True)
 class Measurement:
-    """What a pass found: `squares` (examples,) and, when asked for, `totals` = sum of the examples' gradients."""
+    """What a pass found."""
 
     losses: Tensor  # (n,)
     tokens: Tensor  # (n,)
     squares: dict[str, Tensor] = field(default_factory=dict)
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Per parameter the squared norms of the examples' gradients, (n,)."""
     weighted_squares: dict[str, Tensor] = field(default_factory=dict)
     """|| sum_i w_i g_i ||^2, the squared norm of the gradient of the batch's token mean."""
+
+
+class OutOfMemory(BlueprintsError, MemoryError):
+    """The device's memory does not hold a forward and backward pass of one example."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch on its way through the model, whole or in micro-batches."""
+
+    examples: int
+    weights: Tensor | None = None
+    """w_i of every example in the batch's token mean; None when equal."""
+    norms: bool = False
+    totals: BatchTotals | None = None
+    whole: bool = True
+    weighted_squares: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    """With micro-batches: the sums so far."""
+
+    def add(self, name: str, gradient: Tensor, *, weighted: bool) -> None:
+        """The sum of the examples' gradients of a parameter, plain or by w_i, of the batch or a micro-batch."""
+        if self.whole:
+            self._take(name, gradient, weighted)
+        elif (name, weighted) in self.held:
+            held = self.held[name, weighted]
+            held += gradient.to(held.device)
+        else:
+            self.held[name, weighted] = placed(gradient, "host" if self.totals is None else self.totals.place)
+
+    def finish(self) -> None:
+        """After the last micro-batch."""
+        for name, weighted in sorted(self.held, key=lambda key: not key[1]):
+            self._take(name, self.held.pop((name, weighted)), weighted)
+
+    def _take(self, name: str, gradient: Tensor, weighted: bool) -> None:
+        if weighted:
+            self.weighted_squares[name] = square(gradient)
+            return
+        if self.weights is None:  # equal tokens: the mean of the examples
+            self.weighted_squares[name] = square(gradient) / self.examples**2
+        if self.totals is not None and bool(torch.isfinite(self.weighted_squares[name])):
+            counted = self.examples if self.weights is None else int((self.weights > 0).sum())
+            self.totals.take(name, gradient, counted)
 
 
 class GradientPass:
@@ -49,7 +96,7 @@ class GradientPass:
         self._required = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self.reader = LossReader(model, loss)
         self._verify = verify
-        self._micro_batch = micro_batch
+        self.micro_batch = micro_batch
         self.one_by_one: str | None = None
         """Why examples run one at a time; None when batches do."""
         self._probed = False
@@ -59,7 +106,7 @@ class GradientPass:
         self._by_autograd: set[str] = set()
         self._pending: dict[str, list[Contribution]] = {}
         self._found: Measurement | None = None
-        self._want_totals = False
+        self._batch: _Batch | None = None
         self._weights: Tensor | None = None
         self._inside = False
         self._external: tuple[Batch, Any] | None = None
@@ -84,31 +131,66 @@ class GradientPass:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._required[name])
 
-    def measure(self, batch: Batch, *, totals: bool) -> Measurement:
-        """Forward and backward of a batch that has labels."""
-        examples = examples_in(batch)
-        self._learn(batch)
-        step = 1 if self.one_by_one else min(self._micro_batch or examples, examples)
-        weights = self._token_weights(batch, examples)
-        try:
-            parts = [
-                self._run(slice_examples(batch, start, start + step), totals, weights, start)
-                for start in range(0, examples, step)
-            ]
-        except ExamplesMixed as mixed:
-            self._run_one_by_one(mixed.what)
-            return self.measure(batch, totals=totals)
-        measured = _joined(parts, weights)
-        if self._probed and not self._batch_checked and step > 1:
-            self._batch_checked = True
-            if self._verify and not self.model.training:
-                strayed = _differing(self._reference, {n: s[0] for n, s in measured.squares.items()}, self._tolerance())
-                if strayed:
-                    self._run_one_by_one(f"{_list(strayed)} of the first example differ between batch and single run.")
-                    return self.measure(batch, totals=totals)
-        return measured
+    def measure(self, batch: Batch, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
+        """Forward and backward of a batch that has labels.
 
-    def measure_backward(self, loss: Tensor, *, totals: bool) -> Measurement:
+        `norms`: also of the batch's gradient; `totals` takes in that gradient. A non-finite loss ends it early.
+        """
+        examples = examples_in(batch)
+        random = RandomState()
+        try:
+            self._learn(batch)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(_TOO_LARGE) from error
+            raise
+        while True:
+            step = 1 if self.one_by_one else min(self.micro_batch or examples, examples)
+            try:
+                weights = self._token_weights(batch, examples)
+                measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
+                strayed = self._strayed(measured) if step > 1 else []
+            except ExamplesMixed as mixed:
+                self._run_one_by_one(mixed.what)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if step == 1:
+                    raise OutOfMemory(_TOO_LARGE) from error
+                self.micro_batch = (step + 1) // 2
+            else:
+                if not strayed:
+                    return measured
+                self._run_one_by_one(f"{_list(strayed)} of the first example differ between batch and single run.")
+            random.restore()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _measure(self, batch: Batch, whole: _Batch, step: int) -> Measurement:
+        if whole.totals is not None:
+            whole.totals.clear()
+        parts = []
+        for start in range(0, whole.examples, step):
+            parts.append(self._run(slice_examples(batch, start, start + step), whole, start))
+            if not bool(torch.isfinite(parts[-1].losses).all()):
+                break
+        else:
+            whole.finish()
+        joined = _joined(parts)
+        joined.weighted_squares = whole.weighted_squares
+        return joined
+
+    def _strayed(self, measured: Measurement) -> list[str]:
+        """The parameters whose norms of the first example differ from those it had alone, once."""
+        if not self._probed or self._batch_checked or not bool(torch.isfinite(measured.losses).all()):
+            return []
+        self._batch_checked = True
+        if not self._verify or self.model.training:
+            return []
+        return _differing(self._reference, {n: s[0] for n, s in measured.squares.items()}, self._tolerance())
+
+    def measure_backward(self, loss: Tensor, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Backward of a loss that the caller computed by one call of the model, the token mean of its batch."""
         if self._external is None:
             raise ConfigurationError("Call the model on one batch with labels inside the context, then backward(loss).")
@@ -125,7 +207,12 @@ class GradientPass:
                 "give model(**batch).loss as it is."
             )
         self._found = found = Measurement(losses.values, losses.tokens)
-        self._want_totals, self._weights = totals, self._token_weights(batch, examples_in(batch))
+        examples = examples_in(batch)
+        self._batch = _Batch(examples, self._token_weights(batch, examples), norms, totals)
+        self._weights = self._batch.weights
+        found.weighted_squares = self._batch.weighted_squares
+        if not bool(torch.isfinite(losses.values).all()):
+            return found
         try:
             self._capture.forward_phase = False
             loss.backward()  # type: ignore[no-untyped-call]
@@ -133,7 +220,12 @@ class GradientPass:
         finally:
             self._capture.end()
             self._pending.clear()
-        return _joined([found], self._weights)
+        return found
+
+    @property
+    def awaited(self) -> Batch:
+        """The batch whose loss `measure_backward` is waiting for; empty when the model was not called."""
+        return {} if self._external is None else self._external[0]
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inside or not torch.is_grad_enabled():
@@ -170,22 +262,23 @@ class GradientPass:
 
     # --- one run
 
-    def _run(self, batch: Batch, totals: bool, weights: Tensor | None, start: int) -> Measurement:
+    def _run(self, batch: Batch, whole: _Batch, start: int) -> Measurement:
         examples = examples_in(batch)
-        mine = None if weights is None else weights[start : start + examples]
-        with self._listening(examples, totals=totals, weights=mine):
+        mine = None if whole.weights is None else whole.weights[start : start + examples]
+        with self._listening(examples, whole, mine):
             losses = self.reader.run(batch)
             self._capture.forward_phase = False
             self._found = found = Measurement(losses.values.detach(), losses.tokens)
-            losses.values.sum().backward()  # type: ignore[no-untyped-call]
-            self._finish()
+            if bool(torch.isfinite(found.losses).all()):
+                losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                self._finish()
         return found
 
     @contextmanager
     def _listening(
-        self, examples: int, *, totals: bool = False, weights: Tensor | None = None, recording: bool = False
+        self, examples: int, whole: _Batch, weights: Tensor | None = None, *, recording: bool = False
     ) -> Iterator[None]:
-        self._want_totals, self._weights = totals, weights
+        self._batch, self._weights = whole, weights
         self._pending.clear()
         self._inside = True
         try:
@@ -211,26 +304,28 @@ class GradientPass:
             self._consume(name, self._pending.pop(name))
 
     def _consume(self, name: str, contributions: list[Contribution]) -> None:
-        found = self._found
+        found, batch = self._found, self._batch
         assert found is not None
-        if not self._want_totals:
+        assert batch is not None
+        if not batch.norms:
+            found.squares[name] = squares_of_sum(contributions)
+            return
+        if self._weights is not None:
+            batch.add(name, _summed(contributions, self._weights), weighted=True)
+        if self._weights is not None and batch.totals is None:
             found.squares[name] = squares_of_sum(contributions)
             return
         if len(contributions) == 1:
             found.squares[name], total = contributions[0].squares_and_total()
         else:
-            found.squares[name] = squares_of_sum(contributions)
-            total = contributions[0].total()
-            for contribution in contributions[1:]:
-                total = total + contribution.total()
-        found.totals[name] = total
-        if self._weights is not None:
-            found.totals[name + _WEIGHTED] = sum(c.total(self._weights) for c in contributions)  # type: ignore[assignment]
+            found.squares[name], total = squares_of_sum(contributions), _summed(contributions)
+        batch.add(name, total, weighted=False)
 
     def _finish(self) -> None:
         """Parameters whose every use did not send a gradient, and those that none of them did."""
-        found = self._found
+        found, batch = self._found, self._batch
         assert found is not None
+        assert batch is not None
         for name in list(self._pending):
             self._consume(name, self._pending.pop(name))
         for name in self._by_autograd:
@@ -238,10 +333,10 @@ class GradientPass:
             if gradient is not None:
                 wide = gradient.detach() if gradient.dtype == torch.float64 else gradient.detach().float()
                 found.squares[name] = wide.square().sum().view(1)
-                if self._want_totals:
-                    found.totals[name] = wide.clone()
+                if batch.norms:
                     if self._weights is not None:
-                        found.totals[name + _WEIGHTED] = wide * self._weights.to(wide.dtype)
+                        batch.add(name, wide * self._weights.to(wide), weighted=True)
+                    batch.add(name, wide.clone(), weighted=False)
 
     # --- verification
 
@@ -266,7 +361,7 @@ class GradientPass:
             held = {name: parameter.grad for name, parameter in parameters.items()}
             for parameter in parameters.values():
                 parameter.grad = None
-            with self._listening(1, recording=True):
+            with self._listening(1, _Batch(1), recording=True):
                 losses = self.reader.run(batch)
                 self._capture.forward_phase = False
                 if verify:
@@ -292,29 +387,33 @@ class GradientPass:
                 self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
 
 
-_WEIGHTED = "\0weighted"
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; on a CPU torch has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _joined(parts: list[Measurement], weights: Tensor | None) -> Measurement:
-    """The micro-batches of a batch as one."""
-    joined = parts[0]
-    if len(parts) > 1:
-        names = {name: None for part in parts for name in part.squares}
-        joined = Measurement(torch.cat([part.losses for part in parts]), torch.cat([part.tokens for part in parts]))
-        for name in names:
-            joined.squares[name] = torch.cat(
-                [part.squares[name] if name in part.squares else torch.zeros_like(part.losses) for part in parts]
-            )
-        for part in parts:
-            for name, total in part.totals.items():
-                joined.totals[name] = joined.totals[name] + total if name in joined.totals else total
-    for name in list(joined.totals):
-        if not name.endswith(_WEIGHTED):
-            weighted = joined.totals.pop(name + _WEIGHTED, None)
-            if weighted is None:  # equal tokens: the mean of the examples
-                joined.weighted_squares[name] = square(joined.totals[name]) / len(joined.losses) ** 2
-            else:
-                joined.weighted_squares[name] = square(weighted)
+_TOO_LARGE = (
+    "The memory does not hold the forward and backward pass of one example: shorten its sequence, switch on activation "
+    "checkpointing, offload weights with accelerate, or keep sums in a folder; verify=False saves one whole gradient."
+)
+
+
+def _summed(contributions: list[Contribution], weights: Tensor | None = None) -> Tensor:
+    total = contributions[0].total(weights)
+    for contribution in contributions[1:]:
+        total = total + contribution.total(weights)
+    return total
+
+
+def _joined(parts: list[Measurement]) -> Measurement:
+    """The examples of micro-batches in a row."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = Measurement(torch.cat([part.losses for part in parts]), torch.cat([part.tokens for part in parts]))
+    for name in {name: None for part in parts for name in part.squares}:
+        joined.squares[name] = torch.cat(
+            [part.squares[name] if name in part.squares else torch.zeros_like(part.losses) for part in parts]
+        )
     return joined
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -24,19 +21,19 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, CostModel, Provenance, Statistic
 from gradient_blueprints.training.profiling.document import DEFAULT_COSTS, DocumentSettings, build_blueprint
-from gradient_blueprints.training.profiling.histograms import TOP, MagnitudeHistogram
 from gradient_blueprints.training.profiling.layers import Granularity, Group, group_parameters
 from gradient_blueprints.training.profiling.losses import Batch, LossFunction, with_labels
 from gradient_blueprints.training.profiling.passes import GradientPass, Measurement
+from gradient_blueprints.training.profiling.random_state import RandomState, seeded
 from gradient_blueprints.training.profiling.state import (
     BatchRecord,
     DomainState,
-    Factors,
     Key,
     ProfileState,
     merge,
     ordered,
 )
+from gradient_blueprints.training.profiling.totals import BatchTotals, Place
 
 Statistics = Literal["examples", "batches", "all"]
 
@@ -51,10 +48,12 @@ class GradientProfiler:
 
     `groups`: what a layer is: `tensor`, `submodule` or `block`.
     `statistics`: `examples` measures per-example norms only (cheapest), `batches` also batch norms,
-    `all` also signal, first_order, tails and factors; it keeps two float32 copies of the gradient
-    per domain, one for domains other than the general one.
+    `all` also signal, first_order, tails and factors; these need float32 sums of the gradient's size,
+    one per domain, one more for the general domain and one for the batch at hand.
+    `sums`: where those are: `host` memory, the `device`, or files in the folder of a `Path`.
     `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     `micro_batch`: examples per forward pass; the batch statistics are of the whole batch all the same.
+    Halved whenever the device runs out of memory.
     `verify`: hold the first example's norms against plain autograd, every parameter by name.
 
     Inside the context parameters require no gradient. Afterwards flags, mode and random state are
@@ -74,6 +73,7 @@ class GradientProfiler:
         general: str | None = None,
         loss: LossFunction | None = None,
         micro_batch: int | None = None,
+        sums: Place = "host",
         verify: bool = True,
     ) -> None:
         self.model = model
@@ -85,11 +85,11 @@ class GradientProfiler:
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         if self._pad_token_id == getattr(tokenizer, "eos_token_id", None):
             self._pad_token_id = None  # the end of a text is a target; padding shows in the attention mask
-        self._loss, self._verify, self._micro_batch = loss, verify, micro_batch
+        self._loss, self._verify, self._micro_batch, self._sums = loss, verify, micro_batch, sums
         self._layer_of = {name: i for i, group in enumerate(self.layers) for name in group.parameters}
         self._state = ProfileState(tuple(group.id for group in self.layers))
         self._gradients: GradientPass | None = None
-        self._generators: _RandomState | None = None
+        self._generators: RandomState | None = None
         self._one_by_one: str | None = None
         self._seconds = 0.0
         self._batch_sizes: set[int] = set()
@@ -100,7 +100,7 @@ class GradientProfiler:
     def __enter__(self) -> Self:
         if self._gradients is not None:
             raise ConfigurationError("This profiler is already entered.")
-        self._generators = _RandomState()
+        self._generators = RandomState()
         self._gradients = GradientPass(self.model, loss=self._loss, verify=self._verify, micro_batch=self._micro_batch)
         return self
 
@@ -110,6 +110,7 @@ class GradientProfiler:
         assert self._gradients is not None
         assert self._generators is not None
         self._gradients.close()
+        self._micro_batch = self._gradients.micro_batch
         self._one_by_one, self._gradients = self._gradients.one_by_one, None
         self._generators.restore()
 
@@ -128,10 +129,13 @@ class GradientProfiler:
         device = next(self.model.parameters()).device
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         labelled = with_labels(moved, self._pad_token_id)
-        with _seeded(self._settings.seed, domain, key):
-            found = gradients.measure(labelled, totals=self.statistics != "examples")
+        with seeded(self._settings.seed, domain, key):
+            totals, size = self._totals(state, domain), gradients.micro_batch
+            found = gradients.measure(labelled, norms=self.statistics != "examples", totals=totals)
+        if gradients.micro_batch is not None and gradients.micro_batch != size:
+            state.halved[key] = gradients.micro_batch
         self._note_shape(labelled)
-        mean = self._record(state, key, found, domain)
+        mean = self._record(state, key, found, totals)
         self._seconds += time.perf_counter() - began
         return mean
 
@@ -145,8 +149,9 @@ class GradientProfiler:
         state = self._state.domains.setdefault(domain, DomainState())
         key = self._key(state, domain, key)
         began = time.perf_counter()
-        found = gradients.measure_backward(loss, totals=self.statistics != "examples")
-        mean = self._record(state, key, found, domain)
+        totals = self._totals(state, domain)
+        found = gradients.measure_backward(loss, norms=self.statistics != "examples", totals=totals)
+        mean = self._record(state, key, found, totals)
         self._seconds += time.perf_counter() - began
         return mean
 
@@ -169,7 +174,13 @@ class GradientProfiler:
             self._batch_sizes.add(ids.shape[0])
             self._lengths.add(ids.shape[1])
 
-    def _record(self, state: DomainState, key: Key, found: Measurement, domain: str) -> float:
+    def _totals(self, state: DomainState, domain: str) -> BatchTotals | None:
+        if self.statistics != "all":
+            return None
+        squares = domain in (self._settings.general, "general") or not self._has_general()
+        return BatchTotals(self.layers, self._layer_of, state, self._sums, squares=squares)
+
+    def _record(self, state: DomainState, key: Key, found: Measurement, totals: BatchTotals | None) -> float:
         losses = found.losses.double().cpu().numpy()
         tokens = found.tokens.cpu().numpy()
         counted = tokens > 0  # an example without targets has no loss and no gradient
@@ -186,8 +197,8 @@ class GradientProfiler:
             for name, value in found.weighted_squares.items():
                 norms[self._layer_of[name]] += float(value)
             record.norms = np.sqrt(norms)
-        if self.statistics == "all":
-            self._accumulate(state, record, found, len(record.losses), domain)
+        if totals is not None:
+            record.counts = totals.commit()
         state.records[key] = record
         return float((record.losses * record.tokens).sum() / record.tokens.sum())
 
@@ -199,26 +210,6 @@ class GradientProfiler:
             if not bool(torch.isfinite(value)):
                 bad.append(self.layers[self._layer_of[name]].id)
         return f"non-finite gradient in {', '.join(dict.fromkeys(bad[:3]))}" if bad else None
-
-    def _accumulate(
-        self, state: DomainState, record: BatchRecord, found: Measurement, examples: int, domain: str
-    ) -> None:
-        if not state.histograms:
-            state.histograms = [MagnitudeHistogram() for _ in self.layers]
-        record.counts = []
-        second_moment = domain in (self._settings.general, "general") or not self._has_general()
-        for index, group in enumerate(self.layers):
-            present = [found.totals[name] for name in group.parameters if name in found.totals]
-            held_top = state.histograms[index].top
-            floor = float(held_top[-1]) if len(held_top) == TOP else 0.0
-            histogram = MagnitudeHistogram.of(*present, scale=1 / examples, floor=floor)
-            histogram.counts[0] += group.size - sum(tensor.numel() for tensor in present)
-            state.histograms[index] = state.histograms[index].merged(histogram)
-            held = np.flatnonzero(histogram.counts)
-            record.counts.append((int(held[0]), histogram.counts[held[0] : held[-1] + 1].astype(np.int64)))
-            for name in group.parameters:
-                if name in found.totals:
-                    _add_moments(state, name, found.totals.pop(name), examples, second_moment)
 
     def _has_general(self) -> bool:
         return self._settings.general is not None or "general" in self._state.domains
@@ -313,72 +304,6 @@ class GradientProfiler:
             versions={"python": platform.python_version(), "torch": torch.__version__, **_version("transformers")},
             resources=resources,
         )
-
-
-def _add_moments(state: DomainState, name: str, total: Tensor, examples: int, second_moment: bool) -> None:
-    """Add one batch's summed gradient to the sums, the squares and the factors of its parameter."""
-    matrix = total.flatten(1) if total.dim() == 4 else total  # a filter's places are columns
-    squares = state.squares.get(name)
-    if second_moment and squares is None:
-        squares = state.squares[name] = torch.zeros_like(total)
-    found = _factors(matrix, None if squares is None else squares.view_as(matrix))
-    state.factors[name] = found if name not in state.factors else state.factors[name].merged(found)
-    if name in state.sums:
-        state.sums[name] += total
-    else:
-        state.sums[name] = total
-
-
-def _factors(matrix: Tensor, squares: Tensor | None) -> Factors:
-    """Row and column sums of the squares, which are added to `squares`; by blocks that fit the cache."""
-    if matrix.dim() < 2:
-        squared = matrix.square()
-        if squares is not None:
-            squares += squared
-        return Factors(squared.double().cpu(), None)
-    lead, (rows, columns) = matrix.shape[:-2], matrix.shape[-2:]
-    step = max(1, _BLOCK // columns)
-    row_sums, column_sums = [], []
-    flat = matrix.reshape(-1, rows, columns)
-    for index, one in enumerate(flat):
-        total = torch.zeros(columns, dtype=torch.float64, device=matrix.device)
-        for start in range(0, rows, step):
-            squared = one[start : start + step].square()
-            row_sums.append(squared.sum(1))
-            total += squared.sum(0)
-            if squares is not None:
-                squares.view_as(flat)[index, start : start + step] += squared
-        column_sums.append(total)
-    row = torch.cat(row_sums).double().view(*lead, rows)
-    return Factors(row.cpu(), torch.stack(column_sums).view(*lead, columns).cpu())
-
-
-_BLOCK = 1 << 17  # elements
-
-
-class _RandomState:
-    """The generators' states, to be put back."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._devices:
-            torch.cuda.set_rng_state_all(self._devices)
-
-
-@contextmanager
-def _seeded(seed: int, domain: str, key: Key) -> Iterator[None]:
-    """Dropout of a batch depends on the seed and the batch, not on what was run before it."""
-    before = _RandomState()
-    digest = hashlib.sha256(json.dumps([seed, domain, key]).encode()).digest()
-    try:
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        yield
-    finally:
-        before.restore()
 
 
 def _device_name(device: torch.device) -> str:
