@@ -66,13 +66,14 @@ def fine_tune(
     for step, batch in enumerate(batches, start=1):
         model(**batch).loss.backward()
         if isinstance(optimizer, SelectedAdamW):
-            gradient_bytes = optimizer.training_bytes() - optimizer.optimizer_bytes()
             largest = optimizer.largest_gradient_bytes
         else:
             gradient_bytes = sum(
                 parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None
             )
         optimizer.step()
+        if isinstance(optimizer, SelectedAdamW):
+            gradient_bytes = optimizer.gradient_bytes
         optimizer.zero_grad()
         scheduler.step()
         report(step)

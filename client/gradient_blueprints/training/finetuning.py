@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import ProcessGroup
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.selection import Selection
+from gradient_blueprints.training.selected_parameters import SelectedParameter, apply_selection, local
 
-INT32_ENTRIES = 2**31 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class SelectedParameter:
-    """A tensor of the model and the flat indices of it that are trained; None means all."""
-
-    name: str
-    parameter: nn.Parameter
-    indices: torch.Tensor | None
-
-    @property
-    def selected(self) -> int:
-        return self.parameter.numel() if self.indices is None else self.indices.numel()
-
-
-def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedParameter]:
-    """Freeze what is not selected; what is, is returned for `SelectedAdamW`.
-
-    A tensor of which some coordinates are selected keeps `requires_grad`: its gradient is computed whole, as it has
-    to be, and freed as soon as the chosen entries are read off. Raises ConfigurationError when the selection names
-    nothing of this model.
-    """
-    chosen = []
-    for name, parameter in model.named_parameters():
-        indices = selection.indices(name, tuple(parameter.shape))
-        parameter.requires_grad_(indices is None or len(indices) > 0)
-        if not parameter.requires_grad:
-            continue
-        if indices is not None and not parameter.is_contiguous():
-            raise ConfigurationError(f"{name} is not contiguous in memory: its coordinates cannot be updated in place")
-        dtype = torch.int32 if parameter.numel() <= INT32_ENTRIES else torch.int64
-        chosen.append(
-            SelectedParameter(
-                name,
-                parameter,
-                None if indices is None else torch.tensor(indices, dtype=dtype, device=parameter.device),
-            )
-        )
-    if not chosen:
-        raise ConfigurationError(
-            f"the selection for {selection.model_id} selects nothing in this model: are its tensors named otherwise?"
-        )
-    return chosen
+__all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes"]
 
 
 class SelectedAdamW(torch.optim.Optimizer):
@@ -69,33 +26,55 @@ class SelectedAdamW(torch.optim.Optimizer):
     frees the rest, so no more than one full gradient of one tensor exists at a time. `parameter.grad` is therefore
     None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which
     clips by the global norm of the selected gradient, as clipping masked gradients would. Several backward passes
-    before a step add up. State is float32 or wider; of weights of lower precision a float32 copy of the chosen is kept.
+    before a step add up, and the step uses them up. State is float32 or wider; of weights of lower precision a float32
+    copy of the chosen is kept.
     Not for use with `torch.amp.GradScaler` (its unscaling needs `parameter.grad`); bfloat16 needs no scaler.
+
+    `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
+
+    Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
+    gradients, and nothing else, are averaged over it in `step`. Leave `DistributedDataParallel` away: it would keep,
+    and send, whole gradients; `step` refuses it. Shards (FSDP2) are averaged by `fully_shard` itself and need no
+    group. `process_group="alone"` says that this process trains a model of its own.
     """
 
     def __init__(
         self,
-        selected: Iterable[SelectedParameter],
+        selected: Iterable[SelectedParameter] | Iterable[Mapping[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_norm: float | None = None,
+        process_group: ProcessGroup | Literal["alone"] | None = None,
     ) -> None:
-        self.selected = list(selected)
+        self.selected: list[SelectedParameter] = []
         self.max_norm = max_norm
+        self.process_group = process_group
         self.last_norm: float | None = None
         """Norm of the selected gradient at the last step, before clipping; measured only with `max_norm`."""
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([entry.parameter for entry in self.selected], defaults)
-        self._by_parameter = {entry.parameter: entry for entry in self.selected}
-        self._gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self.gradient_bytes = 0
+        """Bytes of the selected gradients at the last step."""
         self.largest_gradient_bytes = 0
         """Largest full gradient of one tensor seen, the only one that exists at a time."""
-        self._hooks = [
-            entry.parameter.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]
-            for entry in self.selected  # torch has no types for it
-        ]
+        self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
+        self._gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+        given = list(selected)
+        groups = [dict(group) for group in given if isinstance(group, Mapping)] or [{"params": given}]
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take in more selected parameters, with options of their own."""
+        entries: list[SelectedParameter] = list(param_group["params"])
+        super().add_param_group(param_group | {"params": [entry.parameter for entry in entries]})
+        for entry in entries:
+            if self.process_group is not None and entry.shard_group is not None:
+                raise ConfigurationError(f"{entry.name} is sharded, and so averaged already: leave process_group away")
+            self.selected.append(entry)
+            self._by_parameter[entry.parameter] = entry
+            hook = entry.parameter.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]  # torch has no types for it
+            self._hooks.append(hook)
 
     def close(self) -> None:
         """Remove the hooks and drop the gradients; the model trains as any other again."""
@@ -107,8 +86,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         assert isinstance(parameter, nn.Parameter)
         gradient = parameter.grad
         assert gradient is not None
-        self.largest_gradient_bytes = max(self.largest_gradient_bytes, gradient.nbytes)
-        chosen = _entries(gradient, self._by_parameter[parameter].indices).to(_state_dtype(parameter))
+        self.largest_gradient_bytes = max(self.largest_gradient_bytes, local(gradient).nbytes)
+        chosen = self._by_parameter[parameter].entries(gradient).to(_state_dtype(parameter))
         kept = self._gradients.get(parameter)
         self._gradients[parameter] = chosen if kept is None else kept.add_(chosen)
         parameter.grad = None
@@ -124,20 +103,81 @@ class SelectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
+        self._average()
         clip = self._clip_factor()
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = self._gradients.get(parameter)
                 if gradient is not None:
                     self._update(self._by_parameter[parameter], gradient, clip, group)
+        self.gradient_bytes = sum(gradient.nbytes for gradient in self._gradients.values())
+        self._gradients.clear()  # transformers.Trainer calls model.zero_grad(), which cannot reach them
         return loss
 
+    def _check_gradients(self) -> None:
+        """Refuse what would train silently on wrong gradients or on none."""
+        if any(entry.parameter.grad is not None for entry in self.selected):
+            raise ConfigurationError(
+                "whole gradients were put on the parameters after their hooks: a wrapper such as "
+                "DistributedDataParallel keeps them. Train the model without it and give process_group."
+            )
+        if not self._gradients and not self.state:
+            raise ConfigurationError(
+                "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
+            )
+        if self.process_group is None and any(entry.shard_group is None for entry in self.selected):
+            several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+            if several:
+                raise ConfigurationError(
+                    "several processes train and nobody averages their gradients: give process_group="
+                    "torch.distributed.group.WORLD, or 'alone' if each trains a model of its own"
+                )
+
+    def _average(self) -> None:
+        """Mean over the processes; a tensor that some of them did not use counts as zero there."""
+        group = self.process_group
+        if not isinstance(group, ProcessGroup):
+            return
+        device = self.selected[0].parameter.device
+        used = torch.tensor([entry.parameter in self._gradients for entry in self.selected], device=device).int()
+        distributed.all_reduce(used, distributed.ReduceOp.MAX, group)
+        sending = []
+        for entry, is_used in zip(self.selected, used.tolist(), strict=True):
+            if is_used:
+                if entry.parameter not in self._gradients:
+                    zeros = torch.zeros_like(
+                        entry.entries(entry.parameter.detach()), dtype=_state_dtype(entry.parameter)
+                    )
+                    self._gradients[entry.parameter] = zeros
+                gradient = self._gradients[entry.parameter]
+                sending.append((gradient, distributed.all_reduce(gradient, group=group, async_op=True)))
+        for gradient, work in sending:
+            work.wait()
+            gradient.div_(group.size())
+
     def _clip_factor(self) -> float:
-        if self.max_norm is None or not self._gradients:
+        if self.max_norm is None:
             return 1.0
-        norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
-        self.last_norm = float(norms.norm())
+        self.last_norm = self._global_norm()
         return min(1.0, self.max_norm / (self.last_norm + 1e-6))  # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+
+    def _global_norm(self) -> float:
+        """Of all selected gradients, those of other processes' shards included."""
+        norms: dict[ProcessGroup | None, list[torch.Tensor]] = {entry.shard_group: [] for entry in self.selected}
+        for entry in self.selected:
+            if entry.parameter in self._gradients:
+                norms[entry.shard_group].append(self._gradients[entry.parameter].norm())
+        device, total = self.selected[0].parameter.device, 0.0
+        for group, found in norms.items():
+            norm = torch.stack(found).norm() if found else torch.zeros((), device=device)
+            if group is None:
+                total = math.hypot(total, float(norm))
+                continue
+            square = norm.float().square()
+            distributed.all_reduce(square, group=group)
+            total = math.hypot(total, math.sqrt(float(square)))
+        return total
 
     def _update(self, entry: SelectedParameter, gradient: torch.Tensor, clip: float, group: dict[str, Any]) -> None:
         state = self.state[entry.parameter]
@@ -146,7 +186,7 @@ class SelectedAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
             if entry.parameter.dtype != gradient.dtype:
-                state["value"] = _entries(entry.parameter.detach(), entry.indices).to(gradient.dtype)
+                state["value"] = entry.entries(entry.parameter.detach()).to(gradient.dtype)
         if clip != 1.0:
             gradient = gradient.mul_(clip)
         state["step"] += 1
@@ -155,24 +195,19 @@ class SelectedAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(correction2)).add_(group["eps"])
-        weights = entry.parameter.detach()
-        value = state["value"] if "value" in state else _entries(weights, entry.indices)
+        value = state["value"] if "value" in state else entry.entries(entry.parameter.detach())
         value.mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
-        if entry.indices is None:
-            weights.copy_(value.view_as(weights))
-        else:
-            weights.view(-1)[entry.indices] = value.to(weights.dtype)
+        entry.write(value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients taken since the last step."""
+        """Forget the gradients taken since the last step; `model.zero_grad()` cannot."""
         super().zero_grad(set_to_none)
         self._gradients.clear()
 
     def training_bytes(self) -> int:
-        """Bytes now held: moments, float32 copies, indices, and the gradients kept for the next step."""
-        gradients = sum(gradient.nbytes for gradient in self._gradients.values())
-        return self.optimizer_bytes() + gradients
+        """Bytes that a step holds: moments, float32 copies, indices, and the selected gradients."""
+        return self.optimizer_bytes() + self.gradient_bytes
 
     def optimizer_bytes(self) -> int:
         """Bytes of state now held: moments, float32 copies, and indices."""
@@ -180,7 +215,10 @@ class SelectedAdamW(torch.optim.Optimizer):
         return optimizer_bytes(self) + indices
 
     def state_dict(self) -> dict[str, Any]:
-        """State by tensor name, with the number of coordinates it stands for; the selection is saved on its own."""
+        """State by tensor name, with the number of coordinates it stands for; the selection is saved on its own.
+
+        Of a sharded model each process has, and saves, its own part.
+        """
         return {
             "state": {
                 entry.name: {"selected": entry.selected, **self.state[entry.parameter]}
@@ -210,11 +248,6 @@ class SelectedAdamW(torch.optim.Optimizer):
                 for key, value in saved.items()
                 if key != "selected"
             }
-
-
-def _entries(tensor: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
-    """The chosen entries of a tensor; with all chosen the tensor's own memory where it can be."""
-    return tensor.flatten() if indices is None else tensor.flatten().index_select(0, indices)
 
 
 def _state_dtype(parameter: torch.Tensor) -> torch.dtype:

@@ -1,0 +1,117 @@
+"""A selection on a model: which parts of which tensor are trained here, on whole tensors and on shards of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.selection import Selection, Units
+
+INT32_ENTRIES = 2**31 - 1
+
+
+@dataclass(eq=False)
+class SelectedParameter:
+    """A tensor of the model and the parts of it that are trained.
+
+    The tensor, or this process's shard of it, counts as (parts, width): coordinates have width 1, rows their inputs.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    indices: torch.Tensor | None
+    """Chosen parts, ascending; None means all."""
+    width: int = 1
+    shard_group: ProcessGroup | None = None
+    """The processes over which the tensor is sharded (FSDP2)."""
+
+    @property
+    def selected(self) -> int:
+        """Coordinates that are trained here."""
+        return local(self.parameter).numel() if self.indices is None else self.indices.numel() * self.width
+
+    def entries(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The chosen entries of the tensor or its gradient; with all chosen its own memory where it can be."""
+        held = local(tensor)
+        if self.indices is None:
+            return held.flatten()
+        return held.reshape(-1, self.width).index_select(0, self._index_on(held.device))
+
+    def write(self, values: torch.Tensor) -> None:
+        """Put the chosen entries back."""
+        weights = local(self.parameter.detach())
+        if self.indices is None:
+            weights.copy_(values.view_as(weights))
+        else:
+            weights.view(-1, self.width)[self._index_on(weights.device)] = values.to(weights.dtype)
+
+    def _index_on(self, device: torch.device) -> torch.Tensor:
+        """The indices, which follow a model that was moved after the selection was applied."""
+        assert self.indices is not None
+        if self.indices.device != device:
+            self.indices = self.indices.to(device)
+        return self.indices
+
+
+def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedParameter]:
+    """Freeze what is not selected; what is, is returned for `SelectedAdamW`.
+
+    A tensor of which some parts are selected keeps `requires_grad`: its gradient is computed whole, as it has to be,
+    and freed as soon as the chosen entries are read off. After `fully_shard` (FSDP2), not before it; each process then
+    trains its own shard. Raises ConfigurationError when the selection names nothing of this model.
+    """
+    chosen = []
+    for name, parameter in model.named_parameters():
+        units = selection.units(name, tuple(parameter.shape))
+        parameter.requires_grad_(units.indices is None or len(units.indices) > 0)
+        if parameter.requires_grad:
+            chosen.append(_on_this_process(name, parameter, units))
+    if not chosen:
+        raise ConfigurationError(
+            f"the selection for {selection.model_id} selects nothing in this model: are its tensors named otherwise?"
+        )
+    return chosen
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or this process's shard of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_this_process(name: str, parameter: nn.Parameter, units: Units) -> SelectedParameter:
+    indices, held = units.indices, local(parameter)
+    if indices is not None and not held.is_contiguous():
+        raise ConfigurationError(f"{name} is not contiguous in memory: its coordinates cannot be updated in place")
+    group = None
+    if isinstance(parameter, DTensor):
+        group = _shard_group(name, parameter)
+        if indices is not None:
+            _, offsets = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            first = offsets[0] * math.prod(parameter.shape[1:]) // units.width if held.numel() else 0
+            start, end = np.searchsorted(indices, [first, first + held.numel() // max(1, units.width)])
+            indices = indices[start:end] - first
+    dtype = torch.int32 if held.numel() <= INT32_ENTRIES else torch.int64
+    on_device = None if indices is None else torch.tensor(indices, dtype=dtype, device=held.device)
+    return SelectedParameter(name, parameter, on_device, units.width, group)
+
+
+def _shard_group(name: str, parameter: DTensor) -> ProcessGroup | None:
+    sharded = [(dim, placed) for dim, placed in enumerate(parameter.placements) if not placed.is_replicate()]
+    if not sharded:
+        return None
+    if len(sharded) > 1 or not isinstance(sharded[0][1], Shard) or sharded[0][1].dim != 0:
+        raise ConfigurationError(
+            f"{name} is placed as {parameter.placements}: only tensors sharded once, by their first dimension "
+            "(FSDP2's default), can be trained in part"
+        )
+    return parameter.device_mesh.get_group(sharded[0][0])

@@ -1,0 +1,52 @@
+"""A selection inside `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.selection import Selection
+
+
+def trainer_arguments(model: nn.Module, selection: Selection, arguments: TrainingArguments) -> dict[str, Any]:
+    """The optimizer and the callback with which a `Trainer` trains a selection.
+
+    >>> trainer = Trainer(model, arguments, **trainer_arguments(model, selection, arguments))      # doctest: +SKIP
+
+    Learning rate, betas, epsilon and decay are those of `arguments`; as in the Trainer vectors (biases, norms) do not
+    decay. Clipping is the optimizer's, since the Trainer's finds no gradients. To resume, apply the same selection
+    again: its state is in the checkpoint. One process only, or FSDP2: the Trainer wraps replicas in
+    `DistributedDataParallel`, which `SelectedAdamW` refuses.
+    """
+    selected = apply_selection(model, selection)
+    matrices = [entry for entry in selected if entry.parameter.dim() > 1]
+    vectors = [entry for entry in selected if entry.parameter.dim() <= 1]
+    groups = [
+        {"params": entries, "weight_decay": decay}
+        for entries, decay in ((matrices, arguments.weight_decay), (vectors, 0.0))
+        if entries
+    ]
+    optimizer = SelectedAdamW(
+        groups,
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        max_norm=arguments.max_grad_norm or None,
+    )
+    return {"optimizers": (optimizer, None), "callbacks": [SelectionCallback(optimizer)]}
+
+
+class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Logs the norm of the selected gradient as `grad_norm`, for which the Trainer, which sees none, has 0."""
+
+    def __init__(self, optimizer: SelectedAdamW) -> None:
+        self._optimizer = optimizer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+        """Put the norm in place, in what is shown and in what is kept."""
+        for entry in (logs, state.log_history[-1] if state.log_history else None):
+            if entry is not None and "grad_norm" in entry and self._optimizer.last_norm is not None:
+                entry["grad_norm"] = self._optimizer.last_norm
