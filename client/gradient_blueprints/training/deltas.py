@@ -1,0 +1,203 @@
+"""A fine-tuned selection as a small file: the changed coordinates, applied, removed, stacked and merged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.selection import Selection
+from gradient_blueprints.training.selection.indices import pack, unpack
+
+DELTA_FORMAT = 1
+Weights = nn.Module | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What changed in one tensor: the new values, exact and in its own precision, not differences.
+
+    A difference added to the weight would be rounded once more; differences for stacking are taken when applied.
+    """
+
+    indices: Tensor
+    """Flat, ascending, int64."""
+    values: Tensor
+    base: str
+    """SHA-256 of the whole tensor that it is a change of: shape, precision, bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A fine-tuning as the changes that it made."""
+
+    changes: Mapping[str, Change]
+    blueprint_digest: str | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Read what `save_delta` wrote."""
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("delta", "{}"))
+            if header.get("format") != DELTA_FORMAT:
+                raise ConfigurationError(f"{path} holds no delta, or one of another version of this package")
+            changes = {
+                name: Change(
+                    torch.from_numpy(unpack(file.get_tensor(f"{name}/indices").numpy())),
+                    file.get_tensor(f"{name}/values").clone(),  # the file may be replaced while it is mapped
+                    base,
+                )
+                for name, base in header["base"].items()
+            }
+        return cls(changes, header["blueprint_digest"])
+
+    @property
+    def changed(self) -> int:
+        """Coordinates that changed."""
+        return sum(change.indices.numel() for change in self.changes.values())
+
+
+def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path: str | Path) -> Path:
+    """Write the coordinates in which `tuned` differs from `base`, bit by bit, as one safetensors file.
+
+    `base` and `tuned` are models, or mappings of tensors by name such as `safetensors.torch.load_file` of a checkpoint.
+    With a selection nothing else may have changed: ConfigurationError otherwise, and when shapes differ.
+    """
+    before, after = _tensors(base), _tensors(tuned)
+    contents: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    for name, new in after.items():
+        old = before.get(name)
+        if old is None or old.shape != new.shape or old.dtype != new.dtype:
+            raise ConfigurationError(f"{name} is not in the base, or has another shape or precision there")
+        changed = (_bits(old) != _bits(new)).nonzero().flatten().cpu()
+        if selection is not None:
+            allowed = selection.indices(name, tuple(new.shape))
+            if allowed is not None and not np.isin(changed.numpy(), allowed, assume_unique=True).all():
+                raise ConfigurationError(f"{name} changed outside the selection: pass selection=None to save it all")
+        if len(changed):
+            contents[f"{name}/indices"] = torch.from_numpy(pack(changed.numpy()).copy())
+            contents[f"{name}/values"] = new.flatten().cpu()[changed]
+            digests[name] = digest_of(old)
+    header = {
+        "format": DELTA_FORMAT,
+        "blueprint_digest": None if selection is None else selection.blueprint_digest,
+        "base": digests,
+    }
+    save_file(contents, str(path), metadata={"delta": json.dumps(header)})
+    return Path(path)
+
+
+class DeltaStack:
+    """A model that deltas are put on and taken off.
+
+    >>> stack = DeltaStack(model)                           # doctest: +SKIP
+    >>> stack.apply("code", Delta.load("code.safetensors"))  # doctest: +SKIP
+    >>> stack.remove("code")    # the original, bit by bit   # doctest: +SKIP
+
+    A coordinate that one delta of weight 1 touches has that delta's value exactly; where several do, or the weight is
+    another, it is base + Σ weight·(value − base), in float32 (float64 for wider weights), rounded once. The original
+    values of the touched coordinates are kept, so the order of applying and removing is no matter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._applied: dict[str, tuple[Delta, float]] = {}
+        self._digests: dict[str, str] = {}
+        self._originals: dict[str, tuple[Tensor, Tensor]] = {}  # indices, values
+
+    @property
+    def applied(self) -> dict[str, float]:
+        """Names and weights of the deltas that are on."""
+        return {name: weight for name, (_, weight) in self._applied.items()}
+
+    def apply(self, name: str, delta: Delta, weight: float = 1.0) -> None:
+        """Put a delta on. ConfigurationError, and nothing changed, unless it was made for these tensors."""
+        if name in self._applied:
+            raise ConfigurationError(f"{name!r} is applied already: remove it first")
+        for tensor, change in delta.changes.items():
+            if tensor not in self._parameters or self._base_digest(tensor) != change.base:
+                raise ConfigurationError(f"{name!r} was made for another model: {tensor} is not what it is a change of")
+        self._applied[name] = delta, weight
+        self._rewrite(delta.changes)
+
+    def remove(self, name: str) -> None:
+        """Take a delta off."""
+        delta, _ = self._applied.pop(name)
+        self._rewrite(delta.changes)
+
+    def merge(self) -> None:
+        """Keep the weights as they are now, for good: what was applied can no longer be removed."""
+        self._applied.clear()
+        self._originals.clear()
+        self._digests.clear()
+
+    def _base_digest(self, tensor: str) -> str:
+        if tensor not in self._digests:
+            self._digests[tensor] = digest_of(self._parameters[tensor])
+        return self._digests[tensor]
+
+    @torch.no_grad()
+    def _rewrite(self, names: Mapping[str, Change]) -> None:
+        for name in names:
+            weights = self._parameters[name].detach()
+            if not weights.is_contiguous():
+                raise ConfigurationError(
+                    f"{name} is not contiguous in memory: its coordinates cannot be updated in place"
+                )
+            flat = weights.view(-1)
+            if name in self._originals:
+                indices, values = self._originals.pop(name)
+                flat[indices] = values
+            changes = [
+                (delta.changes[name], weight) for delta, weight in self._applied.values() if name in delta.changes
+            ]
+            if not changes:
+                continue
+            touched = torch.unique(torch.cat([change.indices for change, _ in changes])).to(flat.device)
+            base = flat[touched]
+            self._originals[name] = touched, base
+            flat[touched] = _stacked(base, touched, changes)
+
+
+def _stacked(base: Tensor, touched: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
+    """New values of the touched coordinates."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    total, exact = base.to(wide, copy=True), base.clone()
+    voices = torch.zeros(len(touched), dtype=torch.int32, device=base.device)
+    for change, weight in changes:
+        place = torch.searchsorted(touched, change.indices.to(touched.device))
+        values = change.values.to(base.device)
+        total[place] += weight * (values.to(wide) - base[place].to(wide))
+        exact[place] = values
+        voices[place] += 1 if weight == 1 else 2  # another weight: not the value as it is
+    return torch.where(voices == 1, exact, total.to(base.dtype))
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's shape, precision and bytes."""
+    content = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
+    digest.update(content.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(weights: Weights) -> dict[str, Tensor]:
+    if isinstance(weights, nn.Module):
+        return {name: parameter.detach() for name, parameter in weights.named_parameters()}
+    return dict(weights)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Flat integers of the same bytes, so that -0.0 differs from 0.0 and a NaN is itself."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(-1).view(kinds[tensor.dtype.itemsize])

@@ -1,0 +1,112 @@
+"""Sparse deltas: exact on, exact off, stacked, merged, and only on the model that they were made for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.deltas import Delta, DeltaStack, save_delta
+from gradient_blueprints.training.selection.indices import pack, unpack
+from tests.training.test_finetuning import make_model, make_selection, train_selected
+
+
+def equal(left: nn.Module, right: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+
+
+@given(st.sets(st.integers(0, 70_000), max_size=60))
+def test_packed_indices_come_back(chosen: set[int]) -> None:
+    indices = np.array(sorted(chosen), np.int64)
+    assert np.array_equal(unpack(pack(indices)), indices)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25])
+def test_packed_random_indices_are_near_their_entropy(share: float) -> None:
+    indices = np.flatnonzero(np.random.default_rng(0).random(1_000_000) < share)
+    entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) * 1_000_000 / 8
+    assert pack(indices).nbytes < 1.05 * entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_delta_gives_the_tuned_model_and_its_removal_the_base_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, selection = make_model(dtype), make_selection()
+    tuned, _ = train_selected(make_model(dtype), selection, 3)
+    delta = Delta.load(save_delta(base, tuned, selection, tmp_path / "delta.safetensors"))
+    assert 0 < delta.changed <= selection.selected
+    model = copy.deepcopy(base)
+    stack = DeltaStack(model)
+    stack.apply("task", delta)
+    assert equal(model, tuned)
+    stack.remove("task")
+    assert equal(model, base)
+
+
+def test_deltas_stack_in_any_order_and_each_can_be_removed(tmp_path: Path) -> None:
+    base = make_model()
+    tuned = [train_selected(make_model(), make_selection(share), 3)[0] for share in (0.2, 0.4, 0.6)]
+    deltas = [Delta.load(save_delta(base, model, None, tmp_path / "d")) for model in tuned]
+    sums = [
+        sum((model_parameter - start for model_parameter in parameters), start).detach()
+        for start, *parameters in zip(base.parameters(), *(model.parameters() for model in tuned), strict=True)
+    ]
+    for order in itertools.permutations(range(3)):
+        model = copy.deepcopy(base)
+        stack = DeltaStack(model)
+        for number in order:
+            stack.apply(str(number), deltas[number])
+        for expected, found in zip(sums, model.parameters(), strict=True):
+            torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-6)
+        stack.remove(str(order[0]))
+        stack.remove(str(order[2]))
+        assert equal(model, tuned[order[1]])
+        stack.remove(str(order[1]))
+        assert equal(model, base)
+
+
+def test_a_weight_scales_the_change(tmp_path: Path) -> None:
+    base, (tuned, _) = make_model(), train_selected(make_model(), make_selection(), 3)
+    model = copy.deepcopy(base)
+    DeltaStack(model).apply("half", Delta.load(save_delta(base, tuned, None, tmp_path / "d")), weight=0.5)
+    for start, end, found in zip(base.parameters(), tuned.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, (start + end) / 2)
+
+
+def test_a_delta_is_not_put_on_another_model(tmp_path: Path) -> None:
+    base, (tuned, _) = make_model(), train_selected(make_model(), make_selection(), 1)
+    delta = Delta.load(save_delta(base, tuned, None, tmp_path / "d"))
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-6
+    before = copy.deepcopy(other)
+    for model in (other, nn.Linear(2, 2)):
+        with pytest.raises(ConfigurationError, match="another model"):
+            DeltaStack(model).apply("task", delta)
+    assert equal(other, before)
+
+
+def test_merged_deltas_are_the_new_base(tmp_path: Path) -> None:
+    base, (tuned, _) = make_model(), train_selected(make_model(), make_selection(), 1)
+    delta = Delta.load(save_delta(base, tuned, None, tmp_path / "d"))
+    stack = DeltaStack(base)
+    stack.apply("task", delta)
+    stack.merge()
+    assert equal(base, tuned)
+    assert stack.applied == {}
+    with pytest.raises(ConfigurationError, match="another model"):
+        stack.apply("task", delta)
+
+
+def test_a_change_outside_the_selection_is_refused(tmp_path: Path) -> None:
+    base = make_model()
+    tuned, _ = train_selected(make_model(), make_selection(0.6), 1)
+    with pytest.raises(ConfigurationError, match="outside the selection"):
+        save_delta(base, tuned, make_selection(0.1), tmp_path / "d")
