@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
 
 from app.api.dependencies import CheckpointPath, CurrentSettings, Cursor, Limit, Session, requires
 from app.api.pages import with_links
@@ -210,7 +211,10 @@ async def upload_file(
         await session.commit()
     if isinstance(begun, CheckpointFile):
         return JSONResponse(begun.model_dump(), 200 if begun.complete else 202, headers=_upload_fields(begun))
-    received, hashed = await files.receive(sessions, store, begun, request.stream())
+    try:
+        received, hashed = await files.receive(sessions, store, begun, request.stream())
+    except ClientDisconnect:
+        return Response(status_code=408)  # nobody hears it; what arrived was kept
     if received == size:
         finishing = asyncio.create_task(files.finish(sessions, store, caller, address, begun, hashed))
         _keep(request.app.state.verifying, finishing)

@@ -13,7 +13,16 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -547,6 +556,31 @@ def _local_values(path: Path) -> Any:
 
 
 # --- jobs
+
+
+@app.command()
+def upload(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="as save_pretrained writes it")],
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the registry's store, for its workers to profile; goes on where an upload broke off."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with _registry(context) as client, Progress(*columns, console=_out(), disable=as_json) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(path: str, sent: int, size: int) -> None:
+            if path not in tasks:
+                tasks[path] = bar.add_task(path, total=size)
+            bar.update(tasks[path], completed=sent)
+
+        files = client.upload_checkpoint(folder, model, checkpoint, progress=show)
+    if as_json:
+        _print_json(list(files))
+    else:
+        _say(f"{len(files)} files of {model} at {checkpoint} are in the registry: blueprints submit --source store")
 
 
 @app.command()

@@ -36,6 +36,7 @@ from gradient_blueprints.transport import FilePart, Pause, Request, Steps, Strea
 
 DEEPEST = 4  # names in a path
 MOST_RESTARTS = 2
+SETTLING = 0.5  # seconds in which the registry sees that a connection broke, and keeps what had arrived on it
 CUT_SHORT = (ConnectionFailed, ServiceUnavailable, RateLimited, InternalError)
 
 logger = logging.getLogger("gradient_blueprints")
@@ -165,6 +166,7 @@ class FileMethods(Downloading):
                     received = yield from self._received(address)
             except CUT_SHORT as cut:
                 failure = cut
+                yield Pause(SETTLING)
                 received = yield from self._received(address)
             else:
                 file = answer.parse(CheckpointFile)

@@ -273,13 +273,14 @@ def test_a_path_that_leads_elsewhere_or_is_no_data_is_refused(server: Server, pu
 
 
 def test_headers_that_cannot_be_used_are_refused(publisher: httpx2.Client) -> None:
-    for headers in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"Repr-Digest": "sha-512=:AAAA:"},
         {"Repr-Digest": "sha-256=:" + "A" * 43 + ":"},
         {"Upload-Offset": "9"},
         {"Upload-Length": "-1"},
         {"Upload-Offset": "x"},
-    ):
+    )
+    for headers in wrong:
         assert put(publisher, b"12345678", of=b"12345678", **headers).status_code in {400, 422}, headers
 
 
