@@ -2,71 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import BLUEPRINT_FILE, Blueprint
-from gradient_blueprints.training.profiling.losses import Batch
-from gradient_blueprints.training.profiling.profiler import GradientProfiler
-
-FRACTIONS = (0.5, 0.8, 1.0)
-FACTORS_FILE = "factors.safetensors"
+from gradient_blueprints.client import Client
+from gradient_blueprints.training.profiling.checkpoints import FRACTIONS, CheckpointProfiler, Data
 
 
 class BlueprintCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Profiles validation batches at 50, 80 and 100 % of the steps and writes `gradient_blueprint.json`.
+    """Profiles at 50, 80 and 100 % of the steps and writes `gradient_blueprint.json` and `factors.safetensors`.
 
-    The file goes to the step's checkpoint folder, `output_dir/checkpoint-STEP`, beside the weights
-    that the trainer saves there. `data` maps domains to batches, which are read anew each time, or
-    is a function that gives such a mapping. `publish(blueprint)` is called with each document.
+    The files go to the step's checkpoint folder, `output_dir/checkpoint-STEP`, beside the weights
+    that the trainer saves there; with a `client` they are published too, and a registry that does
+    not answer does not end the training (`callback.unpublished`, `checkpoints.publish_folder`).
 
-    >>> trainer.add_callback(BlueprintCallback("tiny", {"general": batches}))        # doctest: +SKIP
+    `data` maps domains to batches, which are read anew each time, or is a function that gives such a
+    mapping. Without it the first `batches` of the trainer's own evaluation data are profiled as the
+    domain `general`, in the first evaluation at or after each fraction. `options` are the profiler's.
+
+    >>> trainer.add_callback(BlueprintCallback("tiny", {"general": batches}, client=client))   # doctest: +SKIP
     """
 
     def __init__(
         self,
         model_id: str,
-        data: Mapping[str, Sequence[Batch]] | Callable[[], Mapping[str, Iterable[Batch]]],
+        data: Data | Callable[[], Data] | None = None,
         *,
         fractions: Sequence[float] = FRACTIONS,
-        publish: Callable[[Blueprint], object] | None = None,
+        client: Client | None = None,
+        batches: int = 64,
         **options: Any,
     ) -> None:
-        if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
-            raise ConfigurationError(f"The fractions {list(fractions)} are not all in (0, 1].")
-        self.model_id = model_id
-        self.written: list[Path] = []
-        self._data = data
-        self._waiting = sorted(set(fractions))
-        self._publish = publish
-        self._options = options
+        self._profiler = CheckpointProfiler(model_id, data, fractions, client, options)
+        self._own_data, self._batches = data is not None, batches
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
-        """Profile when the step that just ended reaches a fraction that is due."""
-        while self._waiting and state.global_step >= self._waiting[0] * state.max_steps - 1e-9:
-            fraction = self._waiting.pop(0)
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                self._profile(model, rest.get("processing_class"), fraction, folder, args.seed)
+    @property
+    def written(self) -> list[Path]:
+        """The documents so far."""
+        return self._profiler.written
 
-    def _profile(self, model: Any, tokenizer: Any, fraction: float, folder: Path, seed: int) -> None:
-        training = model.training
-        data = self._data() if callable(self._data) else self._data
-        try:
-            with GradientProfiler(model.eval(), tokenizer, seed=seed, **self._options) as profiler:
-                for domain, batches in data.items():
-                    for batch in batches:
-                        profiler.step(batch, domain=domain)
-        finally:
-            model.train(training)
-        blueprint = profiler.blueprint(self.model_id, round(fraction, 4))
-        blueprint.save_pretrained(folder)
-        if self._options.get("statistics", "all") == "all":
-            profiler.save_factors(folder / FACTORS_FILE)
-        self.written.append(folder / BLUEPRINT_FILE)
-        if self._publish is not None:
-            self._publish(blueprint)
+    @property
+    def unpublished(self) -> list[Path]:
+        """Folders whose publication failed."""
+        return self._profiler.unpublished
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """A resumed training does not profile again what lies behind it."""
+        self._profiler.start(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Profile the callback's own data."""
+        if self._own_data:
+            self._profile_if_due(args, state, rest)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Profile the trainer's evaluation data."""
+        if not self._own_data:
+            self._profile_if_due(args, state, rest)
+
+    def _profile_if_due(self, args: Any, state: Any, rest: dict[str, Any]) -> None:
+        fraction = self._profiler.due(state.global_step, state.max_steps)
+        if fraction is None or not state.is_world_process_zero:
+            return
+        loader = None if self._own_data else rest.get("eval_dataloader")
+        self._profiler.profile(
+            rest["model"],
+            rest.get("processing_class"),
+            fraction,
+            Path(args.output_dir) / f"checkpoint-{state.global_step}",
+            seed=args.seed,
+            data=None if loader is None else {"general": itertools.islice(loader, self._batches)},
+        )

@@ -35,7 +35,8 @@ def coarser(state: ProfileState, finer: Sequence[Group], groups: Sequence[Group]
 
 
 def _domain(domain: DomainState, parts: Parts) -> DomainState:
-    merged = [reduce(MagnitudeHistogram.merged, (domain.histograms[i] for i in part)) for part in parts]
+    held = domain.histograms  # none when only norms were measured
+    merged = [reduce(MagnitudeHistogram.merged, (held[i] for i in part)) for part in parts] if held else []
     return replace(
         domain,
         records={key: _record(record, parts) for key, record in domain.records.items()},

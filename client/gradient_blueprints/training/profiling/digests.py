@@ -48,4 +48,4 @@ def _add(found: hashlib._Hash, name: str, tensor: Tensor) -> None:
     found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for block in torch.split(raw, _BLOCK):
-        found.update(block.cpu().numpy())
+        found.update(block.cpu().numpy().data)

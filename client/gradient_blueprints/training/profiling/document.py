@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from gradient_blueprints.theory import best_fraction, gain_exponent, gaussian_re
 from gradient_blueprints.training.profiling.contributions import square
 from gradient_blueprints.training.profiling.histograms import EDGES, MagnitudeHistogram
 from gradient_blueprints.training.profiling.layers import Group
+from gradient_blueprints.training.profiling.precision import Until
 from gradient_blueprints.training.profiling.state import DomainState, ProfileState, ordered
 from gradient_blueprints.training.profiling.tails import (
     SHARES,
@@ -35,6 +36,8 @@ A partial update saves memory, hardly time (docs/profiling.md), so memory is wha
 
 RESAMPLES = 1_000
 SIGNIFICANT_DIGITS = 6
+SUMMED_DIGITS = 4  # of what is read off float32 sums over batches, whose last bits depend on the order of the batches
+_CANCELLED = 1e-6  # of the terms of a difference; what is left below this is their rounding
 _CI = (2.5, 97.5)
 
 Floats = NDArray[np.float64]
@@ -48,6 +51,7 @@ class DocumentSettings:
     costs: CostModel = DEFAULT_COSTS
     general: str | None = None
     seed: int = 0
+    until: Until | None = None
 
 
 def build_blueprint(
@@ -70,16 +74,17 @@ def build_blueprint(
         raise ConfigurationError(f"There is nothing to publish: {reason}.")
     general = general_domain(domains, settings.general)
     signals = {name: signal_and_spread(domain, groups)[0] for name, domain in domains.items()}
-    norms = {name: _batch_norms(domain) for name, domain in domains.items()}
+    norms = {name: batch_norms(domain) for name, domain in domains.items()}
     centre = np.median if settings.statistic is Statistic.MEDIAN else np.mean
     interval = bootstrap(norms[general], settings.statistic, settings.seed)
-    tails = [fit_tail(histogram) for histogram in domains[general].histograms]
+    histograms = domains[general].histograms or [MagnitudeHistogram() for _ in groups]  # none with "batches"
+    tails = [fit_tail(histogram) for histogram in histograms]
     signal, spread = signal_and_spread(domains[general], groups)
     first_order = first_order_decrease(domains[general], groups)
     example_norm = example_norms(domains[general])
     layers = []
     for index, group in enumerate(groups):
-        histogram, tail = domains[general].histograms[index], tails[index]
+        histogram, tail = histograms[index], tails[index]
         alpha_ci = alpha_interval(domains[general], index, settings.seed) if tail else None
         layers.append(
             Layer(
@@ -95,9 +100,9 @@ def build_blueprint(
                 kind=group.kind,
                 depth=group.depth,
                 example_norm=_digits(example_norm[index]),
-                signal=None if signal is None else _digits(signal[index]),
-                spread=None if spread is None else _digits(spread[index]),
-                first_order=None if first_order is None else _digits(first_order[index]),
+                signal=None if signal is None else _summed(signal[index]),
+                spread=None if spread is None else _summed(spread[index]),
+                first_order=None if first_order is None else _summed(first_order[index]),
                 retained_mass=_curve(histogram),
                 domain_tags=_domain_tags(signals, general, index),
                 domain_norms={name: _digits(centre(values[:, index])) for name, values in norms.items()},
@@ -120,6 +125,10 @@ def build_blueprint(
             "tails": {group.id: _tail_extra(tail) for group, tail in zip(groups, tails, strict=True) if tail},
         }
     }
+    if settings.until is not None:
+        extra["profile"]["until"] = asdict(settings.until) | {
+            "reached": {name: precise_enough(values, settings) for name, values in norms.items()}
+        }
     return Blueprint(
         schema_version=1,
         model_id=model_id,
@@ -139,7 +148,15 @@ def general_domain(domains: dict[str, DomainState], named: str | None) -> str:
     return named or ("general" if "general" in domains else min(domains))
 
 
-def _batch_norms(domain: DomainState) -> Floats:
+def precise_enough(norms: Floats, settings: DocumentSettings) -> bool:
+    """Whether the intervals of `gradient_norm` are as narrow as `settings.until` asks, norms (batches, layers)."""
+    if settings.until is None or len(norms) < settings.until.batches:
+        return False
+    centre = np.median if settings.statistic is Statistic.MEDIAN else np.mean
+    return settings.until.reached(centre(norms, axis=0), bootstrap(norms, settings.statistic, settings.seed))
+
+
+def batch_norms(domain: DomainState) -> Floats:
     rows = [domain.records[key].norms for key in ordered(domain.records)]
     if any(row is None for row in rows):
         raise ConfigurationError(
@@ -166,6 +183,7 @@ def signal_and_spread(domain: DomainState, groups: Sequence[Group]) -> tuple[Flo
     total = np.array([sum(_sum_of_squares(domain, name) for name in group.parameters) for group in groups])
     each = np.sum([domain.records[key].example_squares.sum(1) for key in ordered(domain.records)], axis=0)
     squared = (total - each) / (n * (n - 1))
+    squared[np.abs(squared) < _CANCELLED * each / n] = 0
     return np.sqrt(np.maximum(squared, 0)), np.maximum(each / n - squared, 0)
 
 
@@ -257,7 +275,7 @@ def _domain_tags(signals: dict[str, Floats | None], general: str, layer: int) ->
     reference = signals[general]
     if reference is None or reference[layer] <= 0:
         return None
-    return {name: _digits(values[layer] / reference[layer]) for name, values in signals.items() if values is not None}
+    return {name: _summed(values[layer] / reference[layer]) for name, values in signals.items() if values is not None}
 
 
 def _tail_fit(tail: Tail) -> TailFit:
@@ -282,5 +300,10 @@ def _pair(interval: Floats) -> tuple[float, float]:
 
 
 def _digits(value: float | np.floating[Any]) -> float:
-    """Six significant digits: what the order of summation and the number of shards leave alone."""
+    """Six significant digits: what the order of float64 sums and the number of shards leave alone."""
     return float(f"{float(value):.{SIGNIFICANT_DIGITS}g}")
+
+
+def _summed(value: float | np.floating[Any]) -> float:
+    """Four significant digits, for float32 sums."""
+    return float(f"{float(value):.{SUMMED_DIGITS}g}")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import sys
 import time
-from importlib import metadata
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,13 +14,37 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, CostModel, Provenance, Statistic
-from gradient_blueprints.training.profiling.document import DEFAULT_COSTS, DocumentSettings, build_blueprint
+from gradient_blueprints.training.profiling import provenance as provenances
+from gradient_blueprints.training.profiling.coarser import coarser
+from gradient_blueprints.training.profiling.digests import batch_digest, weights_digest
+from gradient_blueprints.training.profiling.document import (
+    DEFAULT_COSTS,
+    DocumentSettings,
+    batch_norms,
+    build_blueprint,
+    general_domain,
+    precise_enough,
+)
 from gradient_blueprints.training.profiling.layers import Granularity, Group, group_parameters
-from gradient_blueprints.training.profiling.losses import Batch, LossFunction, with_labels
+from gradient_blueprints.training.profiling.losses import (
+    Batch,
+    LossFunction,
+    examples_in,
+    slice_examples,
+    with_labels,
+)
 from gradient_blueprints.training.profiling.passes import GradientPass, Measurement
+from gradient_blueprints.training.profiling.precision import Until
+from gradient_blueprints.training.profiling.privacy import (
+    Privacy,
+    noised_means,
+    private_blueprint,
+    refuse_private_facts,
+)
 from gradient_blueprints.training.profiling.random_state import RandomState, seeded
 from gradient_blueprints.training.profiling.state import (
     BatchRecord,
@@ -55,6 +76,10 @@ class GradientProfiler:
     `micro_batch`: examples per forward pass; the batch statistics are of the whole batch all the same.
     Halved whenever the device runs out of memory.
     `verify`: hold the first example's norms against plain autograd, every parameter by name.
+    `until`: how narrow the intervals must be for `run` to stop by itself; a number is `Until(width)`.
+    `privacy`: publish noised norms of examples and nothing else (docs/privacy.md); implies `examples`.
+    `digests`: name weights and batches by their SHA-256 in the provenance.
+    `progress`: show a bar in `run`; None: where stderr is a terminal.
 
     Inside the context parameters require no gradient. Afterwards flags, mode and random state are
     as before, also after an exception.
@@ -75,13 +100,29 @@ class GradientProfiler:
         micro_batch: int | None = None,
         sums: Place = "host",
         verify: bool = True,
+        until: Until | float | None = None,
+        privacy: Privacy | None = None,
+        digests: bool = True,
+        progress: bool | None = None,
     ) -> None:
         self.model = model
         self.layers: list[Group] = group_parameters(model, groups)
         if not self.layers:
             raise ConfigurationError("The model has no parameters to profile.")
-        self.statistics = statistics
-        self._settings = DocumentSettings(Statistic(statistic), costs, general, seed)
+        self.statistics: Statistics = statistics if privacy is None else "examples"
+        until = Until(until) if isinstance(until, int | float) else until
+        if until is not None and self.statistics == "examples":
+            raise ConfigurationError(
+                "until looks at the norms of batches, which are not measured with privacy or statistics='examples'."
+            )
+        if privacy is not None and Statistic(statistic) is not Statistic.MEAN:
+            raise ConfigurationError("A private gradient_norm is a mean; leave statistic as it is.")
+        self._settings = DocumentSettings(Statistic(statistic), costs, general, seed, until)
+        self._privacy, self._digests, self._progress = privacy, digests, progress
+        self._released: dict[str, NDArray[np.float64]] | None = None
+        self._weights_digest: str | None = None
+        self._precise: dict[str, bool] = {}
+        self._looked: dict[str, int] = {}
         self._pad_token_id = getattr(tokenizer, "pad_token_id", None)
         if self._pad_token_id == getattr(tokenizer, "eos_token_id", None):
             self._pad_token_id = None  # the end of a text is a target; padding shows in the attention mask
@@ -92,14 +133,14 @@ class GradientProfiler:
         self._generators: RandomState | None = None
         self._one_by_one: str | None = None
         self._seconds = 0.0
-        self._batch_sizes: set[int] = set()
-        self._lengths: set[int] = set()
 
     # --- the context
 
     def __enter__(self) -> Self:
         if self._gradients is not None:
             raise ConfigurationError("This profiler is already entered.")
+        if self._privacy is not None and self.model.training:
+            raise ConfigurationError("A private profile needs model.eval(): no example may depend on another.")
         self._generators = RandomState()
         self._gradients = GradientPass(self.model, loss=self._loss, verify=self._verify, micro_batch=self._micro_batch)
         return self
@@ -113,8 +154,24 @@ class GradientProfiler:
         self._micro_batch = self._gradients.micro_batch
         self._one_by_one, self._gradients = self._gradients.one_by_one, None
         self._generators.restore()
+        if error is None:
+            self._note_weights()
 
     # --- measuring
+
+    def run(self, batches: Iterable[Batch], domain: str = "general") -> int:
+        """Measure batches, with a progress bar, until there are no more or `until` is reached; returns how many."""
+        measured = 0
+        total = len(batches) if isinstance(batches, Sized) else None
+        hidden = None if self._progress is None else not self._progress
+        with tqdm(total=total, desc=domain, unit="batch", disable=hidden) as bar:
+            for batch in batches:
+                if self.precise_enough(domain):
+                    break
+                bar.set_postfix(loss=f"{self.step(batch, domain):.3f}", refresh=False)
+                bar.update()
+                measured += 1
+        return measured
 
     def step(self, batch: Batch, domain: str = "general", key: Key | None = None) -> float:
         """Measure one batch; returns its mean loss per target token.
@@ -127,15 +184,20 @@ class GradientProfiler:
         key = self._key(state, domain, key)
         began = time.perf_counter()
         device = next(self.model.parameters()).device
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        labelled = with_labels(moved, self._pad_token_id)
+        if device.type != "meta":  # offloaded by accelerate, which moves a batch itself
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        labelled = with_labels(batch, self._pad_token_id)
         with seeded(self._settings.seed, domain, key):
-            totals, size = self._totals(state, domain), gradients.micro_batch
-            found = gradients.measure(labelled, norms=self.statistics != "examples", totals=totals)
-        if gradients.micro_batch is not None and gradients.micro_batch != size:
-            state.halved[key] = gradients.micro_batch
-        self._note_shape(labelled)
-        mean = self._record(state, key, found, totals)
+            if self._privacy is not None:
+                state.records[key] = self._measured_apart(gradients, labelled)
+                mean = state.records[key].loss
+            else:
+                totals, size = self._totals(state, domain), gradients.micro_batch
+                found = gradients.measure(labelled, norms=self.statistics != "examples", totals=totals)
+                if gradients.micro_batch is not None and gradients.micro_batch != size:
+                    state.halved[key] = gradients.micro_batch
+                mean = self._record(state, key, found, totals, labelled)
+        self._look(domain)
         self._seconds += time.perf_counter() - began
         return mean
 
@@ -146,18 +208,24 @@ class GradientProfiler:
         must run one by one (see `step`) raise UncoveredParameter.
         """
         gradients = self._entered()
+        if self._privacy is not None:
+            raise ConfigurationError("A private profile measures examples one by one; use step(batch).")
         state = self._state.domains.setdefault(domain, DomainState())
         key = self._key(state, domain, key)
         began = time.perf_counter()
         totals = self._totals(state, domain)
+        batch = gradients.awaited
         found = gradients.measure_backward(loss, norms=self.statistics != "examples", totals=totals)
-        mean = self._record(state, key, found, totals)
+        mean = self._record(state, key, found, totals, batch)
+        self._look(domain)
         self._seconds += time.perf_counter() - began
         return mean
 
     def _entered(self) -> GradientPass:
         if self._gradients is None:
             raise ConfigurationError("Use the profiler as a context: with GradientProfiler(model) as profiler: ...")
+        if self._released is not None:
+            raise ConfigurationError("The private blueprint is released; a new profile costs a new budget.")
         return self._gradients
 
     @staticmethod
@@ -168,19 +236,15 @@ class GradientProfiler:
             raise ConfigurationError(f"Batch {key!r} of domain {domain!r} was measured before.")
         return key
 
-    def _note_shape(self, batch: Batch) -> None:
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            self._batch_sizes.add(ids.shape[0])
-            self._lengths.add(ids.shape[1])
-
     def _totals(self, state: DomainState, domain: str) -> BatchTotals | None:
         if self.statistics != "all":
             return None
         squares = domain in (self._settings.general, "general") or not self._has_general()
         return BatchTotals(self.layers, self._layer_of, state, self._sums, squares=squares)
 
-    def _record(self, state: DomainState, key: Key, found: Measurement, totals: BatchTotals | None) -> float:
+    def _record(
+        self, state: DomainState, key: Key, found: Measurement, totals: BatchTotals | None, batch: Batch
+    ) -> float:
         losses = found.losses.double().cpu().numpy()
         tokens = found.tokens.cpu().numpy()
         counted = tokens > 0  # an example without targets has no loss and no gradient
@@ -191,7 +255,9 @@ class GradientProfiler:
         if fault or not counted.any():
             state.skipped[key] = fault or "no target token"
             return float("nan")
-        record = BatchRecord(losses[counted], tokens[counted], squares[:, counted], None, None)
+        record = BatchRecord(losses[counted], tokens[counted], squares[:, counted], None, None, _length(batch))
+        if self._digests:
+            record.digest = batch_digest(batch)
         if self.statistics != "examples":
             norms = np.zeros(len(self.layers))
             for name, value in found.weighted_squares.items():
@@ -200,7 +266,35 @@ class GradientProfiler:
         if totals is not None:
             record.counts = totals.commit()
         state.records[key] = record
-        return float((record.losses * record.tokens).sum() / record.tokens.sum())
+        return record.loss
+
+    def _measured_apart(self, gradients: GradientPass, batch: Batch) -> BatchRecord:
+        """Every example alone, so that no rounding, and no fault, of one reaches another; all of them count."""
+        examples = examples_in(batch)
+        losses, tokens = np.zeros(examples), np.zeros(examples, np.int64)
+        squares = np.zeros((len(self.layers), examples))
+        for index in range(examples):
+            found = gradients.measure(slice_examples(batch, index, index + 1), norms=False)
+            losses[index], tokens[index] = np.nan_to_num(float(found.losses[0])), int(found.tokens[0])
+            for name, values in found.squares.items():
+                squares[self._layer_of[name], index] += float(values[0])
+        return BatchRecord(losses, tokens, squares, None, None, _length(batch))
+
+    def _look(self, domain: str) -> None:
+        """After some of the batches, whether the domain is measured precisely enough."""
+        until, state = self._settings.until, self._state.domains[domain]
+        batches = len(state.records)
+        if until is not None and self._looked.get(domain) != batches and until.looks_at(batches):
+            self._looked[domain] = batches
+            self._precise[domain] = precise_enough(batch_norms(state), self._settings)
+
+    def precise_enough(self, domain: str = "general") -> bool:
+        """Whether `until` was reached, when it was last looked; a loop of one's own breaks on it."""
+        return self._precise.get(domain, False)
+
+    def _note_weights(self) -> None:
+        if self._digests and self._weights_digest is None:
+            self._weights_digest = weights_digest(self.model)
 
     def _fault(self, losses: NDArray[np.float64], squares: NDArray[np.float64], found: Measurement) -> str | None:
         if not np.isfinite(losses).all():
@@ -243,12 +337,19 @@ class GradientProfiler:
         """J(z) = ||grad L(z)|| of every example over the whole model (section 4.3), (examples,)."""
         return np.asarray(np.sqrt((self.table(domain) ** 2).sum(0)))
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether there is anything for `save_factors`."""
+        return self._privacy is None and any(state.factors for state in self._state.domains.values())
+
     def factors(self) -> dict[str, Tensor]:
         """Row and column means of the second moment of the batch gradient, float32.
 
         `{domain}/{parameter}/row` and `.../column`; a vector has its second moment as row and no
         column. The second moment of entry (i, j) is about row_i * column_j / mean(row).
         """
+        if self._privacy is not None:
+            raise ConfigurationError("A private profile publishes no factors: they are as fine as the gradient itself.")
         found: dict[str, Tensor] = {}
         for domain, state in self._state.domains.items():
             weight = sum(len(record.losses) ** 2 for record in state.records.values())
@@ -269,51 +370,69 @@ class GradientProfiler:
         save_file(self.factors(), str(path), metadata={"gradient_blueprints": json.dumps(counts, sort_keys=True)})
         return Path(path)
 
-    def blueprint(self, model_id: str, training_checkpoint: float, provenance: Provenance | None = None) -> Blueprint:
-        """The document. What `provenance` leaves open is filled from what was run."""
-        measured = self._provenance()
+    def blueprint(
+        self,
+        model_id: str,
+        training_checkpoint: float,
+        provenance: Provenance | None = None,
+        *,
+        groups: Granularity | None = None,
+        resources: bool = False,
+    ) -> Blueprint:
+        """The document. What `provenance` leaves open is filled from what was run.
+
+        `groups`: coarser layers than were profiled, by arithmetic and not by another run.
+        `resources`: also seconds and peak memory, with which no two documents are the same
+        (docs/decisions/0007). A private document is drawn once: asked for again it has the same noise.
+        """
+        self._note_weights()
+        if self._privacy is not None:
+            return self._private(model_id, training_checkpoint, provenance, groups, self._privacy)
+        found = provenances.measured(self.model, self._state, self._settings.seed, self._weights_digest)
+        if resources:
+            found = found.model_copy(update={"resources": provenances.resources_used(self._seconds)})
         given = {} if provenance is None else provenance.model_dump(exclude_none=True)
-        merged = Provenance.model_validate(measured.model_dump(exclude_none=True) | given)
+        layers = self.layers if groups is None else group_parameters(self.model, groups)
         return build_blueprint(
-            self._state,
-            self.layers,
+            self._state if groups is None else coarser(self._state, self.layers, layers),
+            layers,
             model_id=model_id,
             training_checkpoint=training_checkpoint,
-            provenance=merged,
+            provenance=Provenance.model_validate(found.model_dump(exclude_none=True) | given),
             settings=self._settings,
         )
 
-    def _provenance(self) -> Provenance:
-        domains = {name: state for name, state in self._state.domains.items() if state.records}
-        parameter = next(self.model.parameters())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        resources: dict[str, Any] = {"seconds": round(self._seconds, 3), "peak_memory_bytes": peak}
-        if torch.cuda.is_available():
-            resources["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-        return Provenance(
-            profiler=f"gradient-blueprints {metadata.version('gradient-blueprints')}",
-            batches=sum(len(state.records) for state in domains.values()),
-            batch_size=max(self._batch_sizes, default=None),
-            examples=sum(state.examples for state in domains.values()),
-            tokens=sum(state.tokens for state in domains.values()),
-            sequence_length=max(self._lengths, default=None),
-            loss={name: float(f"{state.loss:.6g}") for name, state in domains.items()},
-            seed=self._settings.seed,
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            device=_device_name(parameter.device),
-            versions={"python": platform.python_version(), "torch": torch.__version__, **_version("transformers")},
-            resources=resources,
+    def _private(
+        self,
+        model_id: str,
+        training_checkpoint: float,
+        provenance: Provenance | None,
+        groups: Granularity | None,
+        privacy: Privacy,
+    ) -> Blueprint:
+        refuse_private_facts(provenance)
+        if groups is not None:
+            raise ConfigurationError("A private profile has the layers that were noised; choose groups before it runs.")
+        domains = {name: domain for name, domain in self._state.domains.items() if domain.records}
+        if not domains:
+            raise ConfigurationError("There is nothing to publish: no batch was profiled.")
+        if self._released is None:
+            self._released = noised_means({name: self.table(name).T for name in domains}, privacy)
+        given = {} if provenance is None else provenance.model_dump(exclude_none=True)
+        environment = provenances.environment(self.model, self._settings.seed, self._weights_digest)
+        return private_blueprint(
+            self._released,
+            {name: domain.examples for name, domain in domains.items()},
+            self.layers,
+            privacy,
+            general=general_domain(domains, self._settings.general),
+            model_id=model_id,
+            training_checkpoint=training_checkpoint,
+            provenance=Provenance.model_validate(environment.model_dump(exclude_none=True) | given),
+            costs=self._settings.costs,
         )
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _version(package: str) -> dict[str, str]:
-    try:
-        return {package: metadata.version(package)}
-    except metadata.PackageNotFoundError:
-        return {}
+def _length(batch: Batch) -> int | None:
+    ids = batch.get("input_ids")
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
