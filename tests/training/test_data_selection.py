@@ -20,7 +20,7 @@ from gradient_blueprints.training.data_selection import (
     keep_top,
     select_data,
 )
-from gradient_blueprints.training.ridge import STRENGTHS, Ridge
+from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
 from tests.training.profiling.small_models import VOCABULARY, Batch, bert, llama
 
 LENGTHS = (4, 12, 7, 3, 9, 12)
@@ -200,12 +200,13 @@ def test_without_the_loss_only_the_first_blocks_run(model: nn.Module, sample: li
     assert np.isfinite(predicted).all()
 
 
-def test_calibration_is_near_zero_where_nothing_can_be_predicted() -> None:
+def test_noise_is_predicted_by_nothing_and_shrunk_to_the_mean() -> None:
     rng = np.random.default_rng(0)
-    x, noise = rng.standard_normal((200, 30)), rng.standard_normal(200)
-    ridge = Ridge.fit(x[:150], noise[:150], np.ones(30))
-    assert np.var(ridge.predict(x[150:])) < 0.2 * np.var(noise)  # shrunk towards the mean
-    assert ridge.strength > 0.01 * np.linalg.norm(x[:150], 2) ** 2
+    x, noise = rng.standard_normal((150, 300)), rng.standard_normal(150)
+    predicted = out_of_fold(x, noise, np.ones(300), rng.integers(0, 5, 150))
+    assert abs(np.corrcoef(predicted, noise)[0, 1]) < 0.25
+    signal = out_of_fold(x, x[:, 0] + 0.1 * noise, np.append(1, np.full(299, 0.05)), rng.integers(0, 5, 150))
+    assert np.corrcoef(signal, x[:, 0])[0, 1] > 0.9
 
 
 def test_an_outlier_bends_neither_the_fit_nor_the_ranking(model: nn.Module, sample: list[Batch]) -> None:
@@ -245,6 +246,7 @@ def test_ridge_takes_the_strength_with_the_least_error_left_one_out() -> None:
         errors[float(strength)] = float(np.mean(np.square(residuals)))
     best = min(errors, key=lambda strength: errors[strength])
     assert found.strength == pytest.approx(best)
+    assert found.left_out_error == pytest.approx(errors[best])
     w = np.linalg.solve(z.T @ z + best * np.eye(6), z.T @ (y - y.mean()))
     assert found.predict(x) == pytest.approx(y.mean() + z @ w)
 

@@ -36,7 +36,7 @@ from gradient_blueprints.training.profiling.losses import (
     token_losses,
     with_labels,
 )
-from gradient_blueprints.training.ridge import Ridge
+from gradient_blueprints.training.ridge import Ridge, out_of_fold
 from gradient_blueprints.training.staleness import spearman
 
 Scores = npt.NDArray[np.float64]
@@ -189,10 +189,7 @@ def fit_influence(
     clipped = np.clip(targets, *np.quantile(targets, [winsorise, 1 - winsorise]))
     rng = np.random.default_rng(seed)
     folds = rng.permutation(np.arange(len(known)) % _FOLDS)
-    predicted = np.empty(len(known))
-    for fold in range(_FOLDS):
-        inside = folds != fold
-        predicted[~inside] = Ridge.fit(x[inside], clipped[inside], importance).predict(x[~inside])
+    predicted = out_of_fold(x, clipped, importance, folds)
     resampled = [
         correlation
         for draw in rng.integers(0, len(known), (_RESAMPLES, len(known)))

@@ -25,6 +25,8 @@ class Ridge:
     weights: Array  # (features,)
     intercept: float
     strength: float
+    left_out_error: float
+    """Mean squared error of every target predicted by a fit to the others, at that strength."""
 
     @classmethod
     def fit(cls, features: Array, targets: Array, importance: Array) -> Ridge:
@@ -51,13 +53,22 @@ class Ridge:
                 best = error, float(strength)
         assert best is not None
         weights = vt.T @ (s / (s**2 + best[1]) * along)
-        return cls(mean, scale, importance, weights, intercept, best[1])
+        return cls(mean, scale, importance, weights, intercept, best[1], best[0])
 
     def predict(self, features: Array) -> Array:
         """(n,); NaN where a feature is."""
         return np.asarray(
             self.intercept + _standardised(features, self.mean, self.scale, self.importance) @ self.weights
         )
+
+
+def out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
+    """Every target predicted by a fit to the examples of the other folds, (n,)."""
+    predicted = np.empty(len(targets))
+    for fold in np.unique(folds):
+        inside = folds != fold
+        predicted[~inside] = Ridge.fit(features[inside], targets[inside], importance).predict(features[~inside])
+    return predicted
 
 
 def _standardised(features: Array, mean: Array, scale: Array, importance: Array) -> Array:
