@@ -19,6 +19,7 @@ from app.api import (
     files,
     health,
     jobs,
+    layer_selection,
     metrics,
     problems,
     shard_states,
@@ -45,6 +46,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     shard_states.router,
     aggregation.router,
     staleness.router,
+    layer_selection.router,
     administration.router,
     catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
 )

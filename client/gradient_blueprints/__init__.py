@@ -96,6 +96,7 @@ if TYPE_CHECKING:
         VersionSummary,
         WhoAmI,
     )
+    from gradient_blueprints.selection_models import LayerSelection
     from gradient_blueprints.statistics_models import (
         Advice,
         Consensus,
@@ -192,6 +193,7 @@ _HOMES = {
         "TailFit",
         "VersionSummary",
     ),
+    "selection_models": ("LayerSelection",),
     "statistics_models": (
         "Advice",
         "Consensus",
@@ -258,6 +260,7 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerKind",
+    "LayerSelection",
     "LeaseLost",
     "Level",
     "LocalSample",

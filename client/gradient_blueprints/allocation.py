@@ -15,7 +15,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.knapsack import MOST_WORK, knapsack
 from gradient_blueprints.models import Layer
 from gradient_blueprints.selection_models import BudgetMeasure, Criterion, SelectionUnit
-from gradient_blueprints.statistics_models import Staleness, Verdict
+from gradient_blueprints.statistics_models import Verdict
 
 BYTES_PER_COORDINATE = 16
 """Training memory of one selected coordinate: two float32 moments, its float32 gradient, an int32 index."""
@@ -173,11 +173,11 @@ def _known(published: Sequence[Layer], value: LayerValue) -> list[float]:
 # --- how far to believe the published side
 
 
-def validity_of(staleness: Staleness | None) -> float:
+def validity_of(verdict: Verdict | None) -> float:
     """What a staleness check leaves of the published side: all when fresh, half when nobody can tell, else nothing."""
-    if staleness is None or staleness.verdict is Verdict.FRESH:
+    if verdict is None or verdict is Verdict.FRESH:
         return 1.0
-    return 0.0 if staleness.verdict is Verdict.STALE else INDETERMINATE_VALIDITY
+    return 0.0 if verdict is Verdict.STALE else INDETERMINATE_VALIDITY
 
 
 def default_trust(

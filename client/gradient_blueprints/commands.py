@@ -39,6 +39,7 @@ from gradient_blueprints.models import (
     VersionSummary,
     format_checkpoint,
 )
+from gradient_blueprints.selection_models import BudgetMeasure, Criterion
 from gradient_blueprints.statistics_models import (
     DEFAULT_THRESHOLD,
     AggregateResult,
@@ -541,6 +542,65 @@ def stale(
             _say(f"not kept: {checked.not_kept}")
     if checked.level is None:
         raise typer.Exit(1)
+
+
+@app.command("select")
+def select_layers(
+    context: typer.Context,
+    model: ModelArgument,
+    checkpoint: CheckpointArgument,
+    budget: Annotated[str, typer.Argument(help="10%, a number of parameters such as 3e6, or bytes such as 2GB")],
+    local: Annotated[
+        Path | None, typer.Argument(exists=True, help="local blueprint, or JSON of layer ids and their norms")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="whole layers instead of a fraction of each")] = False,
+    criterion: Annotated[Criterion, typer.Option(help="what a layer is worth")] = Criterion.NORM,
+    trust: Annotated[float | None, typer.Option(min=0, max=1, help="weight of the published side")] = None,
+    version: Annotated[int | None, typer.Option(min=1)] = None,
+    lab: LabOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose which layers, or which fraction of each, to train within a budget (Algorithm 1)."""
+    amount, measure = _budget(budget)
+    with _registry(context) as client:
+        chosen = client.select_layers(
+            model,
+            checkpoint,
+            amount,
+            None if local is None else _local_values(local),
+            measure=measure,
+            unit="layer" if whole else "coordinate",
+            criterion=criterion,
+            trust=trust,
+            version=version,
+            lab=lab,
+        )
+    if as_json:
+        _print_json(chosen)
+        return
+    share = chosen.selected / max(1, chosen.parameters)
+    _say(f"{chosen.selected:,} of {chosen.parameters:,} parameters ({share:.1%}), trust {chosen.trust:.2f}")
+    _say(
+        f"training memory {chosen.training_bytes / 1e6:,.1f} MB, a full AdamW update {chosen.full_bytes / 1e6:,.1f} MB"
+    )
+    if not chosen.exact:
+        _say("the search for the best whole layers was cut short: a better choice may exist")
+    largest = sorted((layer for layer in chosen.layers if layer.selected), key=lambda layer: -layer.selected)
+    rows = [(layer.id, layer.parameters, f"{layer.fraction:.1%}", _number(layer.share)) for layer in largest]
+    _print_table(("layer", "parameters", "trained", "share"), rows[:SHOWN_LAYERS], of=len(rows))
+
+
+def _budget(text: str) -> tuple[float, BudgetMeasure]:
+    """`10%`, `2GB`, `300MB`, `3e6`."""
+    units = {"%": (0.01, BudgetMeasure.FRACTION)} | {
+        unit: (scale, BudgetMeasure.BYTES) for unit, scale in (("KB", 1e3), ("MB", 1e6), ("GB", 1e9), ("B", 1.0))
+    }
+    ending = next((unit for unit in units if text.upper().endswith(unit)), "")
+    scale, measure = units.get(ending, (1.0, BudgetMeasure.PARAMETERS))
+    try:
+        return float(text[: len(text) - len(ending)]) * scale, measure
+    except ValueError:
+        raise ConfigurationError(f"{text!r} is no budget: give 10%, 3e6 (parameters) or 2GB.") from None
 
 
 def _local_values(path: Path) -> Any:

@@ -48,7 +48,8 @@ def knapsack(values: Sequence[float], sizes: Sequence[int], capacity: int, most_
     most_states = max(100, most_work // max(1, len(usable)))
     exact = True
     used, gained = np.zeros(1, np.int64), np.zeros(1)
-    best = _greedy_value(value, size, capacity)
+    by_density = _greedy(size, capacity)
+    best = greedy = float(value[by_density].sum())
     history: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []  # per item: parent state, taken
     for item in range(len(usable)):
         fits = np.flatnonzero(used + size[item] <= capacity)
@@ -65,10 +66,16 @@ def knapsack(values: Sequence[float], sizes: Sequence[int], capacity: int, most_
         if len(order) > most_states:
             exact = False
             promising = np.argpartition(-reach[reach >= best - slack], most_states)[:most_states]
-            order = order[np.sort(promising)]
+            largest = int(new_gained[order].argmax())
+            order = order[np.union1d(promising, [largest])]
+            best = float(new_gained[order].max())  # what no kept state reaches must not prune them
         used, gained = new_used[order], new_gained[order]
         history.append((parents[order].astype(np.int32), taken[order]))
     chosen = [False] * len(values)
+    if gained.max() < greedy - slack:
+        for item in by_density:
+            chosen[usable[item]] = True
+        return Packing(chosen, exact)
     state = int(gained.argmax())
     for item in reversed(range(len(usable))):
         parents_of, taken_of = history[item]
@@ -77,9 +84,11 @@ def knapsack(values: Sequence[float], sizes: Sequence[int], capacity: int, most_
     return Packing(chosen, exact)
 
 
-def _greedy_value(value: npt.NDArray[np.float64], size: npt.NDArray[np.int64], capacity: int) -> float:
-    total, room = 0.0, capacity
-    for gain, needed in zip(value.tolist(), size.tolist(), strict=True):
+def _greedy(size: npt.NDArray[np.int64], capacity: int) -> list[int]:
+    """The items in their order, each that still fits."""
+    taken, room = [], capacity
+    for item, needed in enumerate(size.tolist()):
         if needed <= room:
-            total, room = total + gain, room - needed
-    return total
+            taken.append(item)
+            room -= needed
+    return taken

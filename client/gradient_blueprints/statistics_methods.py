@@ -200,7 +200,7 @@ class StatisticsMethods(Connected):
             given = local
         request = built(
             StalenessRequest,
-            local=None if given is None else _sample(given, statistic),
+            local=None if given is None else local_sample(given, statistic),
             digest=digest,
             version=version,
             lab=lab,
@@ -277,9 +277,10 @@ def _names(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _sample(
+def local_sample(
     local: LocalSample | LocalValues | Blueprint, statistic: Literal["signal", "gradient_norm", "example_norm"]
 ) -> LocalSample:
+    """A local sample from what callers have: a number or batches a layer, or a blueprint."""
     if isinstance(local, LocalSample):
         return local
     if isinstance(local, Blueprint):

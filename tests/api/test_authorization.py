@@ -34,6 +34,7 @@ READ = {
     "HEAD /v1/blobs/{digest}",
     "POST /v1/aggregate",
     "POST /v1/models/{model_id}/checkpoints/{checkpoint}/staleness",
+    "POST /v1/models/{model_id}/checkpoints/{checkpoint}/selection",
     "GET /v1/models/{model_id}/checkpoints/{checkpoint}/evidence",
     "GET /v1/models/{model_id}/evidence",
 }

@@ -102,11 +102,12 @@ def select(
         raise ConfigurationError(f"there is no score {score!r}: {', '.join(get_args(ScoreName))}, or a function")
     if trust is not None and not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
+    verdict = None if staleness is None else staleness.verdict
     known = _Known(
         of_domain(factors, domain),
         statistics or LocalStatistics(mean=dict(gradients or {}), sequences=None if gradients else 0),
         trust,
-        validity_of(staleness) if trust is None else trust,
+        validity_of(verdict) if trust is None else trust,
     )
     if staleness is not None and groups is None:
         groups = staleness.groups
@@ -124,7 +125,7 @@ def select(
         value=value,
         local_value=local_value,
         trust=trust,
-        validity=1.0 if groups is not None else validity_of(staleness),
+        validity=1.0 if groups is not None else validity_of(verdict),
         groups=groups,
         copies=copies,
     )

@@ -1,0 +1,149 @@
+"""A selection inside a real Trainer and inside Lightning."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.selection import Selection, select
+from gradient_blueprints.training.trainer import trainer_arguments
+from tests.training.profiling.small_models import batch, build
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self) -> None:
+        self.values = batch(16, padded=False)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[index] for name, value in self.values.items()}
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    model: PreTrainedModel = build("llama")
+    return model
+
+
+@pytest.fixture(scope="module")
+def selection(base: PreTrainedModel) -> Selection:
+    layers = [
+        {"id": name, "gradient_norm": 1.0, "parameters": parameter.numel()}
+        for name, parameter in base.named_parameters()
+    ]
+    blueprint = Blueprint.from_dict({"model_id": "tiny", "training_checkpoint": 1.0, "layers": layers})
+    return select(blueprint, budget=0.3)
+
+
+def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: bool = False, **options: Any) -> Trainer:
+    model = copy.deepcopy(base)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_grad_norm=0.05,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Rows(), **trainer_arguments(model, selection, arguments)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    straight = train(base, selection, tmp_path)
+    norms = [entry["grad_norm"] for entry in straight.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 4
+    assert all(norm > 0.05 for norm in norms), "the norm before clipping, not the zero that the Trainer sees"
+    optimizer = straight.optimizer.optimizer
+    assert isinstance(optimizer, SelectedAdamW)
+    assert optimizer.max_norm == 0.05
+    assert {state["step"] for state in optimizer.state.values()} == {4}
+    for name, before in base.named_parameters():
+        after = dict(straight.model.named_parameters())[name]
+        indices = selection.indices(name, tuple(before.shape))
+        assert indices is not None
+        changed = (before != after).flatten().nonzero().flatten()
+        assert set(changed.tolist()) <= set(indices.tolist())
+        assert len(changed) > 0 or len(indices) == 0 or before.dim() == 1
+    folder = tmp_path / "checkpoint-4"
+    assert folder.is_dir()
+    for file in sorted(folder.iterdir()):
+        file.unlink()
+    folder.rmdir()
+    resumed = train(base, selection, tmp_path, resume=True)
+    for expected, found in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
+        super().__init__()
+        self.model, self.selection = model, selection
+
+    def training_step(self, rows: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**rows).loss
+        return loss
+
+    def configure_optimizers(self) -> SelectedAdamW:
+        return SelectedAdamW(apply_selection(self.model, self.selection), lr=1e-2, max_norm=0.05)
+
+
+def fit(
+    base: PreTrainedModel, selection: Selection, folder: Path, epochs: int, checkpoint: Path | None = None
+) -> Module:
+    module = Module(copy.deepcopy(base).train(), selection)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(Rows(), batch_size=2), ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_lightning_trains_and_resumes_a_selection(base: PreTrainedModel, selection: Selection, tmp_path: Path) -> None:
+    straight = fit(base, selection, tmp_path, 2)
+    model = copy.deepcopy(base).train()
+    optimizer = SelectedAdamW(apply_selection(model, selection), lr=1e-2, max_norm=0.05)
+    for number, rows in enumerate([*DataLoader(Rows(), batch_size=2)] * 2):
+        (model(**rows).loss / 2).backward()
+        if number % 2:
+            optimizer.step()
+    for expected, found in zip(model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    fit(base, selection, tmp_path, 1)
+    resumed = fit(base, selection, tmp_path, 2, tmp_path / "1.ckpt")
+    for expected, found in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
