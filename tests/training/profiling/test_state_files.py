@@ -1,0 +1,140 @@
+"""States as files: nothing is lost on the way, and parts merge in any grouping and order into the whole."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling import GradientProfiler, merge
+from gradient_blueprints.training.profiling.state import DomainState, Factors, ProfileState
+from gradient_blueprints.training.profiling.state_files import load_notes, load_state, save_state
+from tests.training.profiling.small_models import batch, build
+
+WORK = [(domain, index) for domain in ("general", "bio") for index in range(3)]
+
+
+def run(work: list[tuple[str, int]], **options: Any) -> GradientProfiler:
+    torch.manual_seed(0)
+    with GradientProfiler(build("llama"), general="general", **options) as profiler:
+        for domain, index in work:
+            profiler.step(batch(seed=index + 100 * (domain == "bio")), domain=domain, key=index)
+    return profiler
+
+
+@pytest.fixture(scope="module")
+def whole() -> GradientProfiler:
+    return run(WORK)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One file for each batch."""
+    folder = tmp_path_factory.mktemp("parts")
+    return [save_state(run([one]).state(), folder / f"{number}") for number, one in enumerate(WORK)]
+
+
+@pytest.fixture(scope="module")
+def loaded(parts: list[Path]) -> list[ProfileState]:
+    return [load_state(part) for part in parts]
+
+
+def assert_same(one: ProfileState, two: ProfileState, *, sums: float = 0) -> None:
+    """Equal to the bit, except that sums over batches may differ by the relative tolerance `sums`."""
+
+    def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            assert tensor.dtype == right[name].dtype
+            scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+            torch.testing.assert_close(tensor, right[name], rtol=sums, atol=sums * scale)
+
+    def factors(domain: DomainState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rows = {name: held.row for name, held in domain.factors.items()}
+        return rows, {name: held.column for name, held in domain.factors.items() if held.column is not None}
+
+    assert (one.layers, one.domains.keys()) == (two.layers, two.domains.keys())
+    for name, domain in one.domains.items():
+        other = two.domains[name]
+        assert (domain.skipped, domain.halved) == (other.skipped, other.halved)
+        assert domain.records.keys() == other.records.keys()
+        for key, record in domain.records.items():
+            found = other.records[key]
+            assert (record.length, record.digest) == (found.length, found.digest)
+            for attribute in ("losses", "tokens", "example_squares", "norms"):
+                np.testing.assert_array_equal(getattr(record, attribute), getattr(found, attribute))
+            assert (record.counts is None) == (found.counts is None)
+            for (first, counts), (also, same) in zip(record.counts or (), found.counts or (), strict=True):
+                assert first == also
+                np.testing.assert_array_equal(counts, same)
+        same_tensors(domain.sums, other.sums)
+        same_tensors(domain.squares, other.squares)
+        for left, right in zip(factors(domain), factors(other), strict=True):
+            same_tensors(left, right)
+        for histogram, found_histogram in zip(domain.histograms, other.histograms, strict=True):
+            np.testing.assert_array_equal(histogram.counts, found_histogram.counts)
+            np.testing.assert_array_equal(histogram.top, found_histogram.top)
+            np.testing.assert_allclose(histogram.sums, found_histogram.sums, rtol=1e-12 if sums else 0)
+
+
+@pytest.mark.parametrize("statistics", ["all", "batches", "examples"])
+def test_a_state_read_back_is_the_one_that_was_written(statistics: str, tmp_path: Path) -> None:
+    state = run(WORK[1:5], statistics=statistics).state()
+    state.domains["general"].skipped |= {7: "non-finite loss", "named": "no target token"}
+    state.domains["bio"].halved[1] = 2
+    state.domains["empty"] = DomainState(skipped={0: "non-finite loss"})
+    path = save_state(state, tmp_path / "state.safetensors", {"seed": [1, None]})
+    assert_same(load_state(path), state)
+    assert load_notes(path) == {"seed": [1, None]}
+
+
+def test_a_state_without_a_batch_can_be_written(tmp_path: Path) -> None:
+    state = GradientProfiler(build("llama")).state()
+    assert_same(load_state(save_state(state, tmp_path / "state")), state)
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(len(WORK))), cuts=st.sets(st.integers(1, len(WORK) - 1)))
+def test_parts_in_any_order_and_grouping_merge_into_the_whole(
+    whole: GradientProfiler, loaded: list[ProfileState], order: list[int], cuts: set[int]
+) -> None:
+    shuffled = [loaded[number] for number in order]
+    bounds = [0, *sorted(cuts), len(shuffled)]
+    groups = [merge(shuffled[start:stop]) for start, stop in pairwise(bounds)]
+    assert_same(merge(groups), whole.state(), sums=1e-6)
+
+
+def test_merged_files_give_the_document_and_the_factors_of_one_run(
+    whole: GradientProfiler, loaded: list[ProfileState]
+) -> None:
+    gathered = GradientProfiler(build("llama"), general="general")
+    gathered.absorb(*reversed(loaded))
+    expected = whole.blueprint("tiny", 1.0).to_dict()
+    found = gathered.blueprint("tiny", 1.0).to_dict()
+    assert found["layers"] == expected["layers"]
+    assert found["extra"] == expected["extra"]
+    for name, tensor in gathered.factors().items():
+        torch.testing.assert_close(tensor, whole.factors()[name], rtol=1e-6, atol=0)
+
+
+def test_what_is_no_state_or_a_part_of_one_is_refused(tmp_path: Path, parts: list[Path]) -> None:
+    (tmp_path / "text").write_text("nothing")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    (tmp_path / "cut").write_bytes(parts[0].read_bytes()[:-8])
+    for name in ("absent", "text", "other", "cut"):
+        with pytest.raises(ConfigurationError, match="no profile state"):
+            load_state(tmp_path / name)
+
+
+def test_factors_of_vectors_have_no_columns(tmp_path: Path) -> None:
+    factors = {"a": Factors(torch.rand(3, dtype=torch.float64), None), "b": Factors(torch.rand(2, 3), torch.rand(2, 4))}
+    state = ProfileState(("x",), {"d": DomainState(factors=factors)})
+    assert_same(load_state(save_state(state, tmp_path / "state")), state)
