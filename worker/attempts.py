@@ -28,8 +28,10 @@ from gradient_blueprints.errors import (
     UnexpectedAnswer,
 )
 from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Progress
-from worker.child import FAILED, FINISHED, PROGRESS, Child, Specification
+from worker.child import Child, Fetched, Fetching, Specification
 from worker.settings import WorkerSettings
+from worker.sources import needs_fetching
+from worker.speaking import FAILED, FINISHED, PROGRESS
 
 logger = logging.getLogger(__name__)
 
@@ -142,18 +144,48 @@ class Attempt:
         self._lease = lease
         self._folder = folder
         self._stopping = stopping
+        self._limit = claim.job.options.time_limit
+        self._deadline = time.monotonic() + self._limit
 
     def run(self) -> None:
-        child = Child(self._specification())
+        """Bring what lies elsewhere, profile, publish; what ends the attempt before that has been told by then."""
+        job = NewJob.model_validate({name: getattr(self._claim.job, name) for name in NewJob.model_fields})
+        fetched: dict[str, Any] | None = {}
+        if needs_fetching(job):
+            fetched = self._result_of(self._fetching(job))
+        if fetched is not None:
+            document = self._result_of(self._specification(job, Fetched.model_validate(fetched)))
+            if document is not None:
+                self._publish(document)
+
+    def _result_of(self, specification: Specification | Fetching) -> dict[str, Any] | None:
+        child = Child(specification)
         try:
-            self._watch(child)
+            return self._watch(child)
         finally:
             child.stop()
 
-    def _specification(self) -> Specification:
-        job = self._claim.job
+    def _fetching(self, job: NewJob) -> Fetching:
+        settings = self._settings
+        return Fetching(
+            job=job,
+            lab=self._claim.job.lab,
+            folder=self._folder,
+            url=settings.url,
+            api_key=settings.api_key.get_secret_value(),
+            cache=settings.cache_folder,
+            cache_bytes=settings.cache_bytes,
+            allowed_buckets=settings.allowed_buckets,
+            allowed_hub=settings.allowed_hub,
+            hub_token=settings.hub_token and settings.hub_token.get_secret_value(),
+            max_model_bytes=settings.max_model_bytes,
+            max_text_bytes=settings.max_text_bytes,
+        )
+
+    def _specification(self, job: NewJob, fetched: Fetched) -> Specification:
         return Specification(
-            job=NewJob.model_validate({name: getattr(job, name) for name in NewJob.model_fields}),
+            job=job,
+            fetched=fetched,
             folder=self._folder,
             allowed_roots=self._settings.allowed_roots,
             device=self._settings.device,
@@ -161,10 +193,8 @@ class Attempt:
             max_text_bytes=self._settings.max_text_bytes,
         )
 
-    def _watch(self, child: Child) -> None:
-        """Until the first thing that ends the attempt; then say what it was."""
-        limit = self._claim.job.options.time_limit
-        deadline = time.monotonic() + limit
+    def _watch(self, child: Child) -> dict[str, Any] | None:
+        """What the process comes to; None when something else ended the attempt, which has been said by then."""
         memory = self._settings.max_memory_bytes
         while True:
             ended = child.ended()  # asked before listening: its last word is then heard
@@ -172,25 +202,31 @@ class Attempt:
             if kind == PROGRESS:
                 self._lease.progress = Progress.model_validate(content)
             elif kind == FINISHED:
-                return self._publish(content)
+                return dict(content)
             elif kind == FAILED:
-                return self._end("failed", str(content))
+                self._end("failed", str(content))
+                return None
             elif ended:
-                return self._end("crashed", child.cause_of_death())
+                self._end("crashed", child.cause_of_death())
+                return None
             if self._lease.lost.is_set():
                 return None
             if self._lease.cancelling.is_set():
                 child.stop()
-                return self._end("cancelled", "stopped as asked")
+                self._end("cancelled", "stopped as asked")
+                return None
             if self._stopping.is_set():
                 child.stop()
-                return self._end("queued", "given back by a worker that shuts down")
-            if time.monotonic() > deadline:
+                self._end("queued", "given back by a worker that shuts down")
+                return None
+            if time.monotonic() > self._deadline:
                 child.stop()
-                return self._end("failed", f"not done within its time limit of {limit:g} seconds")
+                self._end("failed", f"not done within its time limit of {self._limit:g} seconds")
+                return None
             if memory is not None and (resident := child.resident_bytes()) > memory:
                 child.stop()
-                return self._end("failed", f"used {resident:,} bytes of memory; this worker allows {memory:,}")
+                self._end("failed", f"used {resident:,} bytes of memory; this worker allows {memory:,}")
+                return None
 
     def _listen(self, child: Child) -> tuple[str, Any]:
         try:

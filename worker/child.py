@@ -21,13 +21,38 @@ from gradient_blueprints.models import NewJob
 
 logger = logging.getLogger(__name__)
 
-PROGRESS, FAILED, FINISHED = "progress", "failed", "finished"
 KEPT_LINES = 20
+CREDENTIALS = ("AWS_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 REPOSITORY = Path(__file__).parent.parent
 
 
+class Fetching(BaseModel):
+    """Everything that the process needs which fetches sources; its first line on stdin."""
+
+    job: NewJob
+    lab: str
+    folder: Path
+    url: str
+    api_key: str
+    cache: Path
+    cache_bytes: int
+    allowed_buckets: tuple[str, ...]
+    allowed_hub: tuple[str, ...]
+    hub_token: str | None
+    max_model_bytes: int
+    max_text_bytes: int
+
+
+class Fetched(BaseModel):
+    """Where each remote source of a job lies on this machine now."""
+
+    paths: dict[str, Path] = {}
+    weights_revision: str | None = None
+    roots: tuple[Path, ...] = ()
+
+
 class Specification(BaseModel):
-    """Everything that the process needs; its first line on stdin."""
+    """Everything that the process needs which profiles; its first line on stdin."""
 
     job: NewJob
     folder: Path
@@ -35,6 +60,13 @@ class Specification(BaseModel):
     device: str
     max_model_bytes: int
     max_text_bytes: int
+    fetched: Fetched = Fetched()
+
+    def where(self, source: str) -> tuple[str, tuple[Path, ...]]:
+        """The path of a source on this machine, and the folders that it and its links may lead to."""
+        if source in self.fetched.paths:
+            return str(self.fetched.paths[source]), self.fetched.roots
+        return source, self.allowed_roots
 
 
 class Child:
@@ -43,13 +75,18 @@ class Child:
     Its stdin stays open for as long as this process lives: that is how it learns of our death.
     """
 
-    def __init__(self, specification: Specification) -> None:
+    def __init__(self, specification: Specification | Fetching) -> None:
         # none of our settings: keys and addresses are among them, and it gets what it needs on stdin
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BLUEPRINTS_")}
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if isinstance(specification, Specification):  # and no way to anybody else's
+            environment = {name: value for name, value in environment.items() if not name.startswith(CREDENTIALS)}
+            environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            module = "worker.profile"
+        else:
+            module = "worker.fetch"
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.profile"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

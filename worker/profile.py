@@ -6,10 +6,7 @@ connection. Whatever goes wrong in it, the model library's crashes included, end
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradient_blueprints.models import Attachment, Blueprint, NewJob, Progress, Provenance
 from gradient_blueprints.training.profiling import GradientProfiler
-from worker.child import FAILED, FINISHED, PROGRESS, Specification
+from worker.child import Specification
 from worker.sources import SourceRefused, file_digest, resolve_checkpoint, resolve_file
+from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
 from worker.texts import PackedText, pack
 
 FACTORS_FILE = "factors.safetensors"
@@ -30,47 +28,26 @@ Report = Callable[[Progress], None]
 
 
 def main() -> int:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
+    speaker = Speaker()
     logging.basicConfig(level=logging.INFO)
-    specification = Specification.model_validate_json(_read_line(0))
-    threading.Thread(target=_end_with_parent, args=(specification.folder,), daemon=True).start()
-
-    def say(kind: str, content: Any) -> None:
-        answers.write(json.dumps({kind: content}) + "\n")
-        answers.flush()
+    specification = Specification.model_validate_json(read_specification())
+    threading.Thread(target=end_with_parent, args=(specification.folder,), daemon=True).start()
 
     def report(progress: Progress) -> None:
-        say(PROGRESS, progress.model_dump(exclude_none=True))
+        speaker.say(PROGRESS, progress.model_dump(exclude_none=True))
 
     try:
         blueprint = profile(specification, report)
     except SourceRefused as refused:
-        say(FAILED, str(refused))
+        speaker.say(FAILED, str(refused))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        say(FAILED, f"out of memory: {_one_line(error)}; try a smaller batch_size or sequence_length")
+        speaker.say(FAILED, f"out of memory: {_one_line(error)}; try a smaller batch_size or sequence_length")
     except Exception as error:
         logging.exception("the job failed")
-        say(FAILED, f"{type(error).__name__}: {_one_line(error)}")
+        speaker.say(FAILED, f"{type(error).__name__}: {_one_line(error)}")
     else:
-        say(FINISHED, blueprint.to_dict())
+        speaker.say(FINISHED, blueprint.to_dict())
     return 0
-
-
-def _read_line(descriptor: int) -> bytes:
-    """Up to the first line break, unbuffered: the thread that waits for the end of stdin reads on from there."""
-    line = bytearray()
-    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
-        line += byte
-    return bytes(line)
-
-
-def _end_with_parent(folder: Path) -> None:
-    """Stdin ends when the worker does, however it died. Nobody waits for this result any more."""
-    while os.read(0, 4096):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
 
 
 def _one_line(error: BaseException) -> str:
@@ -84,10 +61,10 @@ def profile(specification: Specification, report: Report) -> Blueprint:
     """Load what the job names, run its batches, and describe the gradients with what they were computed from."""
     job = specification.job
     report(Progress(phase="checking sources"))
-    roots = specification.allowed_roots
-    checkpoint = resolve_checkpoint(job.source, roots, max_model_bytes=specification.max_model_bytes)
+    where = specification.where
+    checkpoint = resolve_checkpoint(*where(job.source), max_model_bytes=specification.max_model_bytes)
     texts = {
-        domain: resolve_file(data.source, roots, limit=specification.max_text_bytes)
+        domain: resolve_file(*where(data.source), limit=specification.max_text_bytes)
         for domain, data in job.data.items()
     }
     weights_digest = checkpoint.digest()
@@ -123,7 +100,7 @@ def profile(specification: Specification, report: Report) -> Blueprint:
         blueprint = profiler.blueprint(
             model_id=job.model_id,
             training_checkpoint=job.training_checkpoint,
-            provenance=_provenance(job, packed, weights_digest),
+            provenance=_provenance(job, packed, weights_digest, specification.fetched.weights_revision),
         )
         return _attach(blueprint, profiler.save_factors(specification.folder / FACTORS_FILE))
 
@@ -192,11 +169,15 @@ def _pack(job: NewJob, domain: str, path: Path, tokenizer: Any) -> PackedText:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    data = job.data[domain]
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     try:
         return pack(
             path,
-            field=job.data[domain].field,
+            field=data.field,
+            text_format=data.format,
+            packing=data.packing,
+            max_tokens=data.max_tokens,
             encode=encode,
             separator=separator,
             sequence_length=job.options.sequence_length,
@@ -227,22 +208,31 @@ def _check_fit(model: Any, job: NewJob, packed: dict[str, PackedText]) -> None:
 
 def _batches(sequences: list[list[int]], size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(sequences), size):
-        ids = torch.tensor(sequences[start : start + size], device=device)  # (batch, sequence)
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        rows = sequences[start : start + size]
+        longest = max(map(len, rows))
+        ids = [row + [0] * (longest - len(row)) for row in rows]  # what stands in for padding is masked
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        yield {
+            "input_ids": torch.tensor(ids, device=device),  # (batch, sequence)
+            "attention_mask": torch.tensor(mask, device=device),
+        }
 
 
-def _provenance(job: NewJob, packed: dict[str, PackedText], weights_digest: str) -> Provenance:
+def _provenance(
+    job: NewJob, packed: dict[str, PackedText], weights_digest: str, weights_revision: str | None
+) -> Provenance:
     """What only the worker knows; the profiler adds what it ran."""
     return Provenance.model_validate(
         {
             "weights_digest": weights_digest,
+            "weights_revision": weights_revision,
             "data": {
                 # the file's name, not its path: a blueprint is public, the lab's folders are not
                 domain: {
                     "digest": text.digest,
                     "source": Path(job.data[domain].source).name,
                     "documents": text.documents,
-                    "tokens": len(text.sequences) * job.options.sequence_length,
+                    "tokens": text.tokens,
                 }
                 for domain, text in packed.items()
             },

@@ -9,7 +9,12 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gradient_blueprints.cache import default_folder
+
 GIBIBYTE = 1 << 30
+
+
+Commas = Annotated[tuple[str, ...], NoDecode]
 
 
 class WorkerSettings(BaseSettings):
@@ -23,6 +28,13 @@ class WorkerSettings(BaseSettings):
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="folders that checkpoints and texts are read from, separated as in PATH"
     )
+    allowed_buckets: Commas = Field((), description="buckets, or `bucket/prefix`, that s3:// sources may name")
+    allowed_hub: Commas = Field((), description="repositories that hf:// sources may name: `org/name`, `org/*`, `*`")
+    hub_token: SecretStr | None = Field(None, description="token of the Hugging Face hub, for gated repositories")
+    cache: Path | None = Field(
+        None, description="folder of fetched checkpoints; `gradient-blueprints/worker` in the user's cache if unset"
+    )
+    cache_bytes: int = Field(100 * GIBIBYTE, gt=0, description="size at which the longest unused of them go")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the first accelerator there is")
     max_model_bytes: int = Field(64 * GIBIBYTE, gt=0, description="largest weights, as they stand in memory")
     max_text_bytes: int = Field(GIBIBYTE // 4, gt=0, description="largest text file of a domain")
@@ -31,6 +43,15 @@ class WorkerSettings(BaseSettings):
         gt=0,
         description="resident memory at which the profiling process is ended; without it, the system's limit",
     )
+
+    @field_validator("allowed_buckets", "allowed_hub", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or default_folder(os.environ) / "worker"
 
     @field_validator("allowed_roots", mode="before")
     @classmethod

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gradient_blueprints.canonical import DIGEST_PREFIX, digest_of
+from gradient_blueprints.file_models import FILE_PATH_PATTERN, PICKLE_SUFFIXES
+from gradient_blueprints.models import MODEL_ID_PATTERN, NewJob, format_checkpoint
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the format's own limit
 MAX_JSON_BYTES = 256 << 20  # a tokenizer.json with a large vocabulary has 20 MB
@@ -45,8 +47,62 @@ REFUSED_MEMBERS = {
 }
 
 
+WEIGHTS_PATTERN = r"[\w.-]+\.safetensors"
+STORE = "store"
+
+
 class SourceRefused(Exception):
     """A source that cannot be used; the text is the reason that whoever submitted the job reads."""
+
+
+# --- sources that lie elsewhere and are fetched first
+
+
+def is_remote(source: str) -> bool:
+    return source == STORE or source.startswith((f"{STORE}:", "s3://", "hf://"))
+
+
+def needs_fetching(job: NewJob) -> bool:
+    return is_remote(job.source) or any(is_remote(data.source) for data in job.data.values())
+
+
+def belongs_to_checkpoint(name: str) -> bool:
+    """Whether a file beside others is one that `resolve_checkpoint` looks at."""
+    return name in {"config.json", INDEX_FILE, *TOKENIZER_FILES} or bool(re.fullmatch(WEIGHTS_PATTERN, name))
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """A checkpoint in the registry's store, or a file beside it; the job's own checkpoint where none is named."""
+
+    model_id: str | None
+    checkpoint: str | None
+    path: str = ""
+
+
+def read_store_source(source: str, *, checkpoint: bool) -> StoreSource:
+    """`store` or `store:MODEL@CHECKPOINT` of a checkpoint; `store:PATH` or `store:MODEL@CHECKPOINT/PATH` of a text."""
+    subject = rf"({MODEL_ID_PATTERN})@([0-9.eE-]+)"
+    if checkpoint:
+        match = re.fullmatch(rf"{STORE}(?::{subject})?", source)
+        known = "store, or store:MODEL@CHECKPOINT"
+    else:
+        match = re.fullmatch(rf"{STORE}:(?:{subject}/)?({FILE_PATH_PATTERN})", source)
+        known = "store:PATH, or store:MODEL@CHECKPOINT/PATH"
+    if match is None:
+        raise SourceRefused(f"{source!r} is not {known}")
+    model_id, fraction, *path = match.groups()
+    return StoreSource(model_id, fraction and _fraction(source, fraction), *path)
+
+
+def _fraction(source: str, text: str) -> str:
+    try:
+        return format_checkpoint(text)
+    except ValueError as error:
+        raise SourceRefused(f"{source!r}: {error}") from None
+
+
+# --- what lies on this machine
 
 
 @dataclass(frozen=True)
@@ -143,12 +199,12 @@ def _weight_files(
             raise SourceRefused(f"{INDEX_FILE} has no weight_map")
         shards = sorted(set(map(str, weight_map.values())))
         for shard in shards:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            if not re.fullmatch(WEIGHTS_PATTERN, shard):
                 raise SourceRefused(f"{INDEX_FILE} names {shard!r}, which is no safetensors file of this folder")
         return index, {shard: file(shard, max_model_bytes) for shard in shards}
     if SINGLE_FILE in names:
         return None, {SINGLE_FILE: file(SINGLE_FILE, max_model_bytes)}
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"))]
+    pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickled:
         raise SourceRefused(
             f"the weights are in {pickled[0]}, a format that can run code when it is read; "

@@ -1,8 +1,10 @@
-"""Validation text of a domain: read, shuffled by documents, tokenised and packed into sequences of one length.
+"""Validation text of a domain: read, shuffled by documents, tokenised, and packed or padded into sequences.
 
-Documents follow each other with the end-of-text token between them, and the stream is cut every `sequence_length`
-tokens. So a document may go on in the next sequence, and a sequence may hold the end of one document and the start of
-the next: as in pre-training, and unlike padding, which would make the batch's norm depend on how short documents are.
+Packed, documents follow each other with the end-of-text token between them, and the stream is cut every
+`sequence_length` tokens. So a document may go on in the next sequence, and a sequence may hold the end of one document
+and the start of the next: as in pre-training. Padded, each document is one sequence, cut at `sequence_length`; what is
+beyond is not read, and a batch's norm then depends on how long its documents are.
+
 Nothing is repeated, and a rest too short for a batch is left out.
 """
 
@@ -12,18 +14,32 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
+
+import pyarrow
+import pyarrow.parquet
 
 from worker.sources import SourceRefused, file_digest
 
 PIECE_CHARACTERS = 16_384  # a plain file is shuffled in pieces of whole lines, so that its head is not all that is seen
+PARQUET_ROWS = 1_024  # read at a time
+SHORTEST = 2  # tokens of a sequence that predicts anything
+
+Format = Literal["text", "jsonl", "parquet"]
+FORMATS: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class PackedText:
-    sequences: list[list[int]]  # (batches * batch_size, sequence_length)
+    sequences: list[list[int]]  # batches * batch_size of them, of sequence_length tokens or, padded, of at most so many
     documents: int  # of which a part at least is in the sequences
     digest: str  # of the file
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
 
 
 def pack(
@@ -36,39 +52,84 @@ def pack(
     batch_size: int,
     batches: int,
     seed: int,
+    text_format: Format | None = None,
+    packing: Literal["packed", "padded"] = "packed",
+    max_tokens: int | None = None,
 ) -> PackedText:
     """Up to `batches` whole batches of sequences, drawn by `seed`; SourceRefused when there is not one."""
-    documents = list(_documents(path, field))
-    random.Random(seed).shuffle(documents)  # noqa: S311 - a sample, not a secret
-    wanted = batches * batch_size * sequence_length
+    documents = (encode(document) for document in _shuffled(path, text_format, field, seed))
+    arrange = _pack if packing == "packed" else _pad
+    sequences, used, seen = arrange(documents, separator, sequence_length, batches * batch_size, max_tokens)
+    whole = len(sequences) // batch_size * batch_size
+    if whole == 0:
+        limit = "" if max_tokens is None else f", of which max_tokens lets through {max_tokens:,}"
+        batch = f"one batch of {batch_size} sequences of {sequence_length} needs {sequence_length * batch_size:,}"
+        if packing == "padded":
+            batch = f"one batch needs {batch_size} documents of at least {SHORTEST} tokens"
+        raise SourceRefused(
+            f"{path.name!r} gives {seen:,} tokens{limit}, and {batch}: "
+            "give more text, or a smaller batch_size or sequence_length"
+        )
+    return PackedText(sequences[:whole], used, file_digest(path))
+
+
+def _pack(
+    documents: Iterator[list[int]], separator: int | None, length: int, most: int, max_tokens: int | None
+) -> tuple[list[list[int]], int, int]:
+    """The sequences, how many documents went into them, and how many tokens those had."""
+    wanted = most * length if max_tokens is None else min(most, max_tokens // length) * length
     tokens: list[int] = []
     used = 0
-    for document in documents:
-        if len(tokens) >= wanted:
-            break
-        tokens += encode(document)
+    while len(tokens) < wanted and (document := next(documents, None)) is not None:
+        tokens += document
         if separator is not None:
             tokens.append(separator)
         used += 1
-    whole = min(batches, len(tokens) // (sequence_length * batch_size)) * batch_size
-    if whole == 0:
-        raise SourceRefused(
-            f"{path.name!r} gives {len(tokens):,} tokens, and one batch of {batch_size} sequences of {sequence_length} "
-            f"needs {batch_size * sequence_length:,}: give more text, or a smaller batch_size or sequence_length"
-        )
-    starts = range(0, whole * sequence_length, sequence_length)
-    sequences = [tokens[start : start + sequence_length] for start in starts]
-    return PackedText(sequences, used, file_digest(path))
+    whole = min(len(tokens), wanted) // length * length
+    return [tokens[start : start + length] for start in range(0, whole, length)], used, len(tokens)
 
 
-def _documents(path: Path, field: str) -> Iterator[str]:
-    match path.suffix.lower():
-        case ".txt":
-            yield from _pieces(path)
-        case ".jsonl":
-            yield from _members(path, field)
-        case other:
-            raise SourceRefused(f"{path.name!r} ends in {other or 'nothing'}; text is read from .txt and .jsonl files")
+def _pad(
+    documents: Iterator[list[int]], separator: int | None, length: int, most: int, max_tokens: int | None
+) -> tuple[list[list[int]], int, int]:
+    """Likewise, each document a sequence of its own."""
+    sequences: list[list[int]] = []
+    seen = 0
+    left = most * length if max_tokens is None else max_tokens
+    while len(sequences) < most and (document := next(documents, None)) is not None:
+        seen += len(document)
+        sequence = document[:length]
+        if len(sequence) > left:
+            break
+        if len(sequence) >= SHORTEST:
+            sequences.append(sequence)
+            left -= len(sequence)
+    return sequences, len(sequences), seen
+
+
+# --- documents
+
+
+def _shuffled(path: Path, text_format: Format | None, field: str, seed: int) -> Iterator[str]:
+    """The documents of a file in an order that `seed` draws; of Parquet the row groups, and the rows within each."""
+    draw = random.Random(seed)  # noqa: S311 - a sample, not a secret
+    groups: Iterator[Callable[[], Iterator[str]]]
+    match text_format or FORMATS.get(path.suffix.lower()):
+        case "text":
+            groups = iter([partial(_pieces, path)])
+        case "jsonl":
+            groups = iter([partial(_members, path, field)])
+        case "parquet":
+            groups = _row_groups(path, field, draw)
+        case _:
+            raise SourceRefused(
+                f"{path.name!r} ends in {path.suffix or 'nothing'}; text is read from .txt, .jsonl and .parquet files, "
+                "or as DataSource(format=...) says"
+            )
+    for read in groups:
+        documents = list(read())
+        draw.shuffle(documents)
+        yield from documents
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -104,6 +165,48 @@ def _members(path: Path, field: str) -> Iterator[str]:
             raise SourceRefused(f"{path.name!r}, line {number}, is not JSON: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
             has = ", ".join(sorted(map(str, entry))[:10]) if isinstance(entry, dict) else type(entry).__name__
-            raise SourceRefused(f"{path.name!r}, line {number}, has no text in the member {field!r}; it has {has}")
+            raise SourceRefused(
+                f"{path.name!r}, line {number}, has no text in the member {field!r}; it has {has}: "
+                "name the right one, DataSource(source=..., field=...)"
+            )
         if entry[field].strip():
             yield entry[field]
+
+
+def _row_groups(path: Path, field: str, draw: random.Random) -> Iterator[Callable[[], Iterator[str]]]:
+    """What reads each row group, one in memory at a time."""
+    try:
+        # a dictionary stays one: a short file could otherwise name a long text a million times
+        file = pyarrow.parquet.ParquetFile(path, read_dictionary=[field])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceRefused(f"{path.name!r} is not Parquet that can be read: {error}") from None
+    with file:
+        _check_column(path, file.schema_arrow, field)
+        order = list(range(file.num_row_groups))
+        draw.shuffle(order)
+        for group in order:
+            yield partial(_rows, path, file, group, field)
+
+
+def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
+    if field not in schema.names:
+        columns = ", ".join(schema.names[:10])
+        raise SourceRefused(
+            f"{path.name!r} has no column {field!r}; it has {columns}: "
+            "name the right one, DataSource(source=..., field=...)"
+        )
+    kind = schema.field(field).type
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
+        raise SourceRefused(f"{path.name!r} has no text in the column {field!r}, but {kind}: name another with field=")
+
+
+def _rows(path: Path, file: pyarrow.parquet.ParquetFile, group: int, field: str) -> Iterator[str]:
+    try:
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field]):
+            for value in batch.column(0):
+                text = value.as_py()
+                if text is not None and text.strip():
+                    yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SourceRefused(f"{path.name!r}, row group {group}, cannot be read: {error}") from None

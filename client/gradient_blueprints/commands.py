@@ -648,8 +648,10 @@ def submit(
     context: typer.Context,
     model: ModelArgument,
     checkpoint: CheckpointArgument,
-    source: Annotated[str, typer.Option(help="folder of the checkpoint, as the workers see it")],
     data: Annotated[list[str], typer.Option("--data", metavar="DOMAIN=PATH", help="text of a domain; may be repeated")],
+    source: Annotated[
+        str, typer.Option(help="store: what was uploaded; or a folder as the workers see it, s3://, hf://")
+    ] = "store",
     batches: Annotated[int | None, typer.Option(min=1, help="batches per domain")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2)] = None,

@@ -67,7 +67,7 @@ class JobMethods(Downloading):
         model_id: str,
         checkpoint: Checkpointish,
         *,
-        source: str | PathLike[str],
+        source: str | PathLike[str] = "store",
         data: Mapping[str, Source],
         notes: str | None = None,
         idempotency_key: str | None = None,
@@ -75,7 +75,9 @@ class JobMethods(Downloading):
     ) -> Steps[Job]:
         """Have the registry's workers profile a checkpoint; its blueprint becomes the next version.
 
-        `source` is the folder of the checkpoint and `data` the text per domain, as the workers see them;
+        `source` is what you uploaded of the checkpoint (`upload_checkpoint`), or a folder as the workers see it,
+        `s3://bucket/prefix` or `hf://org/name@revision`, as far as the workers' operator allows it. `data` is the
+        text per domain: `store:PATH` beside the checkpoint, a file as the workers see it, or `s3://bucket/key`;
         `options` are the fields of ProfileOptions (batches, batch_size, sequence_length, seed, ...);
         with `shards=5` up to five workers share the batches, and the blueprint is what one would give.
 

@@ -733,11 +733,22 @@ class JobState(StrEnum):
 
 
 class DataSource(Wire):
-    """Text of one domain: a plain file (documents separated by blank lines do not matter) or JSONL."""
+    """Text of one domain: a plain file (documents separated by blank lines do not matter), JSONL or Parquet."""
 
-    source: Text = Field(description="path under an allowed root of the worker, .txt or .jsonl")
+    source: Text = Field(
+        description="path under an allowed root of the worker, `store:PATH` beside the checkpoint, or `s3://bucket/key`"
+    )
     field: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")] = Field(
-        "text", description="JSONL member with the text"
+        "text", description="member of JSONL, or column of Parquet, with the text"
+    )
+    format: Literal["text", "jsonl", "parquet"] | None = Field(
+        None, description="told by the suffix .txt, .jsonl or .parquet unless given"
+    )
+    packing: Literal["packed", "padded"] = Field(
+        "packed", description="packed: documents follow one another; padded: one document a sequence, cut at its length"
+    )
+    max_tokens: Annotated[int, Field(ge=2, le=MAX_SAFE_INTEGER)] | None = Field(
+        None, description="tokens to take at most, besides the limit by batches"
     )
 
 
@@ -759,7 +770,10 @@ class ProfileOptions(Wire):
 class NewJob(Wire):
     model_id: ModelId
     training_checkpoint: Checkpoint
-    source: Text = Field(description="folder with config.json and safetensors, under an allowed root of the worker")
+    source: Text = Field(
+        description="config.json and safetensors: a folder under an allowed root of the worker, `store` for what was "
+        "uploaded of this checkpoint, `s3://bucket/prefix`, or `hf://org/name@revision`"
+    )
     data: Annotated[dict[Tag, DataSource], Field(min_length=1, max_length=64)]
     options: ProfileOptions = ProfileOptions()
     provenance_notes: Text | None = None

@@ -1,0 +1,167 @@
+"""The process that brings a job's sources to this machine: `python -m worker.fetch`, started by `worker.child`.
+
+It has the keys to where they lie (the registry, buckets, the hub) and never opens what it brings: `worker.profile`
+does that, and has no keys. Sources that lie under an allowed root need no fetching.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from gradient_blueprints import Client
+from gradient_blueprints.cache import Cache
+from gradient_blueprints.errors import NotFound, PermissionDenied
+from gradient_blueprints.file_models import CheckpointFile
+from gradient_blueprints.models import NewJob, Progress, format_checkpoint
+from worker import buckets, hub
+from worker.child import Fetched, Fetching
+from worker.sources import SourceRefused, StoreSource, belongs_to_checkpoint, is_remote, read_store_source
+from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
+
+Report = Callable[[Progress], None]
+
+
+def main() -> int:
+    speaker = Speaker()
+    logging.basicConfig(level=logging.INFO)
+    fetching = Fetching.model_validate_json(read_specification())
+    threading.Thread(target=end_with_parent, args=(fetching.folder,), daemon=True).start()
+
+    def report(progress: Progress) -> None:
+        speaker.say(PROGRESS, progress.model_dump(exclude_none=True))
+
+    try:
+        fetched = fetch(fetching, report)
+    except (SourceRefused, NotFound, PermissionDenied) as refused:
+        speaker.say(FAILED, str(refused))
+    else:
+        speaker.say(FINISHED, fetched.model_dump(mode="json"))
+    return 0
+
+
+def fetch(fetching: Fetching, report: Report) -> Fetched:
+    """Bring every remote source of the job. What cannot be reached now raises; another attempt may reach it."""
+    report(Progress(phase="fetching"))
+    paths: dict[str, Path] = {}
+    revision = None
+    job = fetching.job
+    if is_remote(job.source):
+        folder = _new_folder(fetching.folder, 0)
+        if job.source.startswith(hub.SCHEME):
+            folder, revision = hub.fetch_snapshot(
+                job.source,
+                cache=fetching.cache / "hub",
+                allowed=fetching.allowed_hub,
+                token=fetching.hub_token,
+                max_bytes=fetching.max_model_bytes,
+                max_cache_bytes=fetching.cache_bytes,
+            )
+        elif job.source.startswith(buckets.SCHEME):
+            buckets.fetch_folder(
+                job.source, folder, allowed=fetching.allowed_buckets, max_bytes=fetching.max_model_bytes, report=report
+            )
+        else:
+            _fetch_checkpoint(fetching, read_store_source(job.source, checkpoint=True), folder, report)
+        paths[job.source] = folder
+    for number, source in enumerate({data.source for data in job.data.values() if is_remote(data.source)}, start=1):
+        folder = _new_folder(fetching.folder, number)
+        if source.startswith(hub.SCHEME):
+            raise SourceRefused(f"{source!r}: texts are read from local roots, store: and s3://, not from the hub")
+        if source.startswith(buckets.SCHEME):
+            paths[source] = buckets.fetch_file(
+                source, folder, allowed=fetching.allowed_buckets, max_bytes=fetching.max_text_bytes
+            )
+        else:
+            paths[source] = _fetch_text(fetching, read_store_source(source, checkpoint=False), folder)
+    return Fetched(paths=paths, weights_revision=revision, roots=(fetching.folder, fetching.cache))
+
+
+def _new_folder(folder: Path, number: int) -> Path:
+    made = folder / "fetched" / str(number)
+    made.mkdir(parents=True)
+    return made
+
+
+# --- the registry's own store
+
+
+def _client(fetching: Fetching) -> Client:
+    client = Client(fetching.url, api_key=fetching.api_key, cache=fetching.cache / "files", offline=False)
+    client.cache = Cache(fetching.cache / "files", max_bytes=fetching.cache_bytes)
+    return client
+
+
+def _fetch_checkpoint(fetching: Fetching, source: StoreSource, folder: Path, report: Report) -> None:
+    model_id, checkpoint = _subject(fetching.job, source)
+    with _client(fetching) as client:
+        found = {file.path: file for file in client.list_checkpoint_files(model_id, checkpoint, lab=fetching.lab)}
+        wanted = [file for path, file in found.items() if belongs_to_checkpoint(path)]
+        if not wanted:
+            raise SourceRefused(
+                f"lab {fetching.lab} has uploaded no checkpoint {model_id} at {checkpoint}: "
+                f"client.upload_checkpoint(folder, {model_id!r}, {checkpoint})"
+            )
+        _check_complete(wanted)
+        _check_size(wanted, fetching.max_model_bytes)
+        done, total = 0, sum(file.size for file in wanted)
+        for file in wanted:
+            report(Progress(phase="fetching", done=done, total=total))
+            _link(client.fetch_checkpoint_file(model_id, checkpoint, file), folder / file.path)
+            done += file.size
+
+
+def _fetch_text(fetching: Fetching, source: StoreSource, folder: Path) -> Path:
+    model_id, checkpoint = _subject(fetching.job, source)
+    with _client(fetching) as client:
+        found = {file.path: file for file in client.list_checkpoint_files(model_id, checkpoint, lab=fetching.lab)}
+        file = found.get(source.path)
+        if file is None:
+            texts = ", ".join(sorted(path for path in found if not belongs_to_checkpoint(path))) or "none"
+            raise SourceRefused(
+                f"lab {fetching.lab} has uploaded no {source.path!r} with {model_id} at {checkpoint}; "
+                f"of texts there are: {texts}"
+            )
+        _check_complete([file])
+        if file.size > fetching.max_text_bytes:
+            raise SourceRefused(
+                f"{source.path!r} has {file.size:,} bytes; this worker reads at most {fetching.max_text_bytes:,}"
+            )
+        target = folder / Path(source.path).name
+        _link(client.fetch_checkpoint_file(model_id, checkpoint, file), target)
+        return target
+
+
+def _subject(job: NewJob, source: StoreSource) -> tuple[str, str]:
+    return source.model_id or job.model_id, source.checkpoint or format_checkpoint(job.training_checkpoint)
+
+
+def _check_complete(files: Iterable[CheckpointFile]) -> None:
+    for file in files:
+        if not file.complete:
+            raise SourceRefused(
+                f"the upload of {file.path} is not complete ({file.received:,} of {file.size:,} bytes): "
+                "call upload_checkpoint again, it goes on where it was"
+            )
+
+
+def _check_size(files: Iterable[CheckpointFile], most: int) -> None:
+    size = sum(file.size for file in files if file.path.endswith(".safetensors"))
+    if size > most:
+        raise SourceRefused(f"the weights have {size:,} bytes; this worker takes at most {most:,}")
+
+
+def _link(cached: Path, place: Path) -> None:
+    """A name of its own for a cached file: it stays while the job runs, whatever the cache lets go of."""
+    try:
+        os.link(cached, place)
+    except OSError:  # another file system
+        place.symlink_to(cached)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Checkpoints on the Hugging Face hub, `hf://org/name@revision`, through huggingface_hub and its cache.
+
+Which repositories a job may name is the operator's choice (BLUEPRINTS_ALLOWED_HUB), and so is the token. A revision is
+resolved to a commit, which the blueprint's provenance names.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import (
+    CacheNotFound,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from worker.sources import TOKENIZER_FILES, SourceRefused, belongs_to_checkpoint
+
+SCHEME = "hf://"
+WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+TIMEOUT = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_snapshot(
+    source: str, *, cache: Path, allowed: Sequence[str], token: str | None, max_bytes: int, max_cache_bytes: int
+) -> tuple[Path, str]:
+    """The folder of the checkpoint's files in the hub's cache, and the commit.
+
+    When the hub cannot be reached, what the cache has of the revision is taken.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source, re.ASCII)
+    if match is None:
+        raise SourceRefused(f"{source!r} is no hf://org/name@revision")
+    repository, revision = match[1], match[2] or constants.DEFAULT_REVISION
+    if not any(fnmatchcase(repository, pattern) for pattern in allowed):
+        listed = ", ".join(allowed) or "none (the operator sets BLUEPRINTS_ALLOWED_HUB)"
+        raise SourceRefused(f"{source!r} is no repository that this worker may fetch: {listed}")
+    try:
+        info = HfApi(token=token or False).model_info(
+            repository, revision=revision, files_metadata=True, timeout=TIMEOUT
+        )
+    except GatedRepoError:
+        raise SourceRefused(f"{source!r} is gated, and this worker's hub token has no access to it") from None
+    except RevisionNotFoundError:
+        raise SourceRefused(f"the hub's repository {repository} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise SourceRefused(f"the hub has no repository {repository} that this worker may read") from None
+    except (OSError, httpx2.HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        return _from_cache(source, repository, revision, cache, error)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if belongs_to_checkpoint(file.rfilename)}
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    if weights > max_bytes:
+        raise SourceRefused(f"the weights have {weights:,} bytes; this worker takes at most {max_bytes:,}")
+    commit = str(info.sha)
+    _make_room(cache, sum(sizes.values()), max_cache_bytes, keep=commit)
+    # `revision` by name, so that the cache remembers which commit it stood for when the hub is away
+    folder = snapshot_download(
+        repository, revision=revision, cache_dir=cache, allow_patterns=WANTED, token=token or False
+    )
+    return Path(folder), Path(folder).name
+
+
+def _from_cache(source: str, repository: str, revision: str, cache: Path, error: Exception) -> tuple[Path, str]:
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, cache_dir=cache, allow_patterns=WANTED, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise SourceRefused(
+            f"the hub at {constants.ENDPOINT} cannot be reached from this worker ({_one_line(error)}), and {source!r} "
+            "is not in its cache; upload the checkpoint instead (client.upload_checkpoint, then source='store')"
+        ) from error
+    logger.warning("the hub cannot be reached (%s); %s is taken from the cache", _one_line(error), source)
+    return Path(folder), Path(folder).name
+
+
+def _make_room(cache: Path, needed: int, most: int, *, keep: str) -> None:
+    """Remove the longest unused revisions until `needed` bytes fit."""
+    try:
+        found = scan_cache_dir(cache)
+    except CacheNotFound:
+        return
+    excess = found.size_on_disk + needed - most
+    revisions = [(repo.last_accessed, revision) for repo in found.repos for revision in repo.revisions]
+    for _, revision in sorted(revisions, key=lambda item: item[0]):
+        if excess <= 0:
+            return
+        if revision.commit_hash != keep:
+            found.delete_revisions(revision.commit_hash).execute()
+            excess -= revision.size_on_disk
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
