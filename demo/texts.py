@@ -36,11 +36,16 @@ class Domain:
 
 def code() -> Domain:
     """Sources of the standard library; a document is a module."""
+    return _divide("code", "sources of Python's standard library", code_modules())
+
+
+def code_modules() -> Iterator[str]:
+    """The modules of the standard library, up to as much as is enough."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     modules = [path for path in sorted(folder.rglob("*.py")) if not _left_out(path.relative_to(folder))]
     # Not in the order of the alphabet: encodings alone would fill the sample.
     modules.sort(key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
-    return _divide("code", "sources of Python's standard library", _up_to(map(_read, modules), ENOUGH_CODE))
+    return _up_to(map(_read, modules), ENOUGH_CODE)
 
 
 def english() -> Domain:

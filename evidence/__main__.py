@@ -1,0 +1,59 @@
+"""The command: `python -m evidence [explore | run | report | status | stop]`; without one: run, then report.
+
+Several processes may run at once; each run is made once, kept in evidence/runs, and never repeated. `stop` lets every
+process end after the run that it is at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from evidence import plots, queue, report
+from evidence.models import WORK
+from evidence.plan import EXPLORED, PLAN, Cell
+from evidence.runs import Store
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
+    parser.add_argument(
+        "command", nargs="?", choices=["explore", "run", "report", "status", "stop", "all"], default="all"
+    )
+    parser.add_argument("--model", choices=["gpt", "smollm2"], help="only this model's runs")
+    given = parser.parse_args(arguments)
+    store = Store(WORK)
+    stop = WORK / queue.STOP
+    if given.command == "stop":
+        stop.touch()
+        print(f"every process ends after its run; the next `run` removes {stop}")
+    if given.command in ("explore", "run", "all"):
+        stop.unlink(missing_ok=True)
+        cells = EXPLORED if given.command == "explore" else PLAN
+        queue.work_off(_of(given.model, cells), store, report=lambda line: print(line, flush=True))
+    if given.command in ("report", "all"):
+        store.keep()
+        drawn = plots.draw(PLAN, store, report.DOCUMENT.parent / "evidence")
+        report.DOCUMENT.write_text(report.render(store, drawn))
+        print(report.DOCUMENT)
+    if given.command == "status":
+        print(status(_of(given.model, [*EXPLORED, *PLAN]), store))
+
+
+def status(cells: Sequence[Cell], store: Store) -> str:
+    """How many runs of each stage are done."""
+    lines = []
+    for stage, model in dict.fromkeys((cell.stage, cell.model) for cell in cells):
+        these = [cell for cell in cells if (cell.stage, cell.model) == (stage, model)]
+        done, due = sum(len(cell.results(store)) for cell in these), sum(len(cell.seeds) for cell in these)
+        tuned = sum(cell.tuning(store).rate() is not None for cell in these)
+        lines.append(f"{model:8} {stage:20} {done:4} of {due:4} runs, {tuned} of {len(these)} arms tuned")
+    return "\n".join(lines)
+
+
+def _of(model: str | None, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if model in (None, cell.model)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""From a choice to a model and the optimizer that trains what was chosen."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from evidence import allocation, layers, scores
+from evidence.gradients import Factors, Moments, local_moments, published_factors
+from evidence.models import Subject
+from evidence.runs import Choice, Run
+from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter
+
+PUBLISHED_SEQUENCES = {"gpt": 512, "smollm2": 64, "tiny": 16}
+ADAPTERS = ("lora", "rslora", "dora", "pissa", "shira")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model ready to be trained."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    trained: int
+
+
+def build(subject: Subject, run: Run, autocast: bool) -> Arm:
+    """The arm of a run, its selection made; random parts are drawn by the run's seed."""
+    torch.manual_seed(run.seed)
+    choice, model = run.choice, subject.fresh()
+    if choice.arm == "full":
+        return Arm(model, _adamw(model, run.rate), sum(each.numel() for each in model.parameters()))
+    if choice.arm in ADAPTERS:
+        return _adapter(model, run)
+    published = _published(subject, run)
+    if choice.arm == "layers":
+        selected = _layers(model, layers.choose(model, choice.score, choice.share, published, run.seed))
+    else:
+        local = _local(subject, run, autocast)
+        selected = coordinates(model, choice, scores.Knowledge(run.seed, local, published))
+    optimizer = SelectedAdamW(selected, lr=run.rate, weight_decay=0.0)
+    return Arm(model, optimizer, sum(entry.selected for entry in selected))
+
+
+def coordinates(model: nn.Module, choice: Choice, known: scores.Knowledge) -> list[SelectedParameter]:
+    """The best coordinates of every tensor, as many as its share says."""
+    *rules, name_of_score = choice.score.split("+")
+    shares = allocation.shares(model, choice.share, rules, known)
+    found = []
+    for name, parameter in model.named_parameters():
+        if shares[name] == 1:
+            found.append(SelectedParameter(name, parameter, None))
+            continue
+        score = scores.named(name_of_score, shares[name])
+        chosen = scores.top(score(known, name, tuple(parameter.shape)), shares[name])
+        found.append(SelectedParameter(name, parameter, torch.tensor(chosen, dtype=torch.int32)))
+    return found
+
+
+def _layers(model: nn.Module, names: set[str]) -> list[SelectedParameter]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return [SelectedParameter(name, each, None) for name, each in model.named_parameters() if name in names]
+
+
+_MOMENTS: OrderedDict[tuple[Any, ...], Moments] = OrderedDict()
+
+
+def _local(subject: Subject, run: Run, autocast: bool) -> Moments | None:
+    """Moments of the run's local sample; the last few are kept, since arms of one seed share them."""
+    if run.choice.local == 0:
+        return None
+    key = (subject.name, run.domain, run.choice.local, run.length, run.seed)
+    if key not in _MOMENTS:
+        _MOMENTS[key] = local_moments(subject, run.domain, run.choice.local, run.length, run.seed, autocast)
+        while len(_MOMENTS) > (8 if subject.name != "smollm2" else 1):
+            _MOMENTS.popitem(last=False)
+    return _MOMENTS[key]
+
+
+def _published(subject: Subject, run: Run) -> Factors | None:
+    if not run.choice.published:
+        return None
+    return published_factors(subject, run.choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+
+
+def _adapter(model: PreTrainedModel, run: Run) -> Arm:
+    """A `peft` adapter on every linear layer, of the rank whose parameters come nearest to the share."""
+    linear = [each for name, each in model.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name]
+    sides = sum(each.in_features + each.out_features for each in linear)
+    extra = sum(each.out_features for each in linear) if run.choice.arm == "dora" else 0
+    wanted = run.choice.share * sum(each.numel() for each in model.parameters()) - extra
+    smallest = min(min(each.in_features, each.out_features) for each in linear)
+    rank = max(1, min(smallest, round(wanted / sides)))
+    common: dict[str, Any] = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if run.choice.arm == "shira":
+            config: LoraConfig | ShiraConfig = ShiraConfig(**common, random_seed=run.seed)
+        else:
+            config = LoraConfig(
+                **common,
+                lora_alpha=2 * rank,
+                use_rslora=run.choice.arm in {"rslora", "pissa"},
+                use_dora=run.choice.arm == "dora",
+                init_lora_weights="pissa" if run.choice.arm == "pissa" else True,
+            )
+        adapted = get_peft_model(model, config)
+    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    return Arm(adapted, _adamw(adapted, run.rate), trained)
+
+
+def _adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate, weight_decay=0.0)

@@ -1,0 +1,215 @@
+"""What is run, in order of importance, so that a queue stopped half-way has answered the main questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from evidence.runs import Choice, Purpose, Result, Run, Store
+from evidence.tuning import Tuning
+
+TUNING_SEEDS = (900,)
+EXPLORING_SEEDS = (901,)
+SEEDS = {"gpt": range(5), "smollm2": range(3), "tiny": range(2)}
+DRAWS = {"gpt": range(10), "smollm2": range(3), "tiny": range(2)}
+"""Of arms that are drawn at random."""
+SIZES = {  # steps, sequences a step, tokens a sequence
+    "gpt": (60, 8, 64),
+    "smollm2": (30, 4, 64),
+    "tiny": (6, 4, 32),
+}
+LOCAL = 32
+LOCAL_SIZES = (2, 8, 32, 128, 512)
+DEFAULT = "bayes"
+"""Our selection: the score that exploration chose, frozen before the first confirming run (evidence/hypothesis.md)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm in one place, and the seeds that it is judged by."""
+
+    stage: str
+    model: str
+    domain: str
+    purpose: Purpose
+    choice: Choice
+    seeds: Sequence[int]
+    steps: int | None = None
+    """Where they are not the model's."""
+
+    def template(self) -> Run:
+        steps, batch, length = SIZES[self.model]
+        return Run(self.model, self.domain, self.purpose, self.choice, 0.0, 0, self.steps or steps, batch, length)
+
+    def tuning(self, store: Store) -> Tuning:
+        return Tuning(store, self.template(), TUNING_SEEDS, first_step(self.model, self.choice))
+
+    def runs(self, store: Store) -> list[Run] | None:
+        """The runs that judge it, None while its rate is not known."""
+        rate = self.tuning(store).rate()
+        return None if rate is None else [replace(self.template(), rate=rate, seed=seed) for seed in self.seeds]
+
+    def results(self, store: Store) -> dict[int, Result]:
+        """What is known so far, by seed."""
+        found = {run.seed: store.get(run) for run in self.runs(store) or []}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+
+def first_step(model: str, choice: Choice) -> int:
+    """Where the search for a rate begins (evidence.tuning.rate); it goes on until the best lies inside."""
+    lower = 4 if model == "smollm2" else 0
+    if choice.arm == "full":
+        return 1 - lower
+    if choice.arm != "coordinates":
+        return 2 - lower
+    return 3 - lower + (choice.share <= 0.02) + any(word in choice.score for word in ("random", "sampled"))
+
+
+def pending(cells: Sequence[Cell], store: Store) -> Iterator[Run]:
+    """Runs that can be started now, in order."""
+    seen = set()
+    for cell in cells:
+        for run in cell.tuning(store).next_runs() or cell.runs(store) or []:
+            if store.get(run) is None and run.key not in seen:
+                seen.add(run.key)
+                yield run
+
+
+# --- the arms
+
+
+def ours(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
+    """Published factors of the domain as the prior, the local sample as the correction."""
+    return Choice("coordinates", DEFAULT, share, local, domain)
+
+
+def by_factors(share: float, published: str = "code") -> Choice:
+    return Choice("coordinates", "published", share, 0, published)
+
+
+def by_local(share: float, local: int = LOCAL) -> Choice:
+    return Choice("coordinates", "local_mean", share, local)
+
+
+def at_random(share: float) -> Choice:
+    return Choice("coordinates", "random", share)
+
+
+def of_layers(rule: str, share: float, domain: str = "code") -> Choice:
+    return Choice("layers", rule, share, 0, domain if rule == "norm" else "")
+
+
+FULL = Choice("full")
+
+
+def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> list[Cell]:
+    return [
+        Cell(stage, model, domain, "confirm", choice, (DRAWS if choice.score == "random" else SEEDS)[model])
+        for choice in choices
+    ]
+
+
+def main_arms(share: float, domain: str = "code") -> list[Choice]:
+    return [
+        FULL,
+        ours(share, domain),
+        at_random(share),
+        by_factors(share, domain),
+        by_local(share),
+        Choice("lora", share=share),
+        of_layers("norm", share, domain),
+    ]
+
+
+def rivals(share: float) -> list[Choice]:
+    """The rest of the arms; the head is counted where it fits."""
+    adapters = [Choice(arm, share=share) for arm in ("dora", "pissa", "shira")]
+    rules = ["random", "last", "spectrum"] + (["last_and_head"] if share >= 0.25 else [])
+    return adapters + [of_layers(rule, share) for rule in rules]
+
+
+def ablation(share: float) -> list[Choice]:
+    """What the published side adds, by the size of the local sample, and what a bad one costs."""
+    sizes = [choice for local in LOCAL_SIZES for choice in (by_local(share, local), ours(share, "code", local))]
+    bad = ["documentation", "legal", "english", "code~25", "code*"]
+    return (
+        sizes
+        + [by_factors(share, published) for published in bad]
+        + [ours(share, published, local) for published in bad for local in (8, LOCAL)]
+    )
+
+
+# --- the plan
+
+
+def _explored(score: str, published: str = "", local: int = 0, share: float = 0.01, model: str = "gpt") -> Cell:
+    choice = Choice("coordinates", score, share, local, published)
+    return Cell("explore", model, "code", "explore", choice, EXPLORING_SEEDS)
+
+
+EXPLORED = [
+    Cell("explore", "smollm2", "code", "explore", FULL, EXPLORING_SEEDS),
+    _explored("random", share=0.1, model="smollm2"),
+    _explored("published", "code", share=0.1, model="smollm2"),
+    _explored("random", model="smollm2"),
+    _explored("published", "code", model="smollm2"),
+    _explored("bayes", "code", LOCAL, share=0.1, model="smollm2"),
+    _explored("sampled1:published", "code", model="smollm2"),
+    Cell("explore", "gpt", "code", "explore", FULL, EXPLORING_SEEDS),
+    _explored("random"),
+    _explored("random", share=0.1),
+    _explored("published", "code", share=0.1),
+    _explored("bayes", "code", LOCAL, share=0.1),
+    _explored("sampled1:published", "code", share=0.1),
+    _explored("even:local_mean", local=128),
+    _explored("row:local_mean", local=128),
+    _explored("sampled1:published", "code"),
+    _explored("published", "code"),
+    _explored("local_mean", local=128),
+    _explored("bayes", "code", LOCAL),
+    _explored("vectors+random"),
+    _explored("row:bayes", "code", LOCAL),
+    _explored("local_mean", local=LOCAL, share=0.1),
+    _explored("column:bayes", "code", LOCAL),
+    _explored("balanced0.5+random", "code"),
+    _explored("sampled2:published", "code"),
+    _explored("local_mean", local=LOCAL),
+    _explored("half:bayes", "code", LOCAL),
+    _explored("published", "code>"),
+    _explored("sampled1:local_mean", local=LOCAL),
+    _explored("local_mean", local=8),
+]
+
+
+def _plan() -> list[Cell]:
+    small, large = SIZES["gpt"][0], SIZES["smollm2"][0]
+    cells = _cells("10 %", "gpt", "code", main_arms(0.1))
+    cells += _cells("10 %", "smollm2", "code", main_arms(0.1))
+    cells += _cells("ablation", "gpt", "code", ablation(0.1))
+    cells += _cells("1 %", "gpt", "code", main_arms(0.01))
+    cells += _cells("25 %", "gpt", "code", main_arms(0.25))
+    cells += _cells("10 %", "gpt", "code", rivals(0.1))
+    for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
+        cells += _cells(stage, "smollm2", "code", main_arms(share))
+    for model, steps in (("gpt", small), ("smollm2", large)):
+        few = round(0.3 * steps)
+        cells += [
+            replace(cell, steps=given)
+            for given in (None, few)
+            for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
+        ]
+    cells += _cells(
+        "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
+    )
+    cells += _cells("10 %", "smollm2", "code", rivals(0.1))
+    cells += _cells("5 %", "gpt", "code", main_arms(0.05))
+    for share, stage in ((0.01, "1 %"), (0.05, "5 %"), (0.25, "25 %")):
+        cells += _cells(stage, "gpt", "code", rivals(share))
+    cells += _cells("ablation", "gpt", "code", ablation(0.01))
+    cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
+    for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
+        cells += _cells(stage, "smollm2", "code", rivals(share))
+    return cells + _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+
+
+PLAN = _plan()

@@ -1,0 +1,138 @@
+"""One fine-tuning run: the same steps on the same data for every arm, and what it cost."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from demo.models import ordered_batches, random_batches
+from evidence import models
+from evidence.arms import Arm, build
+from evidence.models import Batch, Subject
+from evidence.runs import Result, Run
+from gradient_blueprints.training.finetuning import SelectedAdamW, optimizer_bytes
+
+WARMUP = 0.1
+JUDGED, ENGLISH = {"gpt": 12, "smollm2": 8, "tiny": 4}, 4
+"""Batches of 8 sequences."""
+AUTOCAST = True
+"""float32 weights and optimizer, bfloat16 matrix products, for every arm alike."""
+_STATUS = Path("/proc/self/status")
+
+
+def train(subject: Subject, run: Run) -> Result:
+    """Fine-tune and measure; equal runs give equal losses on one machine."""
+    text = "heldout" if run.purpose == "confirm" else "development"
+    judged = ordered_batches(subject.tokens(run.domain, text), JUDGED[run.model], 8, run.length)
+    english = ordered_batches(subject.tokens("english", "heldout"), ENGLISH, 8, run.length)
+    base, english_base = (
+        _base_loss(subject, name, each) for name, each in ((f"{run.domain}-{text}", judged), ("english", english))
+    )
+    started = time.process_time()
+    arm = build(subject, run, AUTOCAST)
+    selection_cpu = time.process_time() - started
+    batches = _batches(subject, run)
+    forget_peak()
+    before = peak()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    losses, gradient_bytes, largest = _fit(arm, batches, run)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    after = peak()
+    held = (
+        arm.optimizer.optimizer_bytes() if isinstance(arm.optimizer, SelectedAdamW) else optimizer_bytes(arm.optimizer)
+    )
+    return Result(
+        base=base,
+        loss=mean_loss(arm.model, judged),
+        english_base=english_base,
+        english=mean_loss(arm.model, english),
+        trained=arm.trained,
+        parameters=sum(each.numel() for each in subject.model.parameters()),
+        optimizer_bytes=held,
+        gradient_bytes=gradient_bytes,
+        largest_gradient_bytes=largest,
+        peak_bytes=None if before is None or after is None else after - before,
+        seconds=round(seconds, 3),
+        cpu_seconds=round(cpu_seconds, 3),
+        selection_cpu_seconds=round(selection_cpu, 3),
+        train_loss=sum(losses[-10:]) / len(losses[-10:]),
+        texts=models.digest(run.domain, subject.work),
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
+    )
+
+
+def _fit(arm: Arm, batches: Sequence[Batch], run: Run) -> tuple[list[float], int, int]:
+    """AdamW without decay; warmup over a tenth, then to zero in a straight line or constant."""
+    arm.model.train()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(arm.optimizer, _schedule(run))
+    losses, gradient_bytes, largest = [], 0, 0
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+            loss = arm.model(**batch).loss
+        loss.backward()
+        if isinstance(arm.optimizer, SelectedAdamW):
+            gradient_bytes = arm.optimizer.training_bytes() - arm.optimizer.optimizer_bytes()
+            largest = arm.optimizer.largest_gradient_bytes
+        else:
+            gradient_bytes = sum(each.grad.nbytes for each in arm.model.parameters() if each.grad is not None)
+        arm.optimizer.step()
+        arm.optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses, gradient_bytes, largest
+
+
+def _schedule(run: Run) -> Callable[[int], float]:
+    warmup = max(1, round(WARMUP * run.steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1.0 if run.schedule == "constant" else (run.steps - step) / (run.steps - warmup)
+
+    return factor
+
+
+def _batches(subject: Subject, run: Run) -> list[Batch]:
+    """What is trained on: equal for all arms of one seed."""
+    return list(random_batches(subject.tokens(run.domain, "training"), run.steps, run.batch, run.length, seed=run.seed))
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    """Nats per token."""
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+        losses = [float(model(**batch).loss) for batch in batches]
+    return sum(losses) / len(losses)
+
+
+_BASES: dict[str, float] = {}
+
+
+def _base_loss(subject: Subject, name: str, batches: Sequence[Batch]) -> float:
+    key = f"{subject.name}-{name}-{batches[0]['input_ids'].shape[1]}"
+    if key not in _BASES:
+        _BASES[key] = mean_loss(subject.model, batches)
+    return _BASES[key]
+
+
+def forget_peak() -> None:
+    """Start the kernel's record of this process's peak anew, where it keeps one."""
+    if _STATUS.is_file():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """Peak resident bytes since `forget_peak`; None where there is no such record."""
+    if not _STATUS.is_file():
+        return None
+    line = next(each for each in _STATUS.read_text().splitlines() if each.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

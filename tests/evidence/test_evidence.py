@@ -1,0 +1,127 @@
+"""The experiments end to end on a model of a moment's training, and the document that is made from stored runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from demo.texts import code_modules
+from evidence import models, plots, queue, report, runs, texts
+from evidence.findings import find, judge
+from evidence.plan import FULL, PLAN, Cell, at_random, of_layers, ours
+from evidence.runs import Choice, Result, Run, Store
+from evidence.training import train
+
+RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
+RESULT = Result(6.0, 4.0, 3.0, 3.5, 10, 100, 120, 40, 40, None, 1.0, 1.0, 0.1, 4.1)
+
+
+def cells(*choices: Choice) -> list[Cell]:
+    return [Cell("10 %", "tiny", "code", "confirm", choice, range(2)) for choice in choices]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with little text in it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "texts").mkdir()
+    modules = [module for module, _ in zip(code_modules(), range(40), strict=False)]
+    for domain, offset in (("code", 0), ("english", 20)):
+        parts = {part: "\n".join(modules[offset + 4 * i : offset + 4 * i + 4]) for i, part in enumerate(texts.PARTS)}
+        (folder / "texts" / f"{domain}.json").write_text(json.dumps({k: v[:40_000] for k, v in parts.items()}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(work: Path) -> tuple[Store, list[Cell]]:
+    plan = cells(FULL, ours(0.1, local=4), at_random(0.1), Choice("lora", share=0.1), of_layers("norm", 0.1))
+    store = Store(work, kept=work / "kept")
+    queue.work_off(plan, store, work, report=lambda line: None)
+    return store, plan
+
+
+def test_the_queue_runs_every_arm_once_and_the_next_one_nothing(finished: tuple[Store, list[Cell]], work: Path) -> None:
+    store, plan = finished
+    assert all(len(cell.results(store)) == 2 for cell in plan)
+    assert queue.work_off(plan, Store(work, kept=work / "kept"), work, report=print) == 0
+
+
+def test_a_selection_holds_a_tenth_of_the_moments_and_gradients(finished: tuple[Store, list[Cell]]) -> None:
+    store, plan = finished
+    full, selected = (cell.results(store)[0] for cell in plan[:2])
+    assert full.trained == full.parameters
+    assert selected.trained == pytest.approx(0.1 * full.trained, rel=0.01)
+    assert selected.training_bytes == pytest.approx(0.1 * full.training_bytes * 16 / 12, rel=0.02)
+
+
+def test_runs_learn_and_equal_runs_are_equal(finished: tuple[Store, list[Cell]], work: Path) -> None:
+    store, plan = finished
+    run = (plan[1].runs(store) or [])[0]
+    known = store.get(run)
+    assert known is not None
+    assert known.loss < known.base - 0.1
+    again = train(models.load("tiny", work), run)
+    assert again.loss == pytest.approx(known.loss, abs=1e-6)
+
+
+def test_a_finding_is_a_share_of_what_full_fine_tuning_gained(finished: tuple[Store, list[Cell]]) -> None:
+    store, plan = finished
+    full, random = find(plan[0], plan, store), find(plan[2], plan, store)
+    assert full is not None
+    assert random is not None
+    assert full.share == 1
+    assert 0 < random.share < 1
+
+
+def test_new_runs_are_kept_once(finished: tuple[Store, list[Cell]], work: Path) -> None:
+    store, _ = finished
+    store.keep()
+    store.keep()
+    lines = (work / "kept" / "tiny.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == len(list(store))
+
+
+def test_a_line_torn_off_by_a_crash_is_no_run(tmp_path: Path) -> None:
+    store = Store(tmp_path, kept=tmp_path / "kept")
+    store.add(RUN, RESULT)
+    with (tmp_path / "runs" / "tiny.jsonl").open("a") as file:
+        file.write('{"key": "torn')
+    assert Store(tmp_path, kept=tmp_path / "kept").get(RUN) == RESULT
+
+
+def test_a_run_that_another_process_is_at_is_not_free(tmp_path: Path) -> None:
+    first, second = Store(tmp_path, kept=tmp_path / "kept"), Store(tmp_path, kept=tmp_path / "kept")
+    with first.claim(RUN) as free, second.claim(RUN) as also:
+        assert (free, also) == (True, False)
+    with second.claim(RUN) as free:
+        assert free
+
+
+def test_everything_that_a_run_depends_on_is_in_its_key() -> None:
+    others = [replace(RUN, seed=1), replace(RUN, steps=7), replace(RUN, choice=replace(RUN.choice, local=8))]
+    assert len({run.key for run in [RUN, *others]}) == 4
+
+
+def test_documents_are_dealt_whole_and_to_one_part_only() -> None:
+    documents = [f"document {i}" for i in range(300)]
+    parts = texts.deal(documents * 2)
+    found = [set(text.split("\n\n")) for text in parts.values()]
+    assert sum(map(len, found)) == 300
+    assert all(found)
+
+
+def test_the_document_is_what_the_stored_runs_say() -> None:
+    drawn = [name for name in plots.NAMES if (report.DOCUMENT.parent / "evidence" / name).is_file()]
+    assert report.DOCUMENT.read_text() == report.render(Store(kept=runs.RUNS), drawn)
+
+
+def test_a_goal_of_which_nothing_was_run_is_not_judged(tmp_path: Path) -> None:
+    empty = Store(tmp_path, kept=tmp_path / "kept")
+    assert {verdict.verdict for verdict in judge("gpt", PLAN, empty)} == {"not run yet"}
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    assert plots.draw([], Store(tmp_path, kept=tmp_path / "kept"), tmp_path) == []
