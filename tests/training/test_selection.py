@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
+from gradient_blueprints.allocation import spearman
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.statistics_models import Staleness, Verdict
 from gradient_blueprints.training.selection import (
     BYTES_PER_COORDINATE,
     Budget,
+    LocalStatistics,
     Selection,
     default_trust,
     knapsack,
-    mean_gradients,
     select,
     spread,
 )
@@ -242,6 +246,15 @@ def test_whole_layers_are_chosen_by_value_and_not_by_density() -> None:
     assert chosen == ["head", "y"]  # greedy by density takes x and y
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 10)), min_size=3, max_size=30))
+def test_rank_correlation_is_that_of_scipy_with_ties(pairs: list[tuple[int, float]]) -> None:
+    left, right = [float(a) for a, _ in pairs], [b for _, b in pairs]
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        assert spearman(left, right) is None
+    else:
+        assert spearman(left, right) == pytest.approx(stats.spearmanr(left, right).statistic, abs=1e-12)
+
+
 @given(
     items=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), max_size=9),
     capacity=st.integers(0, 120),
@@ -272,39 +285,6 @@ def test_fractions_spend_the_budget_and_none_exceeds_one(layers: list[tuple[int,
     assert spent == pytest.approx(int(share * sum(sizes)))
 
 
-class Scorer(nn.Module):
-    """A language model as `mean_gradients` sees it: input ids and labels in, a loss out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(4, 7)
-
-    def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> object:
-        logits = self.head(self.dropout(self.embedding(input_ids)))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return type("Output", (), {"loss": loss})()
-
-
-def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding() -> None:
-    torch.manual_seed(0)
-    model = Scorer().train()
-    ids = torch.randint(0, 7, (2, 3, 5))
-    mask = torch.ones(3, 5, dtype=torch.int64)
-    mask[0, 2:] = 0
-    found = mean_gradients(model, [{"input_ids": ids[0], "attention_mask": mask}, {"input_ids": ids[1]}])
-    assert model.training
-    assert model.head.weight.grad is None
-    model.eval()
-    losses = model(ids[0], ids[0].masked_fill(mask == 0, -100)).loss, model(ids[1], ids[1]).loss
-    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(model.parameters()))
-    for gradient, (name, _) in zip(expected, model.named_parameters(), strict=True):
-        torch.testing.assert_close(found[name], gradient)
-
-
 def test_between_groups_the_published_ranks_hold_and_within_them_size_alone_tells() -> None:
     published = make_blueprint({"a": 3.0, "b": 1.0, "c": 1.0}, SIZES, k_star={"a": 0.4, "c": 0.2})
     chosen = select(published, groups={"early": ["a", "c"], "late": ["b"]}, unit="layer", budget=1.0)
@@ -315,3 +295,175 @@ def test_between_groups_the_published_ranks_hold_and_within_them_size_alone_tell
     assert fractions["a"] == pytest.approx(fractions["c"]), "one k_star for the group"
     assert select(published, groups={}).layers == select(published).layers
     assert select(published, groups={"early": ["a", "c"]}).blueprint_digest == published.digest
+
+
+# --- units and criteria
+
+
+def test_rows_are_chosen_whole_and_by_their_mean_square() -> None:
+    gradients = gradients_of()
+    gradients["a.weight"][[3, 7]] *= 10
+    selection = select(PUBLISHED, budget=0.1, unit="row", gradients=gradients)
+    assert selection.parts["a.weight"].tolist() == [3, 7]
+    assert selection.indices("a.weight", (20, 50)).tolist() == [*range(150, 200), *range(350, 400)]  # type: ignore[union-attr]  # a tenth
+    with pytest.raises(ConfigurationError, match="needs the tensor's shape"):
+        selection.indices("a.weight", 1000)
+
+
+def test_rows_of_an_unknown_tensor_are_random_and_always_the_same() -> None:
+    first, again = (select(PUBLISHED, budget=0.1, unit="row").units("a.weight", (20, 50)) for _ in range(2))
+    assert first.width == 50
+    assert first.indices is not None
+    assert again.indices is not None
+    assert len(first.indices) == 2
+    assert np.array_equal(first.indices, again.indices)
+
+
+def test_rows_survive_their_file(tmp_path: Path) -> None:
+    selection = select(PUBLISHED, budget=0.1, unit="row", gradients=gradients_of())
+    again = Selection.load(selection.save(tmp_path / "selection"))
+    for name, gradient in gradients_of().items():
+        assert np.array_equal(
+            again.indices(name, tuple(gradient.shape)),  # type: ignore[arg-type]  # a tenth, not all
+            selection.indices(name, tuple(gradient.shape)),  # type: ignore[arg-type]  # likewise
+        )
+
+
+def test_criteria_say_what_a_layer_is_worth() -> None:
+    blueprint = make_blueprint(
+        {"a": 3.0, "b": 1.0, "c": 1.0},
+        {"a": 900, "b": 100, "c": 100},
+        signal={"a": 1.0, "b": 1.0, "c": 2.0},
+        first_order={"a": -5.0, "b": 3.0, "c": 1.0},
+    )
+
+    def by(criterion: Any) -> list[float]:
+        return shares(select(blueprint, unit="layer", criterion=criterion))
+
+    assert by("norm") == [0.6, 0.2, 0.2]
+    assert by("signal") == [0.25, 0.25, 0.5]
+    assert by("first_order") == [0, 0.75, 0.25]
+    assert by("size_normalised") == [round(1 / 3, 6)] * 3
+    assert by(lambda layer: float(layer.id == "b")) == [0, 1, 0]
+    with pytest.raises(ConfigurationError, match="does not hold"):
+        select(PUBLISHED, unit="layer", criterion="signal")
+
+
+def test_the_absolute_criterion_sums_the_magnitudes_of_factors_and_gradients() -> None:
+    gradients = {name: torch.full_like(gradient, 2.0) for name, gradient in gradients_of().items()}
+    assert shares(select(PUBLISHED, unit="layer", criterion="absolute", gradients=gradients)) == [
+        round(size / 2200, 6) for size in SIZES.values()
+    ]
+    factors = {
+        f"code/{name}.weight/{side}": torch.ones(n)
+        for name, shape in (("a", (20, 50)), ("b", (50, 20)), ("c", (10, 20)))
+        for side, n in zip(("row", "column"), shape, strict=True)
+    }
+    assert shares(select(PUBLISHED, unit="layer", criterion="absolute", factors=factors))[0] == round(1000 / 2200, 6)
+    with pytest.raises(ConfigurationError, match="does not hold"):
+        select(PUBLISHED, unit="layer", criterion="absolute")
+
+
+# --- how far either side is believed
+
+
+def checked(verdict: Verdict, **fields: Any) -> Staleness:
+    digest = "sha256:" + "0" * 64
+    return Staleness.model_validate(
+        {
+            "model_id": "m",
+            "training_checkpoint": 1.0,
+            "version": 1,
+            "lab": "lab",
+            "digest": digest,
+            "other_digest": digest,
+            "statistic": "gradient_norm",
+            "domain": "code",
+            "verdict": verdict,
+            "advice": "use",
+            "threshold": 0.95,
+            "levels": [],
+            "top": 1,
+            "matched": 3,
+            "method_version": 1,
+        }
+        | fields
+    )
+
+
+FACTORS = {"code/a.weight/row": torch.rand(20), "code/a.weight/column": torch.rand(50)}
+
+
+def test_a_stale_blueprint_has_no_say_and_without_a_local_sample_chance_decides() -> None:
+    stale = select(PUBLISHED, budget=0.1, factors=FACTORS, staleness=checked(Verdict.STALE))
+    assert stale.trust == stale.validity == 0
+    assert shares(stale) == [round(size / 2200, 6) for size in SIZES.values()]
+    by_chance = select(PUBLISHED, budget=0.1).indices("a.weight", 1000)
+    assert np.array_equal(stale.indices("a.weight", 1000), by_chance)  # type: ignore[arg-type]  # a tenth, not all
+    fresh = select(PUBLISHED, budget=0.1, factors=FACTORS, staleness=checked(Verdict.FRESH))
+    assert np.array_equal(fresh.parts["a.weight"], select(PUBLISHED, budget=0.1, factors=FACTORS).parts["a.weight"])
+
+
+def test_a_coarser_level_that_holds_keeps_its_say_between_its_groups() -> None:
+    groups = {"early": ("a", "c"), "late": ("b",)}
+    coarse = select(PUBLISHED, staleness=checked(Verdict.STALE, groups=groups))
+    assert coarse.trust == 1
+    assert shares(coarse) == shares(select(PUBLISHED, groups=groups))
+
+
+@pytest.mark.parametrize(("sequences", "at_random"), [(8, 75), (16, 50), (32, 0), (128, 0)])
+def test_what_neither_side_vouches_for_goes_to_chance(sequences: int, at_random: int) -> None:
+    statistics = LocalStatistics(mean=gradients_of(), batches=1, sequences=sequences)
+    stale = checked(Verdict.STALE)
+    chosen = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, staleness=stale).parts["a.weight"]
+    largest = select(PUBLISHED, budget=0.1, gradients=gradients_of()).parts["a.weight"]
+    assert len(chosen) == 100
+    expected_overlap = 100 - at_random
+    assert expected_overlap <= len(np.intersect1d(chosen, largest)) <= expected_overlap + 10
+    believed = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, staleness=checked(Verdict.FRESH))
+    asked = select(
+        PUBLISHED,
+        budget=0.1,
+        factors=FACTORS,
+        statistics=statistics,
+        staleness=checked(Verdict.FRESH),
+        random_share=0.0,
+    )
+    assert np.array_equal(believed.parts["a.weight"], asked.parts["a.weight"])
+
+
+def test_a_share_of_the_budget_is_random_on_request() -> None:
+    chosen = select(PUBLISHED, budget=0.1, gradients=gradients_of(), random_share=0.3).parts["a.weight"]
+    largest = select(PUBLISHED, budget=0.1, gradients=gradients_of()).parts["a.weight"]
+    assert len(chosen) == len(np.unique(chosen)) == 100
+    assert len(np.intersect1d(chosen, largest)) in range(70, 80)
+
+
+# --- device
+
+
+def test_a_budget_fits_the_device_less_what_a_step_holds() -> None:
+    model = nn.Sequential(nn.Linear(100, 50), nn.Tanh(), nn.Linear(50, 10))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return model(inputs)  # type: ignore[no-any-return]  # a module is untyped
+
+    inputs = torch.randn(8, 100)
+    # saved: the inputs (8 x 100) and the output of Tanh (8 x 50), float32; the largest again; the largest gradient
+    held = (800 + 400) * 4 + 800 * 4 + 5000 * 4
+    budget = Budget.device(Wrapped(), {"inputs": inputs}, free=100_000, reserve=0.1)
+    assert (budget.measure, budget.amount) == ("bytes", 90_000 - held)
+    with pytest.raises(ConfigurationError, match="nothing is left"):
+        Budget.device(Wrapped(), {"inputs": inputs}, free=held)
+    assert Budget.device(Wrapped(), {"inputs": inputs}).amount > 0
+
+
+def test_weights_of_lower_precision_cost_a_copy() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(10, 10)}).bfloat16()
+    selection = select(make_blueprint({"a": 1.0}), budget=Budget.bytes(20 * 20), model=model)
+    assert (selection.selected, selection.training_bytes) == (20, 400)

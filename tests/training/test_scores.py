@@ -1,0 +1,278 @@
+"""Local statistics in one pass, and the scores made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.selection import (
+    LocalStatistics,
+    Score,
+    blended,
+    empirical_bayes,
+    local_gradient,
+    local_rms,
+    mean_gradients,
+    published_factors,
+    random_coordinates,
+    select,
+)
+
+
+class Scorer(nn.Module):
+    """A language model as `mean_gradients` sees it: input ids and labels in, a loss out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 7)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> object:
+        logits = self.head(self.dropout(self.embedding(input_ids)))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return type("Output", (), {"loss": loss})()
+
+
+def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding() -> None:
+    torch.manual_seed(0)
+    model = Scorer().train()
+    ids = torch.randint(0, 7, (2, 3, 5))
+    mask = torch.ones(3, 5, dtype=torch.int64)
+    mask[0, 2:] = 0
+    found = mean_gradients(model, [{"input_ids": ids[0], "attention_mask": mask}, {"input_ids": ids[1]}])
+    assert model.training
+    assert model.head.weight.grad is None
+    model.eval()
+    losses = model(ids[0], ids[0].masked_fill(mask == 0, -100)).loss, model(ids[1], ids[1]).loss
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(model.parameters()))
+    for gradient, (name, _) in zip(expected, model.named_parameters(), strict=True):
+        torch.testing.assert_close(found[name], gradient)
+
+
+def batches_of(count: int, examples: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 7, (examples, 5), generator=generator)} for _ in range(count)]
+
+
+def gradients_by_batch(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    model.eval()
+    names = [name for name, _ in model.named_parameters()]
+    return [
+        dict(
+            zip(
+                names,
+                torch.autograd.grad(model(batch["input_ids"], batch["input_ids"]).loss, list(model.parameters())),
+                strict=True,
+            )
+        )
+        for batch in batches
+    ]
+
+
+def test_one_pass_gives_mean_square_factors_and_the_noise_of_the_mean() -> None:
+    torch.manual_seed(0)
+    model, batches = Scorer(), batches_of(5)
+    found = LocalStatistics.gather(model, batches)
+    squares = LocalStatistics.gather(model, batches, keep="square")
+    stacked = gradients_by_batch(model, batches)
+    assert (found.batches, found.sequences) == (5, 15)
+    assert not found.square
+    assert not squares.mean
+    assert not LocalStatistics.gather(model, batches, keep="factors").mean
+    for name in found.mean:
+        gradients = torch.stack([gradient[name] for gradient in stacked])
+        torch.testing.assert_close(found.mean[name], gradients.mean(0))
+        torch.testing.assert_close(squares.square[name], gradients.square().mean(0))
+        variance = gradients.var(0) / 5  # of the mean
+        noise = found.noise(name)
+        assert noise is not None
+        dimensions = {"row": -1, "column": -2} if variance.dim() > 1 else {}
+        for side, dimension in dimensions.items():
+            torch.testing.assert_close(noise[side], variance.mean(dimension), rtol=1e-3, atol=1e-9)
+        if variance.dim() == 1:
+            torch.testing.assert_close(noise["row"], variance, rtol=1e-3, atol=1e-9)
+
+
+def test_half_the_memory_is_right_on_average() -> None:
+    """Rounded to the nearest, the sum of 200 equal parts would stop growing."""
+    torch.manual_seed(0)
+    model, batches = Scorer(), batches_of(1) * 200
+    exact = LocalStatistics.gather(model, batches[:1]).mean
+    halved = LocalStatistics.gather(model, batches, dtype=torch.bfloat16).mean
+    for name, expected in exact.items():
+        assert halved[name].dtype == torch.bfloat16
+        torch.testing.assert_close(halved[name].float(), expected, rtol=0.1, atol=1e-3)
+    with pytest.raises(ConfigurationError, match="bfloat16"):
+        LocalStatistics.gather(model, batches, dtype=torch.float16)
+
+
+def test_a_model_that_holds_gradients_is_refused() -> None:
+    model = Scorer()
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    with pytest.raises(ConfigurationError, match="zero_grad"):
+        mean_gradients(model, batches_of(1))
+
+
+# --- scores
+
+SHAPE = (30, 40)
+
+
+def factors_of(values: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    return {"w": {"row": values.mean(1), "column": values.mean(0)}}
+
+
+def sample(truth: torch.Tensor, noise: torch.Tensor, batches: int, seed: int = 0) -> LocalStatistics:
+    """What `gather` would find: batch gradients of mean `truth` and standard deviation `noise`."""
+    generator = torch.Generator().manual_seed(seed)
+    found = LocalStatistics(batches=batches, sequences=batches)
+    drawn = truth + noise * torch.randn(batches, *SHAPE, generator=generator)
+    found.mean["w"] = drawn.mean(0)
+    found.row["w"] = drawn.square().mean(2).sum(0)
+    found.column["w"] = drawn.square().mean(1).sum(0)
+    return found
+
+
+def correlation(left: np.ndarray | None, right: torch.Tensor) -> float:
+    assert left is not None
+    return float(np.corrcoef(left, right.flatten().numpy())[0, 1])
+
+
+@pytest.fixture(scope="module")
+def prior() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.outer(torch.rand(30, generator=generator), torch.rand(40, generator=generator)) ** 2
+
+
+@pytest.fixture(scope="module")
+def truth(prior: torch.Tensor) -> torch.Tensor:
+    return prior.sqrt() * torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+
+
+def test_without_a_local_sample_the_score_is_the_factors_and_with_ever_more_the_local_gradient(
+    prior: torch.Tensor, truth: torch.Tensor
+) -> None:
+    factors = factors_of(prior)
+    alone = empirical_bayes(factors, LocalStatistics())("w", SHAPE)
+    published = published_factors(factors)("w", SHAPE)
+    assert alone is not None
+    assert published is not None
+    assert np.array_equal(alone, published)
+    statistics = sample(truth, torch.full(SHAPE, 0.3), 20_000)
+    assert correlation(empirical_bayes(factors, statistics)("w", SHAPE), statistics.mean["w"].abs()) > 0.9999
+
+
+def test_the_score_is_the_expected_square_of_the_mean_gradient(prior: torch.Tensor, truth: torch.Tensor) -> None:
+    statistics = sample(truth, torch.full(SHAPE, 0.5), 16)
+    score = empirical_bayes(factors_of(prior), statistics)("w", SHAPE)
+    noise = statistics.noise("w")
+    assert score is not None
+    assert noise is not None
+    variance = torch.outer(noise["row"], noise["column"]) / noise["row"].mean()
+    mean = statistics.mean["w"]
+    moment = torch.outer(prior.mean(1), prior.mean(0)) / prior.mean()
+    signal = (mean.square().mean() - variance.mean()) / moment.mean() * moment
+    weight = signal / (signal + variance)
+    expected = ((weight * mean) ** 2 + weight * variance).sqrt().flatten().numpy()
+    np.testing.assert_allclose(score, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("batches", [2, 8, 32, 128])
+def test_with_a_right_prior_it_finds_more_of_the_gradient_than_either_side_alone(
+    prior: torch.Tensor, truth: torch.Tensor, batches: int
+) -> None:
+    """Mass of the true mean gradient within the best tenth, over 20 samples."""
+
+    def found(score: Score) -> float:
+        scores = score("w", SHAPE)
+        assert scores is not None
+        return float(truth.abs().flatten()[torch.from_numpy(scores).topk(120).indices].sum())
+
+    both = published = local = 0.0
+    for seed in range(20):
+        statistics = sample(truth, torch.full(SHAPE, 1.0), batches, seed)
+        both += found(empirical_bayes(factors_of(prior), statistics))
+        published += found(published_factors(factors_of(prior)))
+        local += found(local_gradient(statistics.mean))
+    assert both > max(published, local)
+
+
+def test_a_prior_that_is_not_believed_leaves_the_local_gradient(prior: torch.Tensor, truth: torch.Tensor) -> None:
+    statistics = sample(truth, torch.full(SHAPE, 0.3), 8)
+    wrong = factors_of(prior.flip(0, 1))
+    misled = correlation(empirical_bayes(wrong, statistics)("w", SHAPE), truth.abs())
+    flattened = correlation(empirical_bayes(wrong, statistics, validity=0.0)("w", SHAPE), truth.abs())
+    assert flattened > misled
+    without = empirical_bayes({}, statistics)("w", SHAPE)
+    np.testing.assert_array_equal(empirical_bayes(wrong, statistics, validity=0.0)("w", SHAPE), without)
+
+
+def test_a_sample_without_any_signal_leaves_the_prior_to_rank(prior: torch.Tensor) -> None:
+    statistics = sample(torch.zeros(SHAPE), torch.full(SHAPE, 1.0), 4)
+    score = empirical_bayes(factors_of(prior), statistics)("w", SHAPE)
+    published = published_factors(factors_of(prior))("w", SHAPE)
+    assert published is not None
+    assert correlation(score, torch.from_numpy(published)) > 0.9
+
+
+def test_blends_are_of_shares_and_a_part_that_knows_nothing_has_no_say() -> None:
+    left: Score = lambda name, shape: np.array([1, 3], np.float32)  # noqa: E731 - a score is any function
+    right: Score = lambda name, shape: np.array([30, 10], np.float32)  # noqa: E731
+    nothing: Score = lambda name, shape: None  # noqa: E731
+    found = blended((0.5, left), (0.5, right), (9.0, nothing))("w", (2,))
+    np.testing.assert_allclose(found, [0.5, 0.5])  # type: ignore[arg-type]  # two parts knew something
+    assert blended((1.0, nothing))("w", (2,)) is None
+
+
+BLUEPRINT = Blueprint.from_dict(
+    {
+        "model_id": "m",
+        "training_checkpoint": 1.0,
+        "layers": [{"id": "head", "gradient_norm": 1.0, "parameters": 35}],
+    }
+)
+
+
+def test_a_function_of_name_and_shape_is_a_score() -> None:
+    seen = []
+
+    def last(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        seen.append((name, shape))
+        return np.arange(np.prod(shape), dtype=np.float32)
+
+    selection = select(BLUEPRINT, budget=0.2, score=last, model=Scorer())
+    assert seen == [("head.bias", (7,)), ("head.weight", (7, 4))]
+    assert selection.parts["head.weight"].tolist() == [23, 24, 25, 26, 27]
+    assert selection.score == "last"
+    with pytest.raises(ConfigurationError, match="1 values for the shape"):
+        select(BLUEPRINT, score=lambda name, shape: np.ones(1, np.float32), model=Scorer())
+    with pytest.raises(ConfigurationError, match="there is no score"):
+        select(BLUEPRINT, score="best", model=Scorer())  # type: ignore[arg-type]  # that it is refused is the test
+
+
+@pytest.mark.parametrize("name", ["mean_gradient", "rms", "local_factors", "factors", "blend", "random"])
+def test_named_scores_are_the_functions_of_that_name(name: str) -> None:
+    torch.manual_seed(0)
+    model, batches = Scorer(), batches_of(3)
+    statistics = LocalStatistics.gather(model, batches, keep="square" if name == "rms" else "mean")
+    local = {
+        f"code/{key}/{side}": value for key, sides in statistics.factors().items() for side, value in sides.items()
+    }
+    score: Score = {
+        "mean_gradient": local_gradient(statistics.mean),
+        "rms": local_rms(statistics),
+        "local_factors": published_factors(statistics.factors()),
+        "factors": published_factors(statistics.factors()),
+        "blend": blended((0.5, published_factors(statistics.factors())), (0.5, local_gradient(statistics.mean))),
+        "random": random_coordinates(),
+    }[name]
+    named = select(BLUEPRINT, budget=0.4, score=name, statistics=statistics, factors=local, model=model)  # type: ignore[arg-type]
+    given = select(BLUEPRINT, budget=0.4, score=score, model=model)
+    assert np.array_equal(named.parts["head.weight"], given.parts["head.weight"])
