@@ -27,6 +27,7 @@ from app.registry.keys import generate_secret
 from app.settings import Settings
 from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
+from tests.object_storage import ObjectStorage, object_storage
 
 _TEMPLATE = "registry_template"
 _numbers = itertools.count(1)
@@ -88,6 +89,13 @@ def valkey_url() -> Iterator[str]:
             yield server.url
         finally:
             valkey.stop(server)
+
+
+@pytest.fixture(scope="session")
+def storage() -> Iterator[ObjectStorage]:
+    """A real S3 server with the bucket `checkpoints`."""
+    with _server_folder() as folder, object_storage(folder / "seaweedfs") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
