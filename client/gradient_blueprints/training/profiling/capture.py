@@ -78,7 +78,7 @@ class Capture:
     whether the leading dimension of a tensor counts examples.
     """
 
-    def __init__(self, model: nn.Module, names: dict[int, str], arrive: Callable[[str, Contribution], None]) -> None:
+    def __init__(self, model: nn.Module, names: dict[str, str], arrive: Callable[[str, Contribution], None]) -> None:
         self._arrive = arrive
         self.examples = 0
         self.scale: Tensor | None = None
@@ -92,8 +92,12 @@ class Capture:
         self._handles = []
         for path, module in model.named_modules():
             # BERT's head lists its decoder's bias once more without using it: the innermost owner uses it
-            inner = {id(p) for child in module.children() for p in child.parameters()}
-            own = {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) not in inner}
+            here = {
+                name: names[f"{path}.{name}" if path else name]
+                for name, _ in module.named_parameters(remove_duplicate=False)
+            }
+            inner = {name for local, name in here.items() if local not in module._parameters}
+            own = {local: name for local, name in here.items() if local in module._parameters and name not in inner}
             if own:
                 hook = self._hook(path, own, rule_for(module))
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -229,7 +233,7 @@ def _scaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return gradient
     shaped = gradient.reshape(scale.numel(), -1)
-    return (shaped * scale.to(gradient.dtype).unsqueeze(1)).view_as(gradient)
+    return (shaped * scale.to(gradient).unsqueeze(1)).view_as(gradient)
 
 
 def _tensors(value: Nested) -> list[Tensor]:

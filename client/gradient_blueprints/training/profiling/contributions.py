@@ -83,7 +83,7 @@ class Outer(Contribution):
         return torch.stack([square(self._written_out(i)) for i in range(self.examples)])
 
     def total(self, weights: Tensor | None = None) -> Tensor:
-        left = self.left if weights is None else self.left * weights.to(self.left.dtype).view(-1, 1, 1)
+        left = self.left if weights is None else self.left * weights.to(self.left).view(-1, 1, 1)
         return (left.flatten(0, 1).T @ self.right.flatten(0, 1)).view(self.shape)
 
     def squares_and_total(self) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class Lookup(Contribution):
         return self.inner(self)
 
     def total(self, weights: Tensor | None = None) -> Tensor:
-        rows = self.gradients if weights is None else self.gradients * weights.to(self.gradients.dtype).view(-1, 1, 1)
+        rows = self.gradients if weights is None else self.gradients * weights.to(self.gradients).view(-1, 1, 1)
         out = torch.zeros(self.shape, dtype=rows.dtype, device=rows.device)
         return out.index_add_(0, self.ids.clamp_min(0).flatten(), rows.flatten(0, 1))
 
@@ -193,7 +193,7 @@ class Dense(Contribution):
     def total(self, weights: Tensor | None = None) -> Tensor:
         if weights is None:
             return self.gradients.sum(0)
-        total: Tensor = torch.tensordot(weights.to(self.gradients.dtype), self.gradients, 1)
+        total: Tensor = torch.tensordot(weights.to(self.gradients), self.gradients, 1)
         return total
 
     def gradient(self, example: int) -> Tensor:

@@ -32,9 +32,35 @@ class Group:
     depth: int | None
 
 
-def parameter_names(model: nn.Module) -> dict[int, str]:
-    """One name per parameter object, the first by which the model lists it; tied ones share it."""
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def parameter_names(model: nn.Module) -> dict[str, str]:
+    """The name of every parameter by each path that leads to it: the first by which the model lists it."""
+    first: dict[int, str] = {}
+    names = {
+        path: first.setdefault(id(parameter), path)
+        for path, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate offloads tied weights each for itself
+        for target, source in _tied(model):
+            if target in names and source in names:
+                kept = next(name for name in names.values() if name in (names[target], names[source]))
+                gone = {names[target], names[source]}
+                names = {path: kept if name in gone else name for path, name in names.items()}
+    return names
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, in the model's order."""
+    return {name: model.get_parameter(name) for name in parameter_names(model).values()}
+
+
+def _tied(model: nn.Module) -> list[tuple[str, str]]:
+    """Paths of one weight, as transformers keeps them."""
+    found = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        ties: dict[str, str] = module.__dict__.get("all_tied_weights_keys") or {}
+        found += [(prefix + target, prefix + source) for target, source in ties.items()]
+    return found
 
 
 def group_parameters(model: nn.Module, granularity: Granularity) -> list[Group]:
@@ -45,7 +71,7 @@ def group_parameters(model: nn.Module, granularity: Granularity) -> list[Group]:
     """
     modules = dict(model.named_modules())
     members: dict[str, list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         members.setdefault(_layer_of(name, modules, granularity), []).append((name, parameter))
     head = _untied_head(model)
     return [

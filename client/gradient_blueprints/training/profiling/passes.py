@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from gradient_blueprints.training.profiling.losses import (
     target_tokens,
     token_losses,
 )
+from gradient_blueprints.training.profiling.offload import OffloadedWeights
 from gradient_blueprints.training.profiling.random_state import RandomState
 from gradient_blueprints.training.profiling.totals import BatchTotals, placed
 
@@ -92,8 +93,7 @@ class GradientPass:
     def __init__(self, model: nn.Module, *, loss: LossFunction | None, verify: bool, micro_batch: int | None) -> None:
         self.model = model
         self._names = parameter_names(model)
-        self._parameters = dict(model.named_parameters())
-        self._required = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        self._required = {path: model.get_parameter(path).requires_grad for path in self._names}
         self.reader = LossReader(model, loss)
         self._verify = verify
         self.micro_batch = micro_batch
@@ -114,8 +114,8 @@ class GradientPass:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
+        self._require(dict.fromkeys(self._names, False))
+        self._offloaded = OffloadedWeights(model, self._names)
         try:
             self._capture = Capture(model, self._names, self._arrive)
         except BaseException:
@@ -128,8 +128,22 @@ class GradientPass:
             hook.remove()
         if hasattr(self, "_capture"):
             self._capture.close()
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(self._required[name])
+        self._offloaded.close()
+        self._require(self._required)
+
+    def _require(self, flags: Mapping[str, bool]) -> None:
+        """Set requires_grad by path; looked up anew, since accelerate puts other objects in the parameters' places."""
+        for path, flag in flags.items():
+            self.model.get_parameter(path).requires_grad_(flag)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self.model.get_parameter(name) for name in dict.fromkeys(self._names.values())}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """What plain autograd left, on parameters or on the loans of offloaded ones, in float32 or wider."""
+        found = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
+        found |= self._offloaded.gradients()
+        return {name: g.detach() if g.dtype == torch.float64 else g.detach().float() for name, g in found.items()}
 
     def measure(self, batch: Batch, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Forward and backward of a batch that has labels.
@@ -251,7 +265,7 @@ class GradientPass:
         self.one_by_one = reason
 
     def _tolerance(self) -> float:
-        return max(_TOLERANCE.get(parameter.dtype, 0.1) for parameter in self._parameters.values())
+        return max(_TOLERANCE.get(parameter.dtype, 0.1) for parameter in self._parameters().values())
 
     def _token_weights(self, batch: Batch, examples: int) -> Tensor | None:
         """w_i = tokens_i / tokens, by which the batch gradient of a token mean weighs examples; None when equal."""
@@ -280,20 +294,20 @@ class GradientPass:
     ) -> Iterator[None]:
         self._batch, self._weights = whole, weights
         self._pending.clear()
+        self._offloaded.forget()
         self._inside = True
         try:
-            for name in self._by_autograd:
-                self._parameters[name].requires_grad_(True)
-            with torch.enable_grad():
+            self._require({path: True for path, name in self._names.items() if name in self._by_autograd})
+            with torch.enable_grad(), self._offloaded.not_kept():
                 self._capture.begin(examples, recording=recording)
                 yield
         finally:
             self._inside = False
             self._capture.end()
             self._pending.clear()
-            for name in self._by_autograd:
-                self._parameters[name].requires_grad_(False)
-                self._parameters[name].grad = None
+            for path, name in self._names.items():
+                if name in self._by_autograd:
+                    self.model.get_parameter(path).requires_grad_(False).grad = None
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         if name in self._by_autograd:
@@ -328,15 +342,14 @@ class GradientPass:
         assert batch is not None
         for name in list(self._pending):
             self._consume(name, self._pending.pop(name))
-        for name in self._by_autograd:
-            gradient = self._parameters[name].grad
-            if gradient is not None:
-                wide = gradient.detach() if gradient.dtype == torch.float64 else gradient.detach().float()
-                found.squares[name] = wide.square().sum().view(1)
-                if batch.norms:
-                    if self._weights is not None:
-                        batch.add(name, wide * self._weights.to(wide), weighted=True)
-                    batch.add(name, wide.clone(), weighted=False)
+        gradients = self._gradients() if self._by_autograd else {}
+        for name in self._by_autograd & gradients.keys():
+            wide = gradients[name]
+            found.squares[name] = wide.square().sum().view(1)
+            if batch.norms:
+                if self._weights is not None:
+                    batch.add(name, wide * self._weights.to(wide), weighted=True)
+                batch.add(name, wide.clone(), weighted=False)
 
     # --- verification
 
@@ -353,28 +366,23 @@ class GradientPass:
     def _probe(self, batch: Batch, *, verify: bool) -> None:
         """One example alone: note its shapes, and hold every rule against plain autograd."""
         self._found = found = Measurement(torch.empty(0), torch.empty(0))
-        parameters = self._parameters
+        held = {name: parameter.grad for name, parameter in self._parameters().items()}
         try:
-            if verify:
-                for parameter in parameters.values():
-                    parameter.requires_grad_(parameter.is_floating_point())
-            held = {name: parameter.grad for name, parameter in parameters.items()}
-            for parameter in parameters.values():
+            for parameter in self._parameters().values():
                 parameter.grad = None
+            if verify:
+                self._require({path: self.model.get_parameter(path).is_floating_point() for path in self._names})
             with self._listening(1, _Batch(1), recording=True):
                 losses = self.reader.run(batch)
                 self._capture.forward_phase = False
                 if verify:
                     losses.values.sum().backward()  # type: ignore[no-untyped-call]
                     self._finish()
-            reference = {
-                name: parameter.grad.detach().to(torch.float64).square().sum()
-                for name, parameter in parameters.items()
-                if parameter.grad is not None
-            }
+            reference = {name: gradient.double().square().sum() for name, gradient in self._gradients().items()}
         finally:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(False)
+            self._offloaded.forget()
+            self._require(dict.fromkeys(self._names, False))
+            for name, parameter in self._parameters().items():
                 parameter.grad = held[name]
         self._probed = bool(torch.isfinite(losses.values).all())  # else the next batch is held against autograd
         if not self._probed:
@@ -382,7 +390,7 @@ class GradientPass:
         if verify:
             self._reference = reference
             mine = {name: squares[0] for name, squares in found.squares.items()}
-            self._by_autograd = set(_differing(reference, mine, self._tolerance()))
+            self._by_autograd |= set(_differing(reference, mine, self._tolerance()))
             if self._by_autograd:
                 self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
 

@@ -24,7 +24,7 @@ def environment(model: nn.Module, seed: int, weights_digest: str | None) -> Prov
         weights_digest=weights_digest,
         seed=seed,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        device=_device_name(parameter.device),
+        device=_device_of(model),
         versions={"python": platform.python_version(), "torch": torch.__version__, **_version("transformers")},
     )
 
@@ -60,6 +60,15 @@ def resources_used(seconds: float) -> dict[str, float]:
     if torch.cuda.is_available():
         found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _device_of(model: nn.Module) -> str:
+    devices = {parameter.device for parameter in model.parameters()}
+    held = sorted(_device_name(device) for device in devices if device.type != "meta") or [_device_name(_CPU)]
+    return ", ".join(held + ["weights offloaded"] * any(device.type == "meta" for device in devices))
+
+
+_CPU = torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:

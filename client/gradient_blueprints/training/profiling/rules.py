@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from gradient_blueprints.training.profiling.contributions import Computed, Contribution, Dense, Lookup, Outer
+from gradient_blueprints.training.profiling.offload import weights_of
 
 Nested = Any  # tensors (or operands) inside tuples, lists and dicts
 
@@ -173,11 +174,11 @@ class Elementwise:
 
     def _run(self, call: Call, weight: float | Tensor, bias: Tensor | None = None) -> Tensor:
         """The module's output at another weight; at bias 0 unless told."""
-        parameter = call.weight
-        values = {"weight": torch.zeros_like(parameter) + weight}
+        none = torch.zeros(call.weight.shape, dtype=call.weight.dtype, device=call.gradient.tensor.device)
+        values = {"weight": none + weight}
         if getattr(call.module, "bias", None) is not None:
-            values["bias"] = torch.zeros_like(parameter) if bias is None else bias
-        output: Tensor = functional_call(call.module, values, whole(call.args), whole(call.kwargs))
+            values["bias"] = none if bias is None else bias
+        output: Tensor = _run(call.module, values, whole(call.args), whole(call.kwargs))
         return output
 
     def _confirm(self, call: Call) -> bool:
@@ -204,7 +205,7 @@ def recomputed(call: Call) -> dict[str, Contribution]:
     Right whenever the module treats the examples apart and always in the same way, which the
     profiler's first step verifies against autograd.
     """
-    parameters = dict(call.module.named_parameters(recurse=False))
+    parameters = weights_of(call.module)
     cached: dict[int, dict[str, Tensor]] = {}
 
     def gradients_of(example: int) -> dict[str, Tensor]:
@@ -231,7 +232,7 @@ def _differentiate(call: Call, parameters: Mapping[str, Tensor], example: int) -
 
     with torch.enable_grad():
         values = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        outputs = floating(functional_call(call.module, values, rows(call.args), rows(call.kwargs)))
+        outputs = floating(_run(call.module, values, rows(call.args), rows(call.kwargs)))
         pairs = [
             (output, gradient.of_example(example))
             for output, gradient in zip(outputs, call.gradients, strict=True)
@@ -247,6 +248,22 @@ def _differentiate(call: Call, parameters: Mapping[str, Tensor], example: int) -
         name: torch.zeros_like(value) if gradient is None else gradient
         for (name, value), gradient in zip(values.items(), found, strict=True)
     }
+
+
+class _Bare(nn.Module):
+    """A module without the hooks of those who move its weights around (accelerate, FSDP)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, "_old_forward", self.inner.forward)(*args, **kwargs)
+
+
+def _run(module: nn.Module, values: Mapping[str, Tensor], args: Nested, kwargs: Nested) -> Any:
+    """The module's forward with other values of its own parameters."""
+    return functional_call(_Bare(module), {f"inner.{name}": value for name, value in values.items()}, args, kwargs)
 
 
 def map_leaves(function: Callable[[Any], Any], value: Nested, kind: type = Tensor) -> Nested:
