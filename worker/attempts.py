@@ -53,7 +53,7 @@ def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) ->
         claim = _claim(client, job_id, stopping)
         if claim is None:
             return
-        logger.info("job %s: attempt %d of %d", job_id, claim.job.attempts, claim.job.max_attempts)
+        logger.info("job %s: part %d, lease %d", job_id, claim.part, claim.lease_token)
         with (
             tempfile.TemporaryDirectory(prefix="blueprint-job-", ignore_cleanup_errors=True) as folder,
             Lease(settings, claim) as lease,
@@ -148,15 +148,21 @@ class Attempt:
         self._deadline = time.monotonic() + self._limit
 
     def run(self) -> None:
-        """Bring what lies elsewhere, profile, publish; what ends the attempt before that has been told by then."""
+        """Bring what lies elsewhere, work, hand in; what ends the attempt before that has been told by then."""
+        shards = self._claim.job.options.shards
+        merges = shards > 1 and self._claim.part == shards
         job = NewJob.model_validate({name: getattr(self._claim.job, name) for name in NewJob.model_fields})
         fetched: dict[str, Any] | None = {}
-        if needs_fetching(job):
-            fetched = self._result_of(self._fetching(job))
+        if merges or needs_fetching(job):
+            fetched = self._result_of(self._fetching(job, merges))
         if fetched is not None:
-            document = self._result_of(self._specification(job, Fetched.model_validate(fetched)))
-            if document is not None:
-                self._publish(document)
+            result = self._result_of(self._specification(job, Fetched.model_validate(fetched)))
+            if result is None:
+                return
+            if shards == 1 or merges:
+                self._publish(result)
+            else:
+                self._hand_in(self._folder / result["state"])
 
     def _result_of(self, specification: Specification | Fetching) -> dict[str, Any] | None:
         child = Child(specification)
@@ -165,10 +171,13 @@ class Attempt:
         finally:
             child.stop()
 
-    def _fetching(self, job: NewJob) -> Fetching:
+    def _fetching(self, job: NewJob, merges: bool) -> Fetching:
         settings = self._settings
+        shards = self._claim.job.parts[: job.options.shards] if merges else ()
         return Fetching(
             job=job,
+            job_id=self._claim.job.id,
+            states=tuple(shard.digest for shard in shards if shard.digest is not None),
             lab=self._claim.job.lab,
             folder=self._folder,
             url=settings.url,
@@ -186,6 +195,7 @@ class Attempt:
         return Specification(
             job=job,
             fetched=fetched,
+            part=self._claim.part,
             folder=self._folder,
             allowed_roots=self._settings.allowed_roots,
             device=self._settings.device,
@@ -247,14 +257,22 @@ class Attempt:
             finished = self._client.finish_job(job.id, token, blueprint)
             logger.info("job %s: published version %s", job.id, finished.version)
 
+        self._deliver(publish, "blueprint")
+
+    def _hand_in(self, state: Path) -> None:
+        """The partial result of a shard."""
+        job, part, token = self._claim.job, self._claim.part, self._claim.lease_token
+        self._deliver(lambda: self._client.finish_shard(job.id, part, token, state), "state of the shard")
+
+    def _deliver(self, say: Callable[[], object], what: str) -> None:
         try:
-            self._insist(publish)
+            self._insist(say)
         except (LeaseLost, JobFinished):
             raise
         except Conflict:  # asked to cancel while the result was on its way
             self._end("cancelled", "stopped as asked")
         except ApiError as refused:
-            self._end("failed", f"the registry refused the blueprint: {refused}")
+            self._end("failed", f"the registry refused the {what}: {refused}")
 
     def _end(self, state: Literal["failed", "crashed", "cancelled", "queued"], reason: str) -> None:
         job = self._claim.job

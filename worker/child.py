@@ -27,9 +27,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 class Fetching(BaseModel):
-    """Everything that the process needs which fetches sources; its first line on stdin."""
+    """Everything that the process needs which fetches sources, or the states of shards; its first line on stdin."""
 
     job: NewJob
+    job_id: str = ""
+    states: tuple[str, ...] = ()  # the digest of each shard's state, for a merge of that job, which needs no sources
     lab: str
     folder: Path
     url: str
@@ -44,9 +46,10 @@ class Fetching(BaseModel):
 
 
 class Fetched(BaseModel):
-    """Where each remote source of a job lies on this machine now."""
+    """Where each remote source of a job, or the state of each shard, lies on this machine now."""
 
     paths: dict[str, Path] = {}
+    states: tuple[Path, ...] = ()
     weights_revision: str | None = None
     roots: tuple[Path, ...] = ()
 
@@ -61,6 +64,7 @@ class Specification(BaseModel):
     max_model_bytes: int
     max_text_bytes: int
     fetched: Fetched = Fetched()
+    part: int = 0  # which shard of the job
 
     def where(self, source: str) -> tuple[str, tuple[Path, ...]]:
         """The path of a source on this machine, and the folders that it and its links may lead to."""

@@ -23,6 +23,7 @@ from worker.child import Fetched, Fetching
 from worker.sources import SourceRefused, StoreSource, belongs_to_checkpoint, is_remote, read_store_source
 from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 Report = Callable[[Progress], None]
 
 
@@ -47,6 +48,8 @@ def main() -> int:
 def fetch(fetching: Fetching, report: Report) -> Fetched:
     """Bring every remote source of the job. What cannot be reached now raises; another attempt may reach it."""
     report(Progress(phase="fetching"))
+    if fetching.states:
+        return Fetched(states=_fetch_states(fetching))
     paths: dict[str, Path] = {}
     revision = None
     job = fetching.job
@@ -90,6 +93,15 @@ def _new_folder(folder: Path, number: int) -> Path:
 # --- the registry's own store
 
 
+def _fetch_states(fetching: Fetching) -> tuple[Path, ...]:
+    folder = _new_folder(fetching.folder, 0)
+    with Client(fetching.url, api_key=fetching.api_key, cache=False, offline=False) as client:
+        return tuple(
+            client.fetch_shard_state(fetching.job_id, shard, digest, folder / f"{shard}.safetensors")
+            for shard, digest in enumerate(fetching.states)
+        )
+
+
 def _client(fetching: Fetching) -> Client:
     client = Client(fetching.url, api_key=fetching.api_key, cache=fetching.cache / "files", offline=False)
     client.cache = Cache(fetching.cache / "files", max_bytes=fetching.cache_bytes)
@@ -121,7 +133,7 @@ def _fetch_text(fetching: Fetching, source: StoreSource, folder: Path) -> Path:
         found = {file.path: file for file in client.list_checkpoint_files(model_id, checkpoint, lab=fetching.lab)}
         file = found.get(source.path)
         if file is None:
-            texts = ", ".join(sorted(path for path in found if not belongs_to_checkpoint(path))) or "none"
+            texts = ", ".join(sorted(path for path in found if path.endswith(TEXT_SUFFIXES))) or "none"
             raise SourceRefused(
                 f"lab {fetching.lab} has uploaded no {source.path!r} with {model_id} at {checkpoint}; "
                 f"of texts there are: {texts}"

@@ -6,24 +6,40 @@ connection. Whatever goes wrong in it, the model library's crashes included, end
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradient_blueprints.models import Attachment, Blueprint, NewJob, Progress, Provenance
 from gradient_blueprints.training.profiling import GradientProfiler
+from gradient_blueprints.training.profiling.provenance import environment
+from gradient_blueprints.training.profiling.state_files import load_notes, load_state, save_state
 from worker.child import Specification
+from worker.loading import (
+    batches_of,
+    check_fit,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    one_line,
+    plan_model,
+    read_text,
+)
 from worker.sources import SourceRefused, file_digest, resolve_checkpoint, resolve_file
 from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
-from worker.texts import PackedText, pack
+from worker.texts import PackedText
 
 FACTORS_FILE = "factors.safetensors"
+STATE_FILE = "state.safetensors"
+SAME = ("weights_digest", "weights_revision", "data", "seed", "notes")  # what the shards of a job must agree on
 Report = Callable[[Progress], None]
 
 
@@ -37,29 +53,78 @@ def main() -> int:
         speaker.say(PROGRESS, progress.model_dump(exclude_none=True))
 
     try:
-        blueprint = profile(specification, report)
+        result = work(specification, report)
     except SourceRefused as refused:
         speaker.say(FAILED, str(refused))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        speaker.say(FAILED, f"out of memory: {_one_line(error)}; try a smaller batch_size or sequence_length")
+        speaker.say(FAILED, f"out of memory: {one_line(error)}; try a smaller batch_size or sequence_length")
     except Exception as error:
         logging.exception("the job failed")
-        speaker.say(FAILED, f"{type(error).__name__}: {_one_line(error)}")
+        speaker.say(FAILED, f"{type(error).__name__}: {one_line(error)}")
     else:
-        speaker.say(FINISHED, blueprint.to_dict())
+        speaker.say(FINISHED, result)
     return 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or "no message"
 
 
 # --- the work
 
 
+def work(specification: Specification, report: Report) -> dict[str, Any]:
+    """The document of a whole job or of its merged shards; of one shard the name of the file with its state."""
+    if specification.fetched.states:
+        return merge_shards(specification, report).to_dict()
+    if specification.job.options.shards > 1:
+        return {"state": profile_shard(specification, report).name}
+    return profile(specification, report).to_dict()
+
+
 def profile(specification: Specification, report: Report) -> Blueprint:
     """Load what the job names, run its batches, and describe the gradients with what they were computed from."""
-    job = specification.job
+    measured = measure(specification, report)
+    report(Progress(phase="fitting", done=measured.batches, total=measured.batches))
+    return _describe(specification, measured.profiler, measured.provenance)
+
+
+def profile_shard(specification: Specification, report: Report) -> Path:
+    """The same for every `shards`-th batch of each domain, kept as a state that merges with those of the others."""
+    measured = measure(specification, report)
+    report(Progress(phase="saving", done=measured.batches, total=measured.batches))
+    profiler, seed = measured.profiler, specification.job.options.seed
+    known = environment(profiler.model, seed, None).model_dump(exclude_none=True)
+    notes = {
+        "config": measured.config,
+        "provenance": known | measured.provenance.model_dump(mode="json", exclude_none=True),
+    }
+    return save_state(profiler.state(), specification.folder / STATE_FILE, notes)
+
+
+def merge_shards(specification: Specification, report: Report) -> Blueprint:
+    """The document of all shards, as one run would have given it; neither weights nor texts are needed for it."""
+    report(Progress(phase="merging"))
+    states = specification.fetched.states
+    notes = [load_notes(path) for path in states]
+    provenance = _common_provenance([noted["provenance"] for noted in notes])
+    view = specification.folder / "configuration"
+    view.mkdir()
+    (view / "config.json").write_text(json.dumps(notes[0]["config"]))
+    profiler = _profiler(specification.job, plan_model(load_config(view)))
+    for path in states:
+        profiler.absorb(load_state(path))  # one at a time, each may be as large as the model
+    return _describe(specification, profiler, provenance)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the batches of a job, or of a shard of it, came to."""
+
+    profiler: GradientProfiler
+    provenance: Provenance
+    config: dict[str, Any]
+    batches: int
+
+
+def measure(specification: Specification, report: Report) -> Measured:
+    job, options = specification.job, specification.job.options
     report(Progress(phase="checking sources"))
     where = specification.where
     checkpoint = resolve_checkpoint(*where(job.source), max_model_bytes=specification.max_model_bytes)
@@ -72,150 +137,53 @@ def profile(specification: Specification, report: Report) -> Blueprint:
     checkpoint.link_into(view)
 
     report(Progress(phase="reading text"))
-    config = _load_config(view)
-    tokenizer = _load_tokenizer(view, config)
-    packed = {domain: _pack(job, domain, path, tokenizer) for domain, path in texts.items()}
+    config = load_config(view)
+    tokenizer = load_tokenizer(view, config)
+    packed = {domain: read_text(job, domain, path, tokenizer) for domain, path in texts.items()}
 
     report(Progress(phase="loading the model"))
     device = choose_device(specification.device)
-    model = _load_model(view, config, device, specification.max_model_bytes)
-    _check_fit(model, job, packed)
+    model = load_model(view, config, device, specification.max_model_bytes)
+    check_fit(model, job, packed)
 
-    torch.manual_seed(job.options.seed)
-    total = sum(len(text.sequences) // job.options.batch_size for text in packed.values())
-    with GradientProfiler(
+    torch.manual_seed(options.seed)
+    numbers = {
+        domain: range(specification.part, len(text.sequences) // options.batch_size, options.shards)
+        for domain, text in packed.items()
+    }
+    done, total = 0, sum(map(len, numbers.values()))
+    with _profiler(job, model, tokenizer) as profiler:
+        for domain, text in packed.items():
+            for number, batch in batches_of(text.sequences, options.batch_size, numbers[domain], device):
+                report(Progress(phase="profiling", done=done, total=total))
+                profiler.step(batch, domain=domain, key=number)
+                done += 1
+    provenance = _provenance(job, packed, weights_digest, specification.fetched.weights_revision)
+    return Measured(profiler, provenance, checkpoint.config, total)
+
+
+def _profiler(job: NewJob, model: Any, tokenizer: Any = None) -> GradientProfiler:
+    """The general domain is named beforehand, because a shard may hold no batch of it."""
+    return GradientProfiler(
         model,
         tokenizer,
         groups=job.options.granularity,
         seed=job.options.seed,
         statistic=job.options.statistic,
-    ) as profiler:
-        done = 0
-        for domain, text in packed.items():
-            for batch in _batches(text.sequences, job.options.batch_size, device):
-                report(Progress(phase="profiling", done=done, total=total))
-                profiler.step(batch, domain=domain)
-                done += 1
-        report(Progress(phase="fitting", done=total, total=total))
-        blueprint = profiler.blueprint(
-            model_id=job.model_id,
-            training_checkpoint=job.training_checkpoint,
-            provenance=_provenance(job, packed, weights_digest, specification.fetched.weights_revision),
-        )
-        return _attach(blueprint, profiler.save_factors(specification.folder / FACTORS_FILE))
+        general="general" if "general" in job.data else min(job.data),
+        digests=False,  # the worker's own are of the files
+    )
 
 
-def choose_device(wanted: str) -> torch.device:
-    if wanted != "auto":
-        return torch.device(wanted)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else accelerator
+def _describe(specification: Specification, profiler: GradientProfiler, provenance: Provenance) -> Blueprint:
+    job = specification.job
+    blueprint = profiler.blueprint(
+        model_id=job.model_id, training_checkpoint=job.training_checkpoint, provenance=provenance
+    )
+    return _attach(blueprint, profiler.save_factors(specification.folder / FACTORS_FILE))
 
 
-def _load_config(view: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(view, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise SourceRefused(f"config.json describes no causal language model: {_one_line(error)}") from error
-
-
-def _load_tokenizer(view: Path, config: Any) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(view, config=config, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {_one_line(error)}") from error
-
-
-def _load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int) -> Any:
-    """In the stored dtype, but in float32 on a CPU, where half precision is slow and its sums are coarse."""
-    try:
-        with torch.device("meta"):
-            planned = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise SourceRefused(f"config.json describes no causal language model: {_one_line(error)}") from error
-    size = sum(parameter.numel() for parameter in planned.parameters()) * 4
-    if size > max_model_bytes:
-        raise SourceRefused(
-            f"the model of config.json takes {size:,} bytes in float32; this worker takes at most {max_model_bytes:,}"
-        )
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            view,
-            config=config,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
-            output_loading_info=True,
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise SourceRefused(f"the weights cannot be loaded: {_one_line(error)}") from error
-    # What is missing would be filled with random numbers, and their gradients published as the model's.
-    if missing := sorted(loading["missing_keys"]):
-        raise SourceRefused(
-            f"the weights lack {len(missing)} tensors that config.json asks for, such as {missing[0]!r}"
-        )
-    if loading.get("mismatched_keys"):
-        raise SourceRefused(
-            f"the weights do not have the shapes that config.json asks for: {loading['mismatched_keys']}"
-        )
-    return model.to(device).eval()
-
-
-def _pack(job: NewJob, domain: str, path: Path, tokenizer: Any) -> PackedText:
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    data = job.data[domain]
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    try:
-        return pack(
-            path,
-            field=data.field,
-            text_format=data.format,
-            packing=data.packing,
-            max_tokens=data.max_tokens,
-            encode=encode,
-            separator=separator,
-            sequence_length=job.options.sequence_length,
-            batch_size=job.options.batch_size,
-            batches=job.options.batches,
-            seed=job.options.seed,
-        )
-    except SourceRefused as refused:
-        raise SourceRefused(f"domain {domain!r}: {refused}") from None
-
-
-def _check_fit(model: Any, job: NewJob, packed: dict[str, PackedText]) -> None:
-    """What would otherwise end in an index error somewhere inside the model."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and job.options.sequence_length > longest:
-        raise SourceRefused(
-            f"the model takes sequences of at most {longest:,} tokens, "
-            f"and sequence_length is {job.options.sequence_length:,}"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(max(map(max, text.sequences)) for text in packed.values())
-    if largest >= vocabulary:
-        raise SourceRefused(
-            f"the tokenizer gives ids up to {largest:,}, and the model has embeddings for {vocabulary:,}: "
-            "they do not belong together"
-        )
-
-
-def _batches(sequences: list[list[int]], size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    for start in range(0, len(sequences), size):
-        rows = sequences[start : start + size]
-        longest = max(map(len, rows))
-        ids = [row + [0] * (longest - len(row)) for row in rows]  # what stands in for padding is masked
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        yield {
-            "input_ids": torch.tensor(ids, device=device),  # (batch, sequence)
-            "attention_mask": torch.tensor(mask, device=device),
-        }
+# --- provenance
 
 
 def _provenance(
@@ -239,6 +207,26 @@ def _provenance(
             "notes": job.provenance_notes,
         }
     )
+
+
+def _common_provenance(found: Sequence[Mapping[str, Any]]) -> Provenance:
+    """What all shards were run on. They may have run on different machines, and then all of them are named."""
+    for name in SAME:
+        for shard, one in enumerate(found):
+            if one.get(name) != found[0].get(name):
+                raise SourceRefused(f"shard {shard} saw other {name} than shard 0: a source changed while the job ran")
+    merged = dict(found[0])
+    for name in ("profiler", "dtype", "device"):
+        merged[name] = _each_once(one[name] for one in found)
+    merged["versions"] = {
+        package: _each_once(one["versions"][package] for one in found if package in one["versions"])
+        for package in sorted({package for one in found for package in one["versions"]})
+    }
+    return Provenance.model_validate(merged)
+
+
+def _each_once(texts: Iterable[str]) -> str:
+    return ", ".join(sorted(set(texts)))
 
 
 def _attach(blueprint: Blueprint, factors: Path) -> Blueprint:

@@ -1,0 +1,142 @@
+"""From checked files to what a profiler takes: the model on its device, and batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gradient_blueprints.models import NewJob
+from worker.sources import SourceRefused
+from worker.texts import PackedText, pack
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted != "auto":
+        return torch.device(wanted)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def load_config(view: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(view, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise SourceRefused(f"config.json describes no causal language model: {one_line(error)}") from error
+
+
+def load_tokenizer(view: Path, config: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(view, config=config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def plan_model(config: Any) -> Any:
+    """The model of a configuration without its weights, which takes no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise SourceRefused(f"config.json describes no causal language model: {one_line(error)}") from error
+
+
+def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int) -> Any:
+    """In the stored dtype, but in float32 on a CPU, where half precision is slow and its sums are coarse."""
+    planned = plan_model(config)
+    size = sum(parameter.numel() for parameter in planned.parameters()) * 4
+    if size > max_model_bytes:
+        raise SourceRefused(
+            f"the model of config.json takes {size:,} bytes in float32; this worker takes at most {max_model_bytes:,}"
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            view,
+            config=config,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise SourceRefused(f"the weights cannot be loaded: {one_line(error)}") from error
+    # What is missing would be filled with random numbers, and their gradients published as the model's.
+    if missing := sorted(loading["missing_keys"]):
+        raise SourceRefused(
+            f"the weights lack {len(missing)} tensors that config.json asks for, such as {missing[0]!r}"
+        )
+    if loading.get("mismatched_keys"):
+        raise SourceRefused(
+            f"the weights do not have the shapes that config.json asks for: {loading['mismatched_keys']}"
+        )
+    return model.to(device).eval()
+
+
+def read_text(job: NewJob, domain: str, path: Path, tokenizer: Any) -> PackedText:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    data = job.data[domain]
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    try:
+        return pack(
+            path,
+            field=data.field,
+            text_format=data.format,
+            packing=data.packing,
+            max_tokens=data.max_tokens,
+            encode=encode,
+            separator=separator,
+            sequence_length=job.options.sequence_length,
+            batch_size=job.options.batch_size,
+            batches=job.options.batches,
+            seed=job.options.seed,
+        )
+    except SourceRefused as refused:
+        raise SourceRefused(f"domain {domain!r}: {refused}") from None
+
+
+def check_fit(model: Any, job: NewJob, packed: dict[str, PackedText]) -> None:
+    """What would otherwise end in an index error somewhere inside the model."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and job.options.sequence_length > longest:
+        raise SourceRefused(
+            f"the model takes sequences of at most {longest:,} tokens, "
+            f"and sequence_length is {job.options.sequence_length:,}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max(max(map(max, text.sequences)) for text in packed.values())
+    if largest >= vocabulary:
+        raise SourceRefused(
+            f"the tokenizer gives ids up to {largest:,}, and the model has embeddings for {vocabulary:,}: "
+            "they do not belong together"
+        )
+
+
+def batches_of(
+    sequences: list[list[int]], size: int, numbers: Iterable[int], device: torch.device
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The batches of those numbers, each with its number."""
+    for number in numbers:
+        rows = sequences[number * size : (number + 1) * size]
+        longest = max(map(len, rows))
+        ids = [row + [0] * (longest - len(row)) for row in rows]  # what stands in for padding is masked
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        yield (
+            number,
+            {
+                "input_ids": torch.tensor(ids, device=device),  # (batch, sequence)
+                "attention_mask": torch.tensor(mask, device=device),
+            },
+        )
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or "no message"
