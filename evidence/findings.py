@@ -209,7 +209,12 @@ def name_of(choice: Choice) -> str:
         return "coordinates at random"
     sources = [f"{_variant(choice.published)}"] if choice.published else []
     sources += [local] if choice.local else []
-    scores = {"published": "factors", "local_mean": "mean gradient", "bayes": "posterior"}
+    scores = {
+        "published": "factors",
+        "local_mean": "mean gradient",
+        "bayes": "posterior",
+        "sampled2:bayes": "drawn by the posterior",
+    }
     return f"coordinates: {scores.get(choice.score, choice.score)} ({', '.join(sources)})"
 
 

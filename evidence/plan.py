@@ -20,7 +20,7 @@ SIZES = {  # steps, sequences a step, tokens a sequence
 }
 LOCAL = 32
 LOCAL_SIZES = (2, 8, 32, 128, 512)
-DEFAULT = "bayes"
+DEFAULT = "sampled2:bayes"
 """Our selection: the score that exploration chose, frozen before the first confirming run (evidence/hypothesis.md)."""
 
 
@@ -62,7 +62,8 @@ def first_step(model: str, choice: Choice) -> int:
         return 1 - lower
     if choice.arm != "coordinates":
         return 2 - lower
-    return 3 - lower + (choice.share <= 0.02) + any(word in choice.score for word in ("random", "sampled"))
+    spread = "random" in choice.score or "sampled" in choice.score
+    return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
 
 
 def pending(cells: Sequence[Cell], store: Store) -> Iterator[Run]:
@@ -150,30 +151,47 @@ def _explored(score: str, published: str = "", local: int = 0, share: float = 0.
 EXPLORED = [
     Cell("explore", "smollm2", "code", "explore", FULL, EXPLORING_SEEDS),
     _explored("random", share=0.1, model="smollm2"),
-    _explored("published", "code", share=0.1, model="smollm2"),
+    _explored("sampled2:published", "code", share=0.1, model="smollm2"),
     _explored("random", model="smollm2"),
+    _explored("sampled2:published", "code", model="smollm2"),
+    _explored("published", "code", share=0.1, model="smollm2"),
     _explored("published", "code", model="smollm2"),
     _explored("bayes", "code", LOCAL, share=0.1, model="smollm2"),
-    _explored("sampled1:published", "code", model="smollm2"),
     Cell("explore", "gpt", "code", "explore", FULL, EXPLORING_SEEDS),
     _explored("random"),
     _explored("random", share=0.1),
     _explored("published", "code", share=0.1),
     _explored("bayes", "code", LOCAL, share=0.1),
     _explored("sampled1:published", "code", share=0.1),
-    _explored("even:local_mean", local=128),
+    _explored("sampled2:published", "code", share=0.1),
+    _explored("sampled2:bayes", "code", LOCAL),
+    _explored("vectors+random"),
+    _explored("balanced-0.5+random", "code"),
+    _explored("balanced-0.5+random", "code", share=0.1),
+    _explored("balanced-1+random", "code"),
+    _explored("balanced-0.5+sampled1:published", "code", share=0.1),
+    _explored("balanced-0.5+sampled1:published", "code"),
+    _explored("balanced-0.5+published", "code", share=0.1),
+    _explored("balanced-1+random", "code", share=0.1),
+    _explored("half:published", "code"),
+    _explored("half:published", "code", share=0.1),
     _explored("row:local_mean", local=128),
+    _explored("row:sampled1:bayes", "code", LOCAL),
+    _explored("row:sampled1:local_mean", local=128),
+    _explored("row:bayes", "code", 128),
+    _explored("row:bayes", "code", LOCAL, share=0.1),
+    _explored("row:local_mean", local=128, share=0.1),
     _explored("sampled1:published", "code"),
     _explored("published", "code"),
     _explored("local_mean", local=128),
     _explored("bayes", "code", LOCAL),
-    _explored("vectors+random"),
     _explored("row:bayes", "code", LOCAL),
     _explored("local_mean", local=LOCAL, share=0.1),
     _explored("column:bayes", "code", LOCAL),
     _explored("balanced0.5+random", "code"),
     _explored("sampled2:published", "code"),
     _explored("local_mean", local=LOCAL),
+    _explored("even:local_mean", local=128),
     _explored("half:bayes", "code", LOCAL),
     _explored("published", "code>"),
     _explored("sampled1:local_mean", local=LOCAL),

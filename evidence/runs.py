@@ -122,7 +122,6 @@ class Store:
 
     def add(self, run: Run, result: Result) -> None:
         """Store a finished run; a line is written whole."""
-        self._new.mkdir(parents=True, exist_ok=True)
         _append(self._new / f"{run.model}.jsonl", [_line(run, result)])
         self.refresh()
 
@@ -159,6 +158,7 @@ def _line(run: Run, result: Result) -> str:
 
 
 def _append(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(lines))

@@ -198,18 +198,18 @@ _SCORES: dict[str, Score] = {
 
 
 def named(name: str, share: float) -> Score:
-    """A score by name; `row:X`, `column:X`, `even:X`, `half:X` and `sampled0.5:X` modify score X."""
-    modifier, _, inner = name.rpartition(":")
-    score = _SCORES[inner]
-    if modifier == "even":
-        return even(score)
+    """A score by name; `row:`, `column:`, `even:`, `half:` and `sampled0.5:` modify the score that follows them."""
+    modifier, _, inner = name.partition(":")
+    if not inner:
+        return _SCORES[name]
+    score = named(inner, share)
     if modifier == "row":
         return per_row(score)
     if modifier == "column":
         return per_column(score)
+    if modifier == "even":
+        return even(score)
     if modifier == "half":
         return with_random(score, 0.5, share)
-    if modifier.startswith("sampled"):
-        return sampled(score, float(modifier.removeprefix("sampled")))
-    assert not modifier, name
-    return score
+    assert modifier.startswith("sampled"), name
+    return sampled(score, float(modifier.removeprefix("sampled")))
