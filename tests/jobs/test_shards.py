@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import asyncpg
 import httpx2
 import pytest
+from alembic import command
 
-from app.database import create_engine, create_sessions
+from app.database import alembic_config, create_engine, create_sessions
 from app.registry import job_parts, shard_states
 from app.settings import Settings
 from gradient_blueprints import Client
@@ -295,3 +297,27 @@ def test_the_database_itself_keeps_the_terminal_state_of_a_part(lab: Client, sql
     lab.cancel_job(job.id)
     with pytest.raises(asyncpg.RestrictViolationError):
         sql("UPDATE job_parts SET state = 'queued'")
+
+
+def test_open_and_ended_jobs_survive_the_migration_both_ways(
+    lab: Client, worker: Client, sql: Sql, database_url: str
+) -> None:
+    done, running, split = submit(lab), submit(lab), submit(lab, shards=2)
+    worker.finish_job(done.id, worker.claim_job(done.id).lease_token, blueprint())
+    token = worker.claim_job(running.id).lease_token
+    worker.heartbeat_job(running.id, token, Progress(phase="profiling", done=1, total=3))
+    for _ in range(2):
+        worker.claim_job(split.id)
+    config = alembic_config(database_url)
+    command.downgrade(config, "0002")
+    rows = {str(row["id"]): row for row in sql("SELECT * FROM jobs")}
+    assert [rows[job.id]["attempts"] for job in (done, running, split)] == [1, 1, 1]
+    assert [rows[job.id]["state"] for job in (done, running, split)] == ["succeeded", "running", "running"]
+    assert json.loads(rows[running.id]["progress"])["done"] == 1
+    assert "shards" not in json.loads(rows[split.id]["request"])["options"]
+    assert rows[split.id]["lease_expires_at"] < rows[running.id]["lease_expires_at"], "its workers have lost it"
+    command.upgrade(config, "head")
+    for job, state in ((done, JobState.SUCCEEDED), (running, JobState.RUNNING), (split, JobState.RUNNING)):
+        found = lab.get_job(job.id)
+        assert (found.state, [part.attempts for part in found.parts]) == (state, [1])
+    assert worker.heartbeat_job(running.id, token).state is JobState.RUNNING
