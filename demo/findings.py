@@ -6,12 +6,21 @@ from dataclasses import dataclass, field
 
 from demo.adapting import Outcome
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.selection import Selection
-from gradient_blueprints.training.staleness import LocalAgreement
 
 UNTUNED = (
     "The learning rates of this comparison were not tuned: it shows what each way fits in, not that one learns more."
 )
+
+
+def agreement_text(checked: Staleness) -> str:
+    """How far the local layer ranks follow the published ones, in words."""
+    found = checked.agreement
+    if found.corrected is None or found.corrected_ci is None:
+        return f"{found.n} layers, too noisy or too few to tell ({', '.join(found.reasons)})"
+    low, high = found.corrected_ci
+    return f"rank correlation without noise {found.corrected:.2f} [{low:.2f}, {high:.2f}] over {found.n} layers"
 
 
 @dataclass
@@ -33,7 +42,7 @@ class Adapted:
     domain: str
     steps: int
     rates_tuned: bool
-    agreement: LocalAgreement
+    staleness: Staleness
     selection: Selection
     base_loss: float
     full: Outcome

@@ -7,19 +7,17 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from demo.adapting import Outcome
+from demo.findings import UNTUNED, Adapted, Findings, agreement_text
 from demo.screen import megabytes
 from gradient_blueprints import Blueprint
-from gradient_blueprints.training.staleness import spearman
-
-if TYPE_CHECKING:
-    from demo.findings import UNTUNED, Adapted, Findings
+from gradient_blueprints.allocation import spearman
 
 INK, MUTED, ACCENT, RIVAL, FULL = "#1f2933", "#7b8794", "#0f766e", "#c2410c", "#1f2933"
 STYLE = {
@@ -57,7 +55,7 @@ tr.ours td:first-child { color: #0f766e; font-weight: 600 } tr.base td { color: 
 code, pre { font: 13px/1.5 ui-monospace, 'DejaVu Sans Mono', monospace }
 pre { background: #f5f7fa; border-radius: 8px; padding: 12px 14px; overflow-x: auto }
 .verdict { display: inline-block; border-radius: 999px; padding: 1px 12px; font-weight: 600; font-size: 13px }
-.stale { background: #ffedd5; color: #9a3412 } .holds { background: #ccfbf1; color: #115e59 }
+.stale { background: #ffedd5; color: #9a3412 } .fresh { background: #ccfbf1; color: #115e59 }
 """
 
 
@@ -175,15 +173,12 @@ def _adaptation(adapted: Adapted) -> str:
     )
     rows = [("nothing", "0", "", f"{adapted.base_loss:.3f}", "0%", "", "", ""), *map(_row(adapted), _all(adapted))]
     classes = ["base", *("ours" if _ours(outcome) else "" for outcome in _all(adapted))]
-    agreement = adapted.agreement
-    verdict = "stale" if agreement.stale else "holds"
-    ceiling = f"local layer ranks follow the published ones with {agreement.correlation:.2f}"
+    verdict = adapted.staleness.verdict
     largest = max(outcome.largest_gradient_bytes for outcome in adapted.outcomes)
     untuned = "" if adapted.rates_tuned else f" {UNTUNED}"
     return f"""<section><h2>{escape(adapted.blueprint.model_id)} adapted to {escape(adapted.domain)} text</h2>
-<p><span class="verdict {verdict}">{"stale here" if agreement.stale else "holds here"}</span> {ceiling}; another local
-sample of this size would reach {agreement.ceiling:.2f} (simple form: one rank correlation over {agreement.layers}
-layers and its split-half ceiling). {adapted.steps} steps, the same batches for all.{untuned}</p>
+<p><span class="verdict {verdict}">{verdict} here</span> {escape(agreement_text(adapted.staleness))}.
+{adapted.steps} steps, the same batches for all.{untuned}</p>
 <figure>{_loss_against_memory(adapted)}</figure>
 {_table(columns, rows, text=(0,), classes=classes)}
 <p class="small">Memory is measured: moments and indices, then with the gradients that are held when the optimizer

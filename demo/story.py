@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from demo import models, report, service, texts
 from demo.adapting import fine_tune
-from demo.findings import UNTUNED, Adapted, Findings
+from demo.findings import UNTUNED, Adapted, Findings, agreement_text
 from demo.models import Batch, Checkpoint, GptSize
 from demo.screen import Screen, megabytes
 from gradient_blueprints import Blueprint, Client, Job, JobState, Scope
+from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.selection import (
     BYTES_PER_COORDINATE,
@@ -33,7 +34,6 @@ from gradient_blueprints.training.selection import (
     mean_gradients,
     select,
 )
-from gradient_blueprints.training.staleness import LocalAgreement, compare_with_local
 
 GPT = "mini-gpt"
 SMOLLM2 = "smollm2-135m"
@@ -285,10 +285,10 @@ def _second_lab_publishes(
     screen.answer(f"version {theirs.version} by {theirs.lab}")
 
 
-def _profile(model: PreTrainedModel, batches: Sequence[Batch], domain: str, first_key: int = 0) -> GradientProfiler:
+def _profile(model: PreTrainedModel, batches: Sequence[Batch], domain: str) -> GradientProfiler:
     with GradientProfiler(model) as profiler:
-        for key, batch in enumerate(batches, start=first_key):
-            profiler.step(batch, domain=domain, key=key)
+        for batch in batches:
+            profiler.step(batch, domain=domain)
     return profiler
 
 
@@ -309,11 +309,12 @@ def _adapter_adapts(
         factors = load_file(client.fetch_factors(blueprint))
         published = sorted({key.split("/")[0] for key in factors})
         screen.answer(f"with row and column factors for {', '.join(published)}")
-        found.adaptations.append(_adapt(screen, blueprint, factors, work / folder, corpora[task.domain], task))
+        found.adaptations.append(_adapt(screen, client, blueprint, factors, work / folder, corpora[task.domain], task))
 
 
 def _adapt(
     screen: Screen,
+    client: Client,
     blueprint: Blueprint,
     factors: dict[str, torch.Tensor],
     folder: Path,
@@ -327,7 +328,7 @@ def _adapt(
         models.tokenize(tokenizer, corpus.heldout), task.heldout_batches, task.batch, task.length
     )
     sample = batches[: task.sample_batches]
-    local, agreement = _check_staleness(screen, model, blueprint, sample, task)
+    local, staleness = _check_staleness(screen, client, model, blueprint, sample, task)
 
     own = any(key.startswith(f"{task.domain}/") for key in factors)
     screen.answer(
@@ -375,7 +376,7 @@ def _adapt(
             outcomes.append(outcome)
     full, *others = outcomes
     adapted = Adapted(
-        blueprint, task.domain, task.steps, task.rates_tuned, agreement, chosen, base, full, tuple(others)
+        blueprint, task.domain, task.steps, task.rates_tuned, staleness, chosen, base, full, tuple(others)
     )
     _show_outcomes(screen, adapted, task)
     return adapted
@@ -386,19 +387,23 @@ def _advance(bars: Progress, bar: TaskID, step: int) -> None:
 
 
 def _check_staleness(
-    screen: Screen, model: PreTrainedModel, blueprint: Blueprint, sample: Sequence[Batch], task: Adaptation
-) -> tuple[Blueprint, LocalAgreement]:
-    """Profile two halves of the local sample once, and put them together without another pass."""
-    middle = len(sample) // 2
-    first = _profile(model, sample[:middle], task.domain)
-    second = _profile(model, sample[middle:], task.domain, first_key=middle)
-    halves = [profiler.blueprint(blueprint.model_id, blueprint.training_checkpoint) for profiler in (first, second)]
-    first.absorb(second.state())
-    local = first.blueprint(blueprint.model_id, blueprint.training_checkpoint)
-    agreement = compare_with_local(blueprint, local, (halves[0], halves[1]))
-    screen.call("compare_with_local(blueprint, local, halves)    # simple form: one rank correlation and its ceiling")
-    screen.answer(f"{agreement}, from {len(sample) * task.batch} local sequences of {task.length} tokens")
-    return local, agreement
+    screen: Screen,
+    client: Client,
+    model: PreTrainedModel,
+    blueprint: Blueprint,
+    sample: Sequence[Batch],
+    task: Adaptation,
+) -> tuple[Blueprint, Staleness]:
+    """Profile the local sample once, for its own blueprint and for the norms of each batch."""
+    profiler = _profile(model, sample, task.domain)
+    local = profiler.blueprint(blueprint.model_id, blueprint.training_checkpoint)
+    batches = [record.norms for record in profiler.domain(task.domain).records.values() if record.norms is not None]
+    norms = {group.id: [float(batch[index]) for batch in batches] for index, group in enumerate(profiler.layers)}
+    screen.call("client.check_staleness(model, checkpoint, local_norms)    # per layer the norm of every local batch")
+    checked = client.check_staleness(blueprint.model_id, blueprint.training_checkpoint, norms, domain=task.domain)
+    agreement = agreement_text(checked)
+    screen.answer(f"{checked.verdict}: {agreement}, from {len(sample) * task.batch} sequences of {task.length} tokens")
+    return local, checked
 
 
 def _show_outcomes(screen: Screen, adapted: Adapted, task: Adaptation) -> None:

@@ -22,6 +22,7 @@ import torch
 from demo import models, texts
 from demo.adapting import fine_tune
 from demo.models import Batch
+from gradient_blueprints.allocation import spearman
 from gradient_blueprints.training.data_selection import (
     ErrorNorm,
     GradientNorm,
@@ -33,7 +34,6 @@ from gradient_blueprints.training.data_selection import (
     keep_top,
 )
 from gradient_blueprints.training.gradient_similarity import GradientSimilarity
-from gradient_blueprints.training.staleness import spearman
 
 LENGTH, BATCH, POOL, FRACTION, EPOCHS, RATE, SAMPLE = 128, 8, 640, 0.3, 2, 2e-3, 128
 MIXTURE = {"code": 0.5, "english": 0.25, "legal": 0.15, "shuffled": 0.1}

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gradient_blueprints.allocation import spearman
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.profiling.losses import (
@@ -37,7 +38,6 @@ from gradient_blueprints.training.profiling.losses import (
     with_labels,
 )
 from gradient_blueprints.training.ridge import Ridge, out_of_fold
-from gradient_blueprints.training.staleness import spearman
 
 Scores = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
