@@ -38,7 +38,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
                 raise ConfigurationError(f"{type(module).__name__}.{name} is on the meta device and nothing lends it.")
             found[name] = lender.weights_map[name].to(lender.execution_device, parameter.dtype)
         else:
-            found[name] = parameter.detach()
+            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
     return found
 
 

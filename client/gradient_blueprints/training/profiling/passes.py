@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import BlueprintsError, ConfigurationError
 from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed, UncoveredParameter
 from gradient_blueprints.training.profiling.contributions import Contribution, square, squares_of_sum
+from gradient_blueprints.training.profiling.distributed import Ranks
 from gradient_blueprints.training.profiling.layers import parameter_names
 from gradient_blueprints.training.profiling.losses import (
     Batch,
@@ -114,6 +116,7 @@ class GradientPass:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        self._ranks = Ranks(model)
         self._require(dict.fromkeys(self._names, False))
         self._offloaded = OffloadedWeights(model, self._names)
         try:
@@ -133,6 +136,7 @@ class GradientPass:
 
     def _require(self, flags: Mapping[str, bool]) -> None:
         """Set requires_grad by path; looked up anew, since accelerate puts other objects in the parameters' places."""
+        self._ranks.reshard()
         for path, flag in flags.items():
             self.model.get_parameter(path).requires_grad_(flag)
 
@@ -144,6 +148,14 @@ class GradientPass:
         found = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
         found |= self._offloaded.gradients()
         return {name: g.detach() if g.dtype == torch.float64 else g.detach().float() for name, g in found.items()}
+
+    def _reference_squares(self) -> dict[str, Tensor]:
+        """Squared norms of what plain autograd left."""
+        found = {}
+        for name, gradient in self._gradients().items():
+            full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            found[name] = full.double().square().sum()
+        return found
 
     def measure(self, batch: Batch, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Forward and backward of a batch that has labels.
@@ -160,10 +172,11 @@ class GradientPass:
             raise
         while True:
             step = 1 if self.one_by_one else min(self.micro_batch or examples, examples)
+            self._ranks.agree("their batches take as many passes as", math.ceil(examples / step))
             try:
                 weights = self._token_weights(batch, examples)
                 measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
-                strayed = self._strayed(measured) if step > 1 else []
+                strayed = self._strayed(measured) if self._ranks.any(step > 1) else []
             except ExamplesMixed as mixed:
                 self._run_one_by_one(mixed.what)
             except (MemoryError, RuntimeError) as error:
@@ -171,6 +184,10 @@ class GradientPass:
                     raise
                 if step == 1:
                     raise OutOfMemory(_TOO_LARGE) from error
+                if self._ranks.together:
+                    raise OutOfMemory(
+                        "Out of memory on one of several ranks: set micro_batch on all of them."
+                    ) from error
                 self.micro_batch = (step + 1) // 2
             else:
                 if not strayed:
@@ -187,7 +204,7 @@ class GradientPass:
         parts = []
         for start in range(0, whole.examples, step):
             parts.append(self._run(slice_examples(batch, start, start + step), whole, start))
-            if not bool(torch.isfinite(parts[-1].losses).all()):
+            if not (self._ranks.together or bool(torch.isfinite(parts[-1].losses).all())):
                 break
         else:
             whole.finish()
@@ -197,12 +214,15 @@ class GradientPass:
 
     def _strayed(self, measured: Measurement) -> list[str]:
         """The parameters whose norms of the first example differ from those it had alone, once."""
-        if not self._probed or self._batch_checked or not bool(torch.isfinite(measured.losses).all()):
+        finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
+        if not self._probed or self._batch_checked or not finite:
             return []
         self._batch_checked = True
         if not self._verify or self.model.training:
             return []
-        return _differing(self._reference, {n: s[0] for n, s in measured.squares.items()}, self._tolerance())
+        mine = {name: squares[0] for name, squares in measured.squares.items()}
+        found: list[str] = self._ranks.of_first(_differing(self._reference, mine, self._tolerance()))
+        return found
 
     def measure_backward(self, loss: Tensor, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Backward of a loss that the caller computed by one call of the model, the token mean of its batch."""
@@ -283,7 +303,7 @@ class GradientPass:
             losses = self.reader.run(batch)
             self._capture.forward_phase = False
             self._found = found = Measurement(losses.values.detach(), losses.tokens)
-            if bool(torch.isfinite(found.losses).all()):
+            if self._ranks.together or bool(torch.isfinite(found.losses).all()):
                 losses.values.sum().backward()  # type: ignore[no-untyped-call]
                 self._finish()
         return found
@@ -358,10 +378,14 @@ class GradientPass:
 
         Which tensors the examples share shows beside a single one of the same length.
         """
-        several = examples_in(batch) > 1
+        several = self._ranks.any(examples_in(batch) > 1)
         if not self._probed or (several and not self._several_probed):
-            self._probe(slice_examples(batch, 0, 1), verify=self._verify)
+            alone = slice_examples(batch, 0, 1)
+            self._probe(self._ranks.of_first(alone), verify=self._verify)  # FSDP averages the gradients of ranks
             self._several_probed = several and self._probed
+            if self._ranks.together and self._probed:
+                self._probe(alone, verify=False)  # the shapes at this rank's length
+                self._probed = True
 
     def _probe(self, batch: Batch, *, verify: bool) -> None:
         """One example alone: note its shapes, and hold every rule against plain autograd."""
@@ -378,7 +402,7 @@ class GradientPass:
                 if verify:
                     losses.values.sum().backward()  # type: ignore[no-untyped-call]
                     self._finish()
-            reference = {name: gradient.double().square().sum() for name, gradient in self._gradients().items()}
+            reference = self._reference_squares()
         finally:
             self._offloaded.forget()
             self._require(dict.fromkeys(self._names, False))
@@ -392,6 +416,11 @@ class GradientPass:
             mine = {name: squares[0] for name, squares in found.squares.items()}
             self._by_autograd |= set(_differing(reference, mine, self._tolerance()))
             if self._by_autograd:
+                if self._ranks.together:
+                    raise ConfigurationError(
+                        f"No rule gives the gradient of {_list(sorted(self._by_autograd))}, and FSDP averages what "
+                        "autograd gives over the ranks; profile this model in one process."
+                    )
                 self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
 
 

@@ -21,6 +21,7 @@ from gradient_blueprints.models import Blueprint, CostModel, Provenance, Statist
 from gradient_blueprints.training.profiling import provenance as provenances
 from gradient_blueprints.training.profiling.coarser import coarser
 from gradient_blueprints.training.profiling.digests import batch_digest, weights_digest
+from gradient_blueprints.training.profiling.distributed import unwrapped
 from gradient_blueprints.training.profiling.document import (
     DEFAULT_COSTS,
     DocumentSettings,
@@ -105,7 +106,7 @@ class GradientProfiler:
         digests: bool = True,
         progress: bool | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.layers: list[Group] = group_parameters(model, groups)
         if not self.layers:
             raise ConfigurationError("The model has no parameters to profile.")

@@ -64,14 +64,12 @@ def resources_used(seconds: float) -> dict[str, float]:
 
 def _device_of(model: nn.Module) -> str:
     devices = {parameter.device for parameter in model.parameters()}
-    held = sorted(_device_name(device) for device in devices if device.type != "meta") or [_device_name(_CPU)]
-    return ", ".join(held + ["weights offloaded"] * any(device.type == "meta" for device in devices))
-
-
-_CPU = torch.device("cpu")
+    return ", ".join(sorted(_device_name(device) for device in devices))
 
 
 def _device_name(device: torch.device) -> str:
+    if device.type == "meta":
+        return "weights offloaded"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
