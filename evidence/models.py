@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -83,6 +84,6 @@ def digest(domain: str, work: Path = WORK) -> str:
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Another process never sees a part of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     write(partial)
     partial.rename(path)
