@@ -1,0 +1,136 @@
+"""The memory of a step: estimated without taking it, and measured in a fresh process that takes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.theory import optimizer_bytes
+from gradient_blueprints.training.memory import estimate_memory
+from tests.training.measured_training import CASES, make_batch, make_model, make_selection
+
+WORST = 0.10
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, float]]:
+    """Peaks of real training in a fresh process: of the allocator, and of the process' resident memory.
+
+    glibc keeps freed blocks below a threshold, which it raises as it goes; held down, what is freed is given back.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.measured_training"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, dict[str, float]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(case: str, measured: dict[str, dict[str, float]]) -> None:
+    estimate = estimate_memory(make_model(case), make_selection(case), batch=make_batch(case))
+    assert estimate.peak == pytest.approx(measured[case]["allocator"], rel=0.02)
+    assert estimate.peak == pytest.approx(measured[case]["resident"], rel=WORST)
+
+
+def test_the_parts_of_a_full_adamw_update_are_those_of_its_definition() -> None:
+    model = make_model("adamw")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    estimate = estimate_memory(model, batch=make_batch("adamw"))
+    assert estimate.gradients == 4 * parameters
+    assert estimate.optimizer_state == pytest.approx(8 * parameters, rel=1e-3)
+    assert estimate.indices == 0
+    assert estimate.peak < estimate.weights + estimate.gradients + estimate.optimizer_state + estimate.activations
+
+
+def test_a_selections_parts_are_moments_gradient_and_index_of_what_is_selected() -> None:
+    selection = make_selection("selected")
+    assert selection is not None
+    estimate = estimate_memory(make_model("selected"), selection, batch=make_batch("selected"))
+    assert estimate.indices == pytest.approx(4 * selection.selected, rel=0.01)
+    assert estimate.optimizer_state == pytest.approx(8 * selection.selected, rel=0.01)
+    assert estimate.gradients == pytest.approx(4 * selection.selected, rel=0.01)
+
+
+def seven_billion() -> nn.Module:
+    """7.0 billion parameters in 8 wide layers, on the meta device: 28 GB that are not there."""
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32_000,
+                hidden_size=8_192,
+                intermediate_size=22_016,
+                num_hidden_layers=8,
+                num_attention_heads=64,
+                tie_word_embeddings=False,
+            )
+        )
+    return model
+
+
+def test_freezing_four_fifths_of_seven_billion_saves_what_its_assumptions_say() -> None:
+    """The paper's "~67 GB of optimizer state" takes 12 bytes a parameter; Adam's float32 moments are 8."""
+    assert optimizer_bytes(0.8 * 7e9) / 1e9 == pytest.approx(44.8)
+    assert optimizer_bytes(0.8 * 7e9, bytes_per_parameter=12) / 1e9 == pytest.approx(67.2)
+
+    model = seven_billion()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == pytest.approx(7e9, rel=0.01)
+    ids = torch.empty(1, 8, dtype=torch.long, device="meta")
+    full = estimate_memory(model, batch={"input_ids": ids, "labels": ids})
+    frozen = 0
+    for parameter in model.parameters():
+        if frozen + parameter.numel() <= 0.8 * parameters:
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    partial = estimate_memory(model, batch={"input_ids": ids, "labels": ids})
+    assert frozen / parameters == pytest.approx(0.8, abs=0.03)
+    assert full.optimizer_state - partial.optimizer_state == pytest.approx(8 * frozen, rel=1e-3)
+    saved_with_gradients = full.optimizer_state + full.gradients - partial.optimizer_state - partial.gradients
+    assert saved_with_gradients == pytest.approx(12 * frozen, rel=1e-3)
+
+
+def test_asking_changes_nothing_in_the_model() -> None:
+    model = make_model("selected")
+    before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    model.eval()
+    estimate_memory(model, make_selection("selected"), batch=make_batch("selected"))
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert not model.training
+
+
+def test_half_precision_halves_the_weights() -> None:
+    model, batch = make_model("adamw"), make_batch("adamw")
+    whole, half = estimate_memory(model, batch=batch), estimate_memory(model, batch=batch, dtype=torch.bfloat16)
+    assert half.weights == pytest.approx(whole.weights / 2, rel=0.01)
+    assert half.activations < whole.activations
+
+
+def test_a_device_that_this_torch_cannot_use_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigurationError, match="cannot use cuda"):
+        estimate_memory(make_model("adamw"), batch=make_batch("adamw"), device="cuda")
+
+
+class Peeking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        y = self.layer(x)
+        return SimpleNamespace(loss=y.sum() if y.sum() > 0 else y.mean())
+
+
+def test_a_model_that_looks_into_its_tensors_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="what is in its tensors"):
+        estimate_memory(Peeking(), batch={"x": torch.ones(2, 4)})
