@@ -30,5 +30,5 @@ RUN mkdir -p client/gradient_blueprints && touch client/gradient_blueprints/__in
 COPY client client
 COPY worker worker
 USER blueprints
-ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources HOME=/tmp
+ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources BLUEPRINTS_CACHE=/data/cache HOME=/tmp
 CMD ["python", "-m", "worker"]

@@ -176,12 +176,13 @@ def _members(path: Path, field: str) -> Iterator[str]:
 def _row_groups(path: Path, field: str, draw: random.Random) -> Iterator[Callable[[], Iterator[str]]]:
     """What reads each row group, one in memory at a time."""
     try:
+        schema = pyarrow.parquet.read_schema(path)
+        _check_column(path, schema, field)
         # a dictionary stays one: a short file could otherwise name a long text a million times
         file = pyarrow.parquet.ParquetFile(path, read_dictionary=[field])
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceRefused(f"{path.name!r} is not Parquet that can be read: {error}") from None
     with file:
-        _check_column(path, file.schema_arrow, field)
         order = list(range(file.num_row_groups))
         draw.shuffle(order)
         for group in order:

@@ -154,6 +154,8 @@ class _Stack:
             settings["BLUEPRINTS_SECRET"] = data_directory.hashing_secret(self.data_dir)
         if not settings.get("BLUEPRINTS_STORE"):
             settings["BLUEPRINTS_STORE"] = str(self.data_dir / "store")
+        if not settings.get("BLUEPRINTS_CACHE"):
+            settings["BLUEPRINTS_CACHE"] = str(self.data_dir / "cache")
         if not settings.get("BLUEPRINTS_ALLOWED_ROOTS"):
             settings["BLUEPRINTS_ALLOWED_ROOTS"] = str(self.data_dir / "sources")
         if not settings.get("BLUEPRINTS_ADMIN_KEY"):

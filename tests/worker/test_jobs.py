@@ -56,6 +56,25 @@ def test_a_refused_source_fails_its_job_and_the_next_one_is_profiled_and_publish
     wait_until(lambda: not list((tmp_path / "processes").glob("blueprint-job-*")), what="the job's folder is gone")
 
 
+def test_an_uploaded_checkpoint_is_profiled_and_published(
+    lab: Client, processes: Processes, roots: Path, tmp_path: Path
+) -> None:
+    """The worker sees no folder of the lab: it has a URL, a key and a cache of its own."""
+    lab.upload_checkpoint(roots / "tiny", "tiny", 0.8)
+    lab.upload_checkpoint_file(roots / "code.jsonl", "tiny", 0.8)
+    job = lab.submit_checkpoint(
+        "tiny", 0.8, data={"code": "store:code.jsonl"}, batches=1, batch_size=2, sequence_length=16
+    )
+    processes.relay()
+    processes.worker(BLUEPRINTS_ALLOWED_ROOTS="", BLUEPRINTS_CACHE=str(tmp_path / "worker-cache"))
+    ended = lab.wait_for_job(job.id, 60)
+    assert (ended.state, ended.version) == (JobState.SUCCEEDED, 1), ended.reason
+    provenance = lab.fetch_blueprint("tiny", 0.8).provenance
+    assert provenance is not None
+    checkpoint = resolve_checkpoint(str(roots / "tiny"), [roots], max_model_bytes=1 << 30)
+    assert provenance.weights_digest == checkpoint.digest()
+
+
 def test_a_job_whose_worker_is_killed_is_done_by_another_once_within_two_leases(
     lab: Client, submit: Submit, processes: Processes
 ) -> None:

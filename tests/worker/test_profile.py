@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from gradient_blueprints import Blueprint
 from gradient_blueprints.models import NewJob, Progress
@@ -112,6 +113,32 @@ def test_the_norms_are_those_of_plain_autograd(run: Run, checkpoint: Path, roots
         model(input_ids=ids, labels=ids).loss.backward()
         norms.append(float(model.model.layers[0].mlp.up_proj.weight.grad.norm()))
     assert found == pytest.approx(sum(norms) / 2, rel=1e-4)
+
+
+def test_padding_has_no_share_in_the_norms(
+    specify: Callable[..., Specification], checkpoint: Path, roots: Path
+) -> None:
+    """A batch of documents of different lengths against each of them alone, without any padding."""
+    from transformers import AutoModelForCausalLM
+
+    specification = specify(batches=1, granularity="tensor")
+    data = {"short": {"source": str(roots / "short.jsonl"), "packing": "padded"}}
+    lines = ["gradient model the", "law court of the layer norm batch token"]
+    (roots / "short.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    job = NewJob.model_validate(specification.job.model_dump() | {"data": data})
+    blueprint = profile(specification.model_copy(update={"job": job}), lambda progress: None)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    sequences = [tokenizer(line, add_special_tokens=False)["input_ids"][:16] for line in lines]
+    predicted = sum(len(sequence) - 1 for sequence in sequences)
+    for sequence in sequences:
+        ids = torch.tensor([sequence])
+        (model(input_ids=ids, labels=ids).loss * (len(sequence) - 1) / predicted).backward()
+    expected = float(model.model.layers[0].mlp.up_proj.weight.grad.norm())
+    found = blueprint.layer("model.layers.0.mlp.up_proj.weight").gradient_norm
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert blueprint.provenance is not None
+    assert blueprint.provenance.tokens == predicted
 
 
 def test_progress_counts_the_batches(run: Run) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from worker.sources import SourceRefused
@@ -102,3 +104,82 @@ def test_a_text_that_cannot_be_used_is_refused_with_its_place(
     path.write_bytes(content)
     with pytest.raises(SourceRefused, match=reason):
         packed(path)
+
+
+# --- Parquet
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    """Forty documents of a letter of their own, four times, in row groups of ten."""
+    table = columns or {"text": [chr(0x4E00 + n) * 4 for n in range(40)], "n": list(range(40))}
+    pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=10)
+    return path
+
+
+def test_parquet_is_read_by_row_groups_in_an_order_that_the_seed_draws(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "d.parquet")
+    whole = packed(path, batches=100)
+    letters = {token for sequence in whole.sequences for token in sequence if token != END}
+    assert (whole.documents, len(letters)) == (40, 40)
+    first = packed(path, batches=1, seed=1)
+    assert packed(path, batches=1, seed=1) == first
+    assert packed(path, batches=1, seed=2).sequences != first.sequences
+    few = {token for sequence in packed(path, batches=5).sequences for token in sequence if token != END}
+    assert len({(token - 0x4E00) // 10 for token in few}) == 1, "ten documents need one row group and no other"
+
+
+def test_a_dictionary_of_texts_and_rows_without_any_are_read(tmp_path: Path) -> None:
+    words = pyarrow.array(["abcd", None, "  ", "efgh"] * 3).dictionary_encode()
+    path = parquet(tmp_path / "d.parquet", body=words)
+    assert packed(path, field="body", batches=100).documents == 6
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"body": ["a"], "id": [1]}, r"has no column 'text'; it has body, id: name the right one, DataSource"),
+        ({"text": [1, 2]}, "no text in the column 'text', but int64"),
+        ({"text": [["a"], ["b"]]}, "no text in the column 'text', but list"),
+        ({"text": [None, ""]}, "no text in the column 'text', but|gives 0 tokens"),
+    ],
+)
+def test_parquet_without_the_text_is_refused(columns: dict[str, list[Any]], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceRefused, match=reason):
+        packed(parquet(tmp_path / "d.parquet", **columns))
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"PAR1", lambda content: content[:-9] + b"x" * 9, bytes.upper])
+def test_damaged_parquet_is_refused(damage: Any, tmp_path: Path) -> None:
+    path = parquet(tmp_path / "d.parquet")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SourceRefused, match=r"is not Parquet|cannot be read|no column"):
+        packed(path, batches=100)
+
+
+def test_a_format_that_is_named_wins_over_the_suffix(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "shard-00001")
+    assert packed(path, text_format="parquet").documents > 0
+    with pytest.raises(SourceRefused, match="not UTF-8"):
+        packed(path, text_format="text")
+
+
+# --- padded, and limited by tokens
+
+
+def test_padded_each_document_is_one_sequence_cut_at_its_length(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *({"text": text} for text in ("ab", "cdefghij", "k", "lmn", "opq")))
+    found = packed(path, packing="padded")
+    assert sorted(map(len, found.sequences)) == [2, 3, 3, 5], "a document of one token predicts nothing"
+    assert (found.documents, found.tokens) == (4, 13)
+    with pytest.raises(SourceRefused, match="needs 3 documents of at least 2 tokens"):
+        packed(write(tmp_path / "few.jsonl", {"text": "ab"}, {"text": "cd"}), packing="padded", batch_size=3)
+
+
+def test_no_more_tokens_are_taken_than_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_text("x" * 400)
+    assert packed(path, batches=100, max_tokens=39).tokens == 30  # whole batches of 10
+    lines = write(tmp_path / "d.jsonl", *({"text": "abcd"} for _ in range(50)))
+    assert packed(lines, batches=100, packing="padded", max_tokens=39).tokens == 32
+    with pytest.raises(SourceRefused, match="max_tokens lets through 9"):
+        packed(path, max_tokens=9)

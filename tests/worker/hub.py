@@ -1,0 +1,72 @@
+"""The few endpoints of the Hugging Face hub that fetching a repository asks for, for its protocol alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def serving_hub(repository: str, folder: Path) -> Iterator[str]:
+    """A server with one public repository, whose only revision is `main`."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def _answer(self, *, with_body: bool) -> None:
+            path = self.path.partition("?")[0]
+            if path in {f"/api/models/{repository}/revision/{name}" for name in ("main", COMMIT)}:
+                siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+                body = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
+                self._send(200, body, with_body, {"Content-Type": "application/json"})
+                return
+            if path == f"/api/models/{repository}/tree/{COMMIT}":
+                tree = [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in files.items()
+                ]
+                self._send(200, json.dumps(tree).encode(), with_body, {"Content-Type": "application/json"})
+                return
+            start = f"/{repository}/resolve/"
+            name = path.rpartition("/")[2]
+            if path.startswith(start) and name in files:
+                content = files[name]
+                etag = f'"{hashlib.sha256(content).hexdigest()}"'
+                self._send(200, content, with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+                return
+            error = "RevisionNotFound" if f"/{repository}/revision/" in path else "RepoNotFound"
+            self._send(404, b"", with_body, {"X-Error-Code": error})
+
+        def _send(self, status: int, body: bytes, with_body: bool, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
