@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.knapsack import knapsack
 from gradient_blueprints.theory import gain_exponent, joint_gain
 from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.profiling.state import ordered
-from gradient_blueprints.training.selection import knapsack
 
 Table = npt.NDArray[np.float64]
 Vector = npt.NDArray[np.float64]
@@ -196,7 +196,8 @@ class CoSelection:
     """The same if layers and examples were chosen apart and did not interact: (share of S over all examples)
     × (share of D over all layers), each the best that its budget allows."""
     bound: float
-    """No pair within the budgets has a larger share: the smaller of those two factors."""
+    """No pair within the budgets has a larger share: the smaller of those two factors (as long as the knapsack over
+    all examples is solved exactly, which it is for the layers of real models)."""
 
 
 def co_select(
@@ -223,7 +224,7 @@ def co_select(
         raise ConfigurationError("The table is zero, or q leaves no example.")
 
     def best_layers(examples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(knapsack(table[:, examples].sum(1).tolist(), weights, capacity))
+        return np.flatnonzero(knapsack(table[:, examples].sum(1).tolist(), weights, capacity).taken)
 
     def best_examples(layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.sort(np.argsort(-table[layers].sum(0), kind="stable")[:count])

@@ -29,6 +29,14 @@ def test_axolotl_unfreezes_what_the_selection_trains(make: Callable[[], nn.Modul
     assert patterns
 
 
+def test_one_pattern_a_layer_does_where_indices_begin_alike() -> None:
+    model = llama(num_hidden_layers=12)
+    layers = [{"id": f"model.layers.{i}", "gradient_norm": 9.0 if i in {1, 4} else 0.1} for i in range(12)]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    selection = select(blueprint, budget=2.5 / 12, unit="layer", model=model)
+    assert to_axolotl(selection, model) == ["^model.layers.1.", "^model.layers.4."]
+
+
 def test_axolotls_dots_are_literal_and_escaped_ones_match_nothing() -> None:
     assert axolotl_matches("^model.layers.1.", "model.layers.1.mlp.weight")
     assert not axolotl_matches("^model.layers.1.", "model.layers.11.mlp.weight")

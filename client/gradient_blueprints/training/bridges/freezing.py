@@ -18,7 +18,7 @@ from torch import nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.tensors import layer_of, tensor_shares
-from gradient_blueprints.training.selection import Budget, Selection
+from gradient_blueprints.training.selection import BYTES_PER_DENSE_PARAMETER, Budget, Selection
 
 
 def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
@@ -95,7 +95,7 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     inside = sorted({name.split(".0.")[-1].split(".")[0] for name in sizes if ".0." in name})
     outside = sorted({name.split(".")[-2] for name in sizes if not re.search(r"\.\d+\.", name) and "." in name})
     budget = budget if isinstance(budget, Budget) else Budget.fraction(budget)
-    capacity = budget.coordinates(sum(sizes.values()), 12)
+    capacity = budget.coordinates(sum(sizes.values()), BYTES_PER_DENSE_PARAMETER)
 
     order = list(sizes)
     worth = np.array([[values[name], sizes[name]] for name in order])  # (parameters, 2)

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Set
 
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.selection.indices import prefixes
 
 
 def layer_of(parameter: str, layers: Set[str]) -> str | None:
     """The blueprint's layer that holds a tensor: the tensor itself, its module, its block, whichever is listed."""
-    parts = parameter.split(".")
-    return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in layers), None)
+    return next((name for name in prefixes(parameter) if name in layers), None)
 
 
 def tensor_shares(blueprint: Blueprint, sizes: Mapping[str, int]) -> dict[str, float]:
