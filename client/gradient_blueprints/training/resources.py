@@ -79,7 +79,7 @@ class ResourceMeter:
         devices: Sequence[torch.device | str] = (),
         flop_rate: FlopRate | None = None,
         interval: float = 1.0,
-        powercap: Path = POWERCAP,
+        powercap: Path | str = POWERCAP,
     ) -> None:
         for name, value in {"processor_watts": processor_watts, "memory_watts": memory_watts}.items():
             if value is not None and value <= 0:
@@ -90,7 +90,7 @@ class ResourceMeter:
         self.flop_rate = flop_rate
         self.interval = interval
         self._devices = [torch.device(device) for device in devices]
-        self._powercap = powercap
+        self._powercap = Path(powercap)
         self._host, self._id = host_id(), uuid.uuid4().hex[:12]
         self._counters: list[EnergyCounter] = []
         self._missing: set[str] = set()

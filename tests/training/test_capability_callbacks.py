@@ -1,0 +1,187 @@
+"""The meter and the rule inside a real Trainer, killed and resumed, and inside Lightning."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.run_models import Resource, RunPoint
+from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
+from gradient_blueprints.training.metered_run import DecayGuard
+from gradient_blueprints.training.stopping import MarginalReturn, Reason
+from gradient_blueprints.training.trainer_callback import CapabilityCallback
+from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
+
+TOKENS_A_STEP = ROWS * LENGTH
+
+
+def train(folder: Path, callback: CapabilityCallback, steps: int = 6, **options: Any) -> Trainer:
+    trainer = make_trainer(folder, callback, steps, **options)
+    trainer.train()
+    return trainer
+
+
+def test_each_evaluation_is_a_point_of_the_curve_with_everything_spent_so_far(tmp_path: Path) -> None:
+    callback = CapabilityCallback()
+    train(tmp_path, callback, eval_steps=2)
+    assert [point.step for point in callback.run.points] == [2, 4, 6]
+    assert [point.gamma[Resource.TOKENS] for point in callback.run.points] == [
+        TOKENS_A_STEP * step for step in (2, 4, 6)
+    ]
+    assert not callback.run.meter.running
+    assert callback.run.last_ratio is None
+    assert callback.run.stopped is None
+
+
+def test_a_rule_that_nothing_can_satisfy_stops_the_trainer_after_its_patience(tmp_path: Path) -> None:
+    rule = MarginalReturn(eta=1e9, patience=2, window=1)
+    callback = CapabilityCallback(rule, gamma={"tokens": 1e-3, "seconds": 0.0}, guard=1)
+    trainer = train(tmp_path, callback, steps=20, eval_steps=2)
+    assert trainer.state.global_step == 6  # one check to fill the window, two below
+    assert callback.run.stopped is not None
+    assert callback.run.last_ratio == callback.run.stopped.ratio
+
+
+def test_it_does_not_stop_before_the_learning_rate_has_come_down(tmp_path: Path) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1e9, patience=1, window=1), "tokens", guard=0.5)
+    trainer = train(tmp_path, callback, steps=12, eval_steps=1)
+    reasons = [decision.reason for decision in callback.run.decisions]
+    assert Reason.DECAY_AHEAD in reasons
+    assert trainer.state.global_step == 6  # linear from step 0 to 12
+
+
+def test_with_a_constant_learning_rate_there_is_no_decay_to_wait_for(tmp_path: Path) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1e9, patience=1, window=1), "tokens")
+    trainer = train(tmp_path, callback, steps=12, eval_steps=1, lr_scheduler_type="constant")
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("constant_with_warmup", False), ("linear", True), ("cosine", True), ("warmup_stable_decay", True)],
+)
+def test_the_guard_knows_which_of_transformers_schedules_decay(name: str, expected: bool) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    kwargs = {"num_decay_steps": 20} if name == "warmup_stable_decay" else {}
+    schedule = get_scheduler(name, optimizer, 5, 100, scheduler_specific_kwargs=kwargs)
+    guard, seen = DecayGuard(), []
+    for _ in range(100):
+        seen.append(guard.ahead(optimizer, schedule, 100))
+        optimizer.step()
+        schedule.step()
+    assert any(seen) is expected
+    assert not seen[-1]
+
+
+def test_a_schedule_whose_future_cannot_be_asked_is_taken_to_decay() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    assert DecayGuard().ahead(optimizer, CosineAnnealingLR(optimizer, 10), 10)
+    assert not DecayGuard().ahead(optimizer, None, 10)
+
+
+def test_a_gamma_that_this_machine_cannot_read_is_refused_before_the_training(tmp_path: Path) -> None:
+    callback = CapabilityCallback(
+        MarginalReturn(eta=1), "energy_kwh", meter={"powercap": str(tmp_path / "no counters")}
+    )
+    with pytest.raises(ConfigurationError, match="energy_kwh cannot be read here"):
+        train(tmp_path, callback)
+    callback.run.meter.stop()
+
+
+def test_an_unknown_resource_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not of joy"):
+        CapabilityCallback(gamma="joy")
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_rule_curve_and_tally_come_back_with_the_trainers_checkpoint(tmp_path: Path, restore: bool) -> None:
+    rule = {"eta": -1e9, "patience": 1, "window": 3}
+    first = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
+    train(tmp_path, first, steps=4, eval_steps=1, save_steps=4)
+    second = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
+    options = {"restore_callback_states_from_checkpoint": restore}
+    trainer = make_trainer(tmp_path, second, 6, eval_steps=1, save_steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    (resumed,) = [call for call in trainer.callback_handler.callbacks if isinstance(call, CapabilityCallback)]
+    assert (resumed is second) is not restore
+    assert [point.step for point in resumed.run.points] == [1, 2, 3, 4, 5, 6]
+    assert resumed.run.meter.tally().tokens == 6 * TOKENS_A_STEP
+    assert resumed.run.meter.tally().region == "Iceland"
+    assert [decision.ratio is not None for decision in resumed.run.decisions] == [True, True]  # the window was full
+
+
+def test_a_training_that_was_killed_goes_on_and_what_the_kill_lost_was_still_spent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.training.metered_training", str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    killed, end = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "end"))
+    assert killed["exit"] == -signal.SIGKILL
+    spent = killed["spent"]
+    assert max(path.name for path in tmp_path.glob("checkpoint-*")) == "checkpoint-8"
+    points = [RunPoint.model_validate(point) for point in end["points"]]
+    assert [point.step for point in points] == list(range(2, 13, 2))
+    gammas = [point.gamma[Resource.TOKENS] for point in points]
+    assert gammas == sorted(gammas)
+    assert end["tally"]["tokens"] == spent["tokens"] + (12 - 4) * TOKENS_A_STEP
+    assert end["tally"]["tokens"] > 12 * TOKENS_A_STEP
+    assert end["tally"]["seconds"] > spent["seconds"]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_model()
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**batch).loss
+        return loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda epoch: 1.0)}
+
+
+def fit(folder: Path, callback: LightningCapability, epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(Rows(2 * ROWS), batch_size=ROWS)
+    trainer.fit(Module(), loader, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp_path: Path) -> None:
+    first = LightningCapability(MarginalReturn(eta=-1e9, window=2), "tokens")
+    fit(tmp_path, first, epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    assert [point.gamma[Resource.TOKENS] for point in first.run.points] == [2 * TOKENS_A_STEP, 4 * TOKENS_A_STEP]
+
+    second = LightningCapability(MarginalReturn(eta=1e9, patience=1, window=2), "tokens")
+    trainer = fit(tmp_path, second, epochs=9, checkpoint=tmp_path / "half.ckpt")
+    assert trainer.current_epoch == 3  # the two checks of before fill the window
+    assert second.run.meter.tally().tokens == 6 * TOKENS_A_STEP
+    assert [point.step for point in second.run.points] == [2, 4, 6]
