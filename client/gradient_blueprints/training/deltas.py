@@ -82,7 +82,9 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
         changed = (_bits(old) != _bits(new)).nonzero().flatten().cpu()
         if selection is not None:
             allowed = selection.indices(name, tuple(new.shape))
-            if allowed is not None and not np.isin(changed.numpy(), allowed, assume_unique=True).all():
+            outside = np.ones(new.numel(), np.bool_)
+            outside[slice(None) if allowed is None else allowed] = False
+            if outside[changed.numpy()].any():
                 raise ConfigurationError(f"{name} changed outside the selection: pass selection=None to save it all")
         if len(changed):
             contents[f"{name}/indices"] = torch.from_numpy(pack(changed.numpy()).copy())
@@ -163,7 +165,8 @@ class DeltaStack:
             ]
             if not changes:
                 continue
-            touched = torch.unique(torch.cat([change.indices for change, _ in changes])).to(flat.device)
+            sets = [change.indices for change, _ in changes]
+            touched = (sets[0] if len(sets) == 1 else torch.unique(torch.cat(sets))).to(flat.device)
             base = flat[touched]
             self._originals[name] = touched, base
             flat[touched] = _stacked(base, touched, changes)
@@ -171,6 +174,8 @@ class DeltaStack:
 
 def _stacked(base: Tensor, touched: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
     """New values of the touched coordinates."""
+    if len(changes) == 1 and changes[0][1] == 1:
+        return changes[0][0].values.to(base.device)
     wide = torch.promote_types(base.dtype, torch.float32)
     total, exact = base.to(wide, copy=True), base.clone()
     voices = torch.zeros(len(touched), dtype=torch.int32, device=base.device)
