@@ -218,13 +218,13 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back_at_once(
 
 def test_the_profiling_process_knows_neither_key_nor_broker(lab: Client, submit: Submit, processes: Processes) -> None:
     processes.relay()
-    worker = processes.worker()
+    worker = processes.worker(AWS_SECRET_ACCESS_KEY="the operator's", HF_TOKEN="the operator's")
     submit(**LONG)
     (child,) = wait_until(lambda: profiling_processes(worker))
     wait_until(lambda: "worker.profile" in " ".join(child.cmdline()))
     environment = psutil.Process(child.pid).environ()
     assert environment["HF_HUB_OFFLINE"] == "1", "this is the environment that it was given"
-    assert [name for name in environment if name.startswith("BLUEPRINTS_")] == []
+    assert [name for name in environment if name.startswith(("BLUEPRINTS_", "AWS_", "HF_TOKEN"))] == []
 
 
 # --- the relay
