@@ -30,6 +30,7 @@ from gradient_blueprints.calls import own_version
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError, Unauthenticated
 from gradient_blueprints.models import (
+    MAX_SHARDS,
     Alias,
     Blueprint,
     Job,
@@ -656,6 +657,7 @@ def submit(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    shards: Annotated[int | None, typer.Option(min=1, max=MAX_SHARDS, help="parts for as many workers at once")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="stay and watch the job")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -666,8 +668,9 @@ def submit(
         if not (domain and equals and path):
             raise typer.BadParameter(f"{item!r} is not DOMAIN=PATH", param_hint="--data")
         texts[domain] = path
-    given = {"batches": batches, "batch_size": batch_size, "sequence_length": sequence_length, "seed": seed}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {"batches": batches, "batch_size": batch_size, "sequence_length": sequence_length}
+    options |= {"seed": seed, "shards": shards}
+    options = {name: value for name, value in options.items() if value is not None}
     with _registry(context) as client:
         job = client.submit_checkpoint(model, checkpoint, source=source, data=texts, **options)
         if follow:
@@ -745,7 +748,8 @@ def _draw(events: Iterable[JobEvent]) -> None:
         for event in events:
             progress = event.progress
             phase = f" {progress.phase}" if progress else ""
-            bar.update(task, description=f"{event.state}{phase}")
+            parts = ", ".join(f"{number} {state}" for state, number in (event.parts or {}).items())
+            bar.update(task, description=f"{event.state}{phase}" + (f" ({parts})" if parts else ""))
             if progress:
                 bar.update(task, completed=progress.done, total=progress.total)
 

@@ -128,9 +128,12 @@ def test_a_job_is_submitted_watched_listed_and_cancelled(blueprints: Run, server
     events = [json.loads(line) for line in blueprints("watch", job["id"], "--json").stdout.splitlines()]
     assert events[-1]["state"] == "succeeded"
 
-    second = json.loads(blueprints(*submit, "--json").stdout)
+    second = json.loads(blueprints(*submit, "--shards", 2, "--json").stdout)
+    assert [part["state"] for part in second["parts"]] == ["queued", "queued"]
     assert "cancelled" in blueprints("cancel", second["id"]).stdout
-    assert "is cancelled" in blueprints("watch", second["id"], code=1).stdout
+    watched = blueprints("watch", second["id"], code=1).stdout
+    assert "is cancelled" in watched
+    assert "(2 cancelled)" in watched
     assert [row["id"] for row in json.loads(blueprints("jobs", "--state", "cancelled", "--json").stdout)] == [
         second["id"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from gradient_blueprints import (
     LeaseLost,
     Progress,
     Scope,
+    UnexpectedAnswer,
 )
 from tests.conftest import Server
 from tests.documents import blueprint_document
@@ -72,6 +74,21 @@ async def test_a_job_is_submitted_claimed_renewed_and_finished(lab_a: Any, worke
     assert (await lab_a.wait_for_job(job.id, timeout=5)).version == 1
     assert [row.id for row in await lab_a.list_jobs("succeeded")] == [job.id]
     assert await lab_a.list_jobs(JobState.QUEUED) == []
+
+
+async def test_states_of_shards_go_up_and_come_down_as_files(lab_a: Any, worker: Any, tmp_path: Path) -> None:
+    job = await lab_a.submit_checkpoint("tiny", 0.8, source="/data/tiny", data=DATA, shards=2)
+    content = b"0123456789" * 100_000
+    (tmp_path / "state").write_bytes(content)
+    claims = [await worker.claim_job(job.id) for _ in range(2)]
+    for claim in claims:
+        told = await worker.finish_shard(job.id, claim.part, claim.lease_token, tmp_path / "state")
+    assert [part.state for part in told.parts] == [JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.QUEUED]
+    fetched = await worker.fetch_shard_state(job.id, 1, told.parts[1].digest, tmp_path / "fetched")
+    assert fetched.read_bytes() == content
+    with pytest.raises(UnexpectedAnswer, match="have another digest"):
+        await worker.fetch_shard_state(job.id, 1, "sha256:" + "0" * 64, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 async def test_a_submission_repeated_under_its_key_is_one_job(lab_a: Any) -> None:
