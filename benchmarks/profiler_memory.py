@@ -1,6 +1,6 @@
 """What memory profiling takes beside a plain pass: peaks of resident memory, each variant in a process of its own.
 
-    python -m benchmarks.profiler_memory --layers 15
+    python -m benchmarks.profiler_memory --layers 8 --batches 2
 
 The reference is what no profiler can do without: weights, the activations of a forward and backward
 pass in which no parameter has a gradient, and the largest layer's gradient. `peak` is the kernel's
@@ -100,10 +100,10 @@ def measure(variant: str, layers: int, examples: int, length: int, batches: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one here, and print JSON")
     options = parser.parse_args()
     shape = options.layers, options.examples, options.length, options.batches

@@ -1,9 +1,6 @@
 """What is held while a batch is measured, what is left of one that fails, and what happens when memory ends."""
 
 import multiprocessing
-import re
-import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.training.profiling import GradientProfiler
-from gradient_blueprints.training.profiling.passes import OutOfMemory
 from gradient_blueprints.training.profiling.state import DomainState
+from tests.training.profiling.memory_processes import send, squared
 from tests.training.profiling.small_models import batch, build
 
 
@@ -30,10 +27,6 @@ class Kinked(nn.Module):
         hidden: Tensor = self.first(inputs)
         output: Tensor = self.second(hidden + torch.sqrt(kink * hidden.square()))
         return output
-
-
-def squared(outputs: Tensor, values: Any) -> Tensor:
-    return outputs.square().sum((1, 2))
 
 
 def inputs(seed: int, *, broken: bool = False) -> dict[str, Tensor]:
@@ -105,116 +98,38 @@ def test_statistics_of_a_batch_in_micro_batches_are_those_of_the_whole(statistic
     assert (states[0].sums != {}) == (statistics == "all")
 
 
-# --- in processes of their own
+# --- in a process of its own
 
 
-def in_a_process(work: Callable[[Any], None]) -> Any:
-    """What `work` sends."""
+@pytest.fixture(scope="module")
+def apart() -> tuple[dict[str, int], dict[str, Any]]:
+    """Peaks by statistics; and a run without and one with a limit on memory."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs,))
-    process.start()
+    process = context.Process(target=send, args=(theirs,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system
+        process.start()
     theirs.close()
     try:
-        return mine.recv()
+        found: tuple[dict[str, int], dict[str, Any]] = mine.recv()
+        return found
     finally:
         process.join()
 
 
-def memory(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def deep() -> nn.Module:
-    """12 layers of 4 MB."""
-    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(12)))
-
-
-class Deep(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = deep()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.layers(inputs)
-        return output
-
-
-def send_peaks(connection: Any) -> None:
-    torch.set_num_threads(1)
-    model = Deep()
-    found = {}
-    for statistics in ("examples", "batches", "all"):
-        with GradientProfiler(model, loss=squared, statistics=statistics, verify=False) as profiler:
-            profiler.step({"inputs": torch.randn(2, 4, 1024)}, key="warm-up")
-            Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's high-water mark anew
-            before = memory("VmRSS")
-            profiler.step({"inputs": torch.randn(2, 64, 1024)})
-            found[statistics] = memory("VmHWM") - before
-    connection.send(found)
-
-
-def test_gradients_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system
+def test_gradients_are_freed_layer_by_layer(apart: tuple[dict[str, int], dict[str, Any]]) -> None:
     gradient = 12 * (4 << 20)
-    peaks = in_a_process(send_peaks)
-    assert (
-        peaks["batches"] < gradient / 2 < gradient < peaks["all"]
-    )  # which keeps the batch until it is known to be finite
+    peaks, _ = apart
+    assert peaks["examples"] < gradient / 2
+    assert peaks["batches"] < gradient / 2
+    assert peaks["all"] > gradient  # keeps the batch until it is known to be finite
 
 
-class Wide(nn.Module):
-    """Its hidden layer of 16 MB an example is larger than anything else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(16, 8192), nn.Linear(8192, 4)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.second(torch.tanh(self.first(inputs)))
-        return output
-
-
-def send_halved(connection: Any) -> None:
-    torch.set_num_threads(1)
-    values = {"inputs": torch.randn(8, 512, 16)}
-    model = Wide()
-    states = []
-    for limited in (False, True):
-        with GradientProfiler(model, loss=squared) as profiler:
-            profiler.step({"inputs": torch.randn(8, 2, 16)}, key="small")
-            limits = resource.getrlimit(resource.RLIMIT_AS)
-            if limited:
-                resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (300 << 20), limits[1]))
-            profiler.step(values, key="large")
-            profiler.step({"inputs": torch.randn(8, 2, 16)}, key="after")
-            if limited:
-                resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (20 << 20), limits[1]))
-                try:
-                    profiler.step(values, key="impossible")
-                except OutOfMemory as error:
-                    message = str(error)
-            resource.setrlimit(resource.RLIMIT_AS, limits)
-        states.append(profiler)
-    free, limited_one = (state.domain() for state in states)
-    extra: Any = states[1].blueprint("m", 1.0).extra
-    connection.send(
-        {
-            "halved": [free.halved, limited_one.halved],
-            "extra": extra["profile"]["halved_micro_batches"],
-            "norms": [domain.records["large"].norms for domain in (free, limited_one)],
-            "squares": [domain.records["large"].example_squares for domain in (free, limited_one)],
-            "keys": [*limited_one.records],
-            "message": message,
-        }
-    )
-
-
-def test_a_device_that_runs_out_of_memory_halves_the_micro_batch_and_goes_on() -> None:
-    found = in_a_process(send_halved)
+def test_a_device_that_runs_out_of_memory_halves_the_micro_batch_and_goes_on(
+    apart: tuple[dict[str, int], dict[str, Any]],
+) -> None:
+    _, found = apart
     assert found["halved"][0] == {}
     assert found["halved"][1].keys() == {"large"}
     assert found["halved"][1]["large"] in (1, 2, 4)
