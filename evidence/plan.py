@@ -203,10 +203,9 @@ def _plan() -> list[Cell]:
     small, large = SIZES["gpt"][0], SIZES["smollm2"][0]
     cells = _cells("10 %", "gpt", "code", main_arms(0.1))
     cells += _cells("10 %", "smollm2", "code", main_arms(0.1))
-    cells += _cells("ablation", "gpt", "code", ablation(0.1))
-    cells += _cells("1 %", "gpt", "code", main_arms(0.01))
-    cells += _cells("25 %", "gpt", "code", main_arms(0.25))
     cells += _cells("10 %", "gpt", "code", rivals(0.1))
+    cells += _cells("25 %", "gpt", "code", main_arms(0.25))
+    cells += _cells("1 %", "gpt", "code", main_arms(0.01))
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", main_arms(share))
     for model, steps in (("gpt", small), ("smollm2", large)):
@@ -216,6 +215,7 @@ def _plan() -> list[Cell]:
             for given in (None, few)
             for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
         ]
+    cells += _cells("ablation", "gpt", "code", ablation(0.1))
     cells += _cells(
         "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
     )
