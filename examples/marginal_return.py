@@ -2,7 +2,7 @@
 
     python -m examples.marginal_return train --schedule cosine
     python -m examples.marginal_return train --schedule constant-then-decay
-    python -m examples.marginal_return replay
+    python -m examples.marginal_return replay [--plots docs/plots]
 
 `train` pre-trains a GPT of 1.1 M parameters on the standard library's sources for 600 steps, about 3 minutes on an idle
 core, and writes its curve to examples/curves/. `replay` prints the tables of docs/resources.md.
@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo.models import mean_loss, ordered_batches, random_batches, tokenize, train_tokenizer
 from demo.texts import code
+from gradient_blueprints.plots import plot_curve, plot_pareto
 from gradient_blueprints.run_models import Resource, RunPoint
 from gradient_blueprints.training.replay import Check, pareto, replay, replay_early_stopping, returns, table
 from gradient_blueprints.training.resources import ResourceMeter
@@ -116,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "replay"))
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument("--plots", type=Path, help="with replay: where to write marginal-return.svg and pareto.svg")
     options = parser.parse_args()
     if options.what == "train":
         train(options.schedule)
@@ -125,6 +127,24 @@ def main() -> None:
         show(f"{schedule}, no stopping above {GUARD:.0%} of the peak learning rate", curve)
         show(f"{schedule}, unguarded", [check._replace(decay_ahead=False) for check in curve])
     show("65 B parameters by formula", chinchilla_65b())
+    if options.plots:
+        plot(options.plots)
+
+
+def plot(folder: Path) -> None:
+    """The curves with the point where one rule stops under guard, and what a grid of rules saves and loses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {schedule: read_curve(schedule) for schedule in SCHEDULES}
+    stops = {name: replay(curve, [0.3], [1])[0].stopped_at for name, curve in curves.items()}
+    lines = {name: [(check.gamma, check.psi) for check in curve] for name, curve in curves.items()}
+    plot_curve(lines, stops, psi="held-out loss", gamma="10^12 FLOPs").savefig(folder / "marginal-return.svg")
+    cosine = curves["cosine"]
+    rows = {
+        "marginal return": replay(cosine, [0.02, 0.05, 0.1, 0.2, 0.3, 0.4], (1, 3), (3, 5)),
+        "early stopping": replay_early_stopping(cosine),
+    }
+    points = {name: [(row.saved, row.lost) for row in of_rule] for name, of_rule in rows.items()}
+    plot_pareto(points).savefig(folder / "pareto.svg")
 
 
 if __name__ == "__main__":
