@@ -22,6 +22,7 @@ from app.api import (
     layer_selection,
     metrics,
     problems,
+    runs,
     shard_states,
     staleness,
 )
@@ -47,6 +48,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     aggregation.router,
     staleness.router,
     layer_selection.router,
+    runs.router,
     administration.router,
     catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
 )

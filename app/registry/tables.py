@@ -396,3 +396,39 @@ class CheckpointFile(Base):
     created_at: Mapped[datetime] = _now()
     touched_at: Mapped[datetime] = _now()
     completed_at: Mapped[datetime | None]
+
+
+class Run(Base):
+    """A training run that a lab reports; unchangeable once it has finished."""
+
+    __tablename__ = "runs"
+    __table_args__ = (
+        Index("ix_runs_task_id", "task", "id"),
+        Index("ix_runs_model_name_id", "model_name", "id"),
+        Index("ix_runs_lab_id_id", "lab_id", "id"),
+    )
+
+    id: Mapped[int] = _identity()
+    name: Mapped[UUID] = mapped_column(unique=True)  # the id that its sender made
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"))
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    task: Mapped[str]
+    model_name: Mapped[str]  # not a row of models, which everybody may list
+    begun: Mapped[dict[str, Any]]  # gradient_blueprints.record_models.NewRun
+    points: Mapped[int] = mapped_column(Integer, server_default=text("0"), default=0)
+    tally: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    stopped: Mapped[str | None]
+    outcome: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # final pair, ratio, marks
+    curves: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # envelope by resource
+    created_at: Mapped[datetime] = _now()
+    finished_at: Mapped[datetime | None]
+
+
+class RunPoint(Base):
+    __tablename__ = "run_points"
+
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    step: Mapped[int]
+    psi: Mapped[float]
+    gamma: Mapped[dict[str, Any]]

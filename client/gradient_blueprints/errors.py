@@ -7,10 +7,11 @@ BlueprintsError
 │   ├── PermissionDenied        403   the key lacks a scope, or another lab owns the thing
 │   ├── NotFound                404
 │   │   ├── ModelNotFound, CheckpointNotFound, BlueprintNotFound, AliasNotFound
-│   │   └── BlobNotFound, CheckpointFileNotFound, JobNotFound, LabNotFound, KeyNotFound
+│   │   └── BlobNotFound, CheckpointFileNotFound, JobNotFound, RunNotFound, LabNotFound, KeyNotFound
 │   ├── NotAcceptable           406
 │   ├── Conflict                409
-│   │   └── IdempotencyConflict, AlreadyExists, UploadConflict, LeaseLost, JobFinished
+│   │   ├── IdempotencyConflict, AlreadyExists, UploadConflict, LeaseLost, JobFinished
+│   │   └── RunConflict, RunFinished
 │   ├── PreconditionFailed      412   If-Match names another revision
 │   ├── PayloadTooLarge         413
 │   ├── UnsupportedMediaType    415
@@ -152,6 +153,10 @@ class JobNotFound(NotFound):
     code, title = "job_not_found", "No such job"
 
 
+class RunNotFound(NotFound):
+    code, title = "run_not_found", "No such run"
+
+
 class LabNotFound(NotFound):
     code, title = "lab_not_found", "No such lab"
 
@@ -196,6 +201,16 @@ class LeaseLost(Conflict):
 
 class JobFinished(Conflict):
     code, title = "job_finished", "The job has already ended"
+
+
+class RunConflict(Conflict):
+    """The points do not go on where the run stands; `extensions["points"]` tells how many it has."""
+
+    code, title = "run_conflict", "The run does not go on from there"
+
+
+class RunFinished(Conflict):
+    code, title = "run_finished", "The run has ended"
 
 
 class PreconditionFailed(ApiError):

@@ -160,6 +160,11 @@ class Tally(Wire):
         """The figures that were read."""
         return {resource: value for resource in Resource if (value := getattr(self, resource)) is not None}
 
+    def told(self) -> Tally:
+        """Without spans and without the names of sensors, which are those of machines: what may be published."""
+        names = {str(number): name for number, name in enumerate(self.hardware.values(), 1)}
+        return self.model_copy(update={"spans": (), "hardware": names})
+
     def model_card(self, training_type: Literal["pre-training", "fine-tuning"] = "fine-tuning") -> str:
         """What to paste into a Hugging Face model card: its metadata, and the disclosure for people."""
         from gradient_blueprints.carbon import model_card  # it reads this type

@@ -37,6 +37,11 @@ READ = {
     "POST /v1/models/{model_id}/checkpoints/{checkpoint}/selection",
     "GET /v1/models/{model_id}/checkpoints/{checkpoint}/evidence",
     "GET /v1/models/{model_id}/evidence",
+    "GET /v1/runs",
+    "GET /v1/runs/{run_id}",
+    "GET /v1/runs/{run_id}/points",
+    "GET /v1/runs/{run_id}/model-card",
+    "GET /v1/leaderboard",
 }
 NEEDS: dict[str, set[Scope]] = {
     "POST /v1/blueprints": {Scope.PUBLISH},
@@ -44,6 +49,9 @@ NEEDS: dict[str, set[Scope]] = {
     "POST /v1/models/{model_id}/checkpoints/{checkpoint}/versions/{version}/unyank": {Scope.PUBLISH},
     "PUT /v1/models/{model_id}/aliases/{name}": {Scope.PUBLISH},
     "DELETE /v1/models/{model_id}/aliases/{name}": {Scope.PUBLISH},
+    "POST /v1/runs": {Scope.PUBLISH},
+    "POST /v1/runs/{run_id}/points": {Scope.PUBLISH},
+    "POST /v1/runs/{run_id}/finish": {Scope.PUBLISH},
     "PUT /v1/blobs/{digest}": {Scope.PUBLISH, Scope.WORK},
     "GET /v1/models/{model_id}/checkpoints/{checkpoint}/files": {Scope.PUBLISH, Scope.PROFILE, Scope.WORK},
     "GET /v1/models/{model_id}/checkpoints/{checkpoint}/files/{path}": {Scope.PUBLISH, Scope.PROFILE, Scope.WORK},
@@ -81,6 +89,7 @@ PATH_VALUES = {
     "shard": "0",
     "path": "config.json",
     "job_id": "00000000-0000-7000-8000-000000000000",
+    "run_id": "00000000-0000-7000-8000-000000000000",
 }
 
 
