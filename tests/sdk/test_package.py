@@ -43,7 +43,7 @@ upload_checkpoint_file url wait_for_job watch_job whoami yank_version
 MODELS = """
 Advice Alias AliasMove Attachment AuditEntry BlobSummary Blueprint CheckpointFile CheckpointSummary Claim
 Comparison Consensus CostModel Course DataSource Evidence EvidenceSummary HeartbeatAnswer IssuedKey Job
-JobEvent JobOutcome JobState Key Lab Layer LayerChange LayerKind LayerSelection Level LocalSample ModelSummary
+JobEvent JobOutcome JobPart JobState Key Lab Layer LayerChange LayerKind LayerSelection Level LocalSample ModelSummary
 Noise ProfileOptions Progress Provenance Publication Scope Staleness Statistic TableRow TailFit Verdict
 VersionSummary WhoAmI
 """.split()  # noqa: SIM905 - a list to read

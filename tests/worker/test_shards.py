@@ -102,7 +102,7 @@ class Service:
     def submit(self, **changes: Any) -> Job:
         given: dict[str, Any] = {"batches": 5, "batch_size": 2, "sequence_length": 16} | changes
         code = DataSource(source=str(self.roots / "code.jsonl"))
-        data = {"general": self.roots / "general.txt", "code": code}
+        data: dict[str, Path | DataSource] = {"general": self.roots / "general.txt", "code": code}
         return self.lab.submit_checkpoint("tiny", 0.8, source=self.roots / "tiny", data=data, **given)
 
     def busy(self) -> list[psutil.Process]:

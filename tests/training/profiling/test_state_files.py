@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.profiling import GradientProfiler, merge
+from gradient_blueprints.training.profiling import GradientProfiler, load_state, merge, save_state
 from gradient_blueprints.training.profiling.state import DomainState, Factors, ProfileState
-from gradient_blueprints.training.profiling.state_files import load_notes, load_state, save_state
+from gradient_blueprints.training.profiling.state_files import load_notes
 from tests.training.profiling.small_models import batch, build
 
 WORK = [(domain, index) for domain in ("general", "bio") for index in range(3)]

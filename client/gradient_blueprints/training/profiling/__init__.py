@@ -6,6 +6,7 @@ from gradient_blueprints.training.profiling.precision import Until
 from gradient_blueprints.training.profiling.privacy import Privacy
 from gradient_blueprints.training.profiling.profiler import GradientProfiler
 from gradient_blueprints.training.profiling.state import ProfileState, merge
+from gradient_blueprints.training.profiling.state_files import load_state, save_state
 
 __all__ = [
     "CostEstimate",
@@ -15,5 +16,7 @@ __all__ = [
     "Until",
     "estimate_cost",
     "gather_states",
+    "load_state",
     "merge",
+    "save_state",
 ]
