@@ -65,6 +65,11 @@ def test_deltas_stack_in_any_order_and_each_can_be_removed(tmp_path: Path) -> No
             stack.apply(str(number), deltas[number])
         for expected, found in zip(sums, model.parameters(), strict=True):
             torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-6)
+        changed = [[(a != b) for a, b in zip(base.parameters(), each.parameters(), strict=True)] for each in tuned]
+        for index, found in enumerate(model.parameters()):
+            for own, each in zip(changed, tuned, strict=True):
+                alone = own[index] & (sum(other[index].int() for other in changed) == 1)
+                assert torch.equal(found[alone], list(each.parameters())[index][alone]), "its value, not a rounded sum"
         stack.remove(str(order[0]))
         stack.remove(str(order[2]))
         assert equal(model, tuned[order[1]])

@@ -70,11 +70,13 @@ def process(rank: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for unit in UNITS:
         model = make_model()
-        train(model, make_selection(0.6, unit), share, lambda model: None, process_group=world)
+        optimizer = train(model, make_selection(0.6, unit), share, lambda model: None, process_group=world)
         note(f"replica-{unit}", model)
+        found[f"norm-replica-{unit}"] = torch.tensor(optimizer.last_norm)
         model = make_model()
         optimizer = train(model, make_selection(0.6, unit), share, lambda model: shard(model, mesh))
         note(f"shard-{unit}", model)
+        found[f"norm-shard-{unit}"] = torch.tensor(optimizer.last_norm)
         found[f"held-{unit}"] = torch.tensor(sum(entry.selected for entry in optimizer.selected))
     found["refused"] = torch.tensor([refused_inside_a_wrapper(share, world), refused_without_a_group(share)])
     model = make_model()
@@ -144,7 +146,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tenso
 @pytest.mark.parametrize("unit", UNITS)
 def test_two_processes_train_what_one_trains(both: list[dict[str, torch.Tensor]], kind: str, unit: Unit) -> None:
     alone = make_model()
-    train(alone, make_selection(0.6, unit), slice(0, 8), lambda model: None)
+    optimizer = train(alone, make_selection(0.6, unit), slice(0, 8), lambda model: None)
+    for found in both:  # clipping and Adam hide a wrong scale; the norm shows it
+        assert float(found[f"norm-{kind}-{unit}"]) == pytest.approx(optimizer.last_norm, rel=1e-4)
     for name, expected in weights(alone).items():
         for found in both:
             torch.testing.assert_close(found[f"{kind}-{unit}/{name}"], expected, rtol=1e-5, atol=1e-6)
