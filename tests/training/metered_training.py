@@ -36,9 +36,12 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-class Slow(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        time.sleep(0.3)
+class Hang(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Waits for the kill, three steps after a checkpoint and before the next."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 7:
+            time.sleep(600)
 
 
 def make_model() -> nn.Module:
@@ -69,7 +72,7 @@ def run(folder: Path, *, resumed: bool) -> None:
     callback = CapabilityCallback(MarginalReturn(eta=-1e9), "tokens")
     trainer = make_trainer(folder, callback, 12, eval_steps=2, save_steps=4)
     if not resumed:
-        trainer.add_callback(Slow())
+        trainer.add_callback(Hang())
     trainer.train(resume_from_checkpoint=resumed)
     end = callback.run.state_dict() | {"tally": callback.run.meter.tally().model_dump(mode="json")}
     (folder / "end.json").write_text(json.dumps(end))
