@@ -195,11 +195,11 @@ def test_but_for_the_noised_norms_the_document_does_not_depend_on_the_data() -> 
 def test_with_a_generous_budget_the_norms_are_those_of_the_examples() -> None:
     model = build("llama")
     with GradientProfiler(model, privacy=Privacy(clip=50, epsilon=100, delta=0.9)) as private:
-        private.run([batch(64, seed=1)])
+        private.run([batch(24, seed=1)])
     with GradientProfiler(model) as open_profiler:
-        open_profiler.run([batch(64, seed=1)])
+        open_profiler.run([batch(24, seed=1)])
     found = private.blueprint("tiny", 0.5)
-    sigma = Privacy(clip=50, epsilon=100, delta=0.9).sigma(64)
+    sigma = Privacy(clip=50, epsilon=100, delta=0.9).sigma(24)
     for layer, expected in zip(found.layers, open_profiler.blueprint("tiny", 0.5).layers, strict=True):
         assert layer.example_norm == pytest.approx(expected.example_norm, abs=6 * sigma)
 
@@ -243,6 +243,10 @@ def test_what_would_tell_more_is_refused() -> None:
         GradientProfiler(model, privacy=PRIVACY, statistic="median")
     with pytest.raises(ConfigurationError, match="eval"), GradientProfiler(build("gpt2").train(), privacy=PRIVACY):
         pass
+    partly = build("gpt2")
+    partly.get_submodule("transformer.drop").train()
+    with pytest.raises(ConfigurationError, match="eval"), GradientProfiler(partly, privacy=PRIVACY):
+        pass
     profiler = profile(model, (1, 2), statistics="all")
     assert not profiler.has_factors
     with pytest.raises(ConfigurationError, match="no factors"):
@@ -252,3 +256,20 @@ def test_what_would_tell_more_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="before it runs"):
         profiler.blueprint("tiny", 0.5, groups="block")
     assert isinstance(profiler.blueprint("tiny", 0.5), Blueprint)
+
+
+def test_states_that_depend_on_what_they_left_out_and_states_after_the_release_are_not_absorbed() -> None:
+    model = build("llama")
+    with GradientProfiler(model) as open_profiler:
+        open_profiler.step(batch(seed=1))
+    private = profile(model, (1,))
+    gathered = GradientProfiler(model, privacy=PRIVACY)
+    with pytest.raises(ConfigurationError, match="with privacy only"):
+        gathered.absorb(open_profiler.state())
+    gathered.absorb(private.state())
+    released = gathered.blueprint("tiny", 0.5)
+    with GradientProfiler(model, privacy=PRIVACY) as late:
+        late.step(batch(seed=2), key=7)
+    with pytest.raises(ConfigurationError, match="released"):
+        gathered.absorb(late.state())
+    assert gathered.blueprint("tiny", 0.5) == released
