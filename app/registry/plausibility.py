@@ -18,6 +18,7 @@ LEAST_WATTS = 0.1
 PROCESSOR_PEAK = 1e15
 """FLOP/s beyond the processors of any one machine."""
 TOLERANCE = 0.01  # relative: figures are rounded
+ROUGHNESS = 0.2  # relative: what counters of FLOPs leave out, such as norms and the first layer's input gradient
 
 
 class Device(NamedTuple):
@@ -112,7 +113,7 @@ def _tokens(run: NewRun, tally: Tally) -> Checked:
     chosen = run.selection
     share = 1.0 if chosen is None else min(1.0, chosen.trained / max(1, chosen.parameters))
     needed = 6 * run.parameters * (2 / 3 + share / 3) * tally.tokens
-    if tally.flops >= needed * (1 - TOLERANCE):
+    if tally.flops >= needed * (1 - ROUGHNESS):
         return code, True, None
     detail = (
         f"{tally.tokens:.4g} tokens of {run.parameters:,} parameters take {needed:.4g} FLOPs, not {tally.flops:.4g}"

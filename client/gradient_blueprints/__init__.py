@@ -54,6 +54,9 @@ if TYPE_CHECKING:
         RangeNotSatisfiable,
         RateLimited,
         RequestTimeout,
+        RunConflict,
+        RunFinished,
+        RunNotFound,
         ServiceUnavailable,
         Unauthenticated,
         UnexpectedAnswer,
@@ -97,6 +100,8 @@ if TYPE_CHECKING:
         VersionSummary,
         WhoAmI,
     )
+    from gradient_blueprints.record_models import Leaderboard, Run
+    from gradient_blueprints.run_methods import RunHandle
     from gradient_blueprints.selection_models import LayerSelection
     from gradient_blueprints.statistics_models import (
         Advice,
@@ -152,6 +157,9 @@ _HOMES = {
         "RangeNotSatisfiable",
         "RateLimited",
         "RequestTimeout",
+        "RunConflict",
+        "RunFinished",
+        "RunNotFound",
         "ServiceUnavailable",
         "Unauthenticated",
         "UnexpectedAnswer",
@@ -195,6 +203,8 @@ _HOMES = {
         "TailFit",
         "VersionSummary",
     ),
+    "record_models": ("Leaderboard", "Run"),
+    "run_methods": ("RunHandle",),
     "selection_models": ("LayerSelection",),
     "statistics_models": (
         "Advice",
@@ -264,6 +274,7 @@ __all__ = [
     "LayerChange",
     "LayerKind",
     "LayerSelection",
+    "Leaderboard",
     "LeaseLost",
     "Level",
     "LocalSample",
@@ -287,6 +298,11 @@ __all__ = [
     "RangeNotSatisfiable",
     "RateLimited",
     "RequestTimeout",
+    "Run",
+    "RunConflict",
+    "RunFinished",
+    "RunHandle",
+    "RunNotFound",
     "Scope",
     "ServiceUnavailable",
     "Staleness",

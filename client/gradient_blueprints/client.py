@@ -10,12 +10,13 @@ from gradient_blueprints.calls import DEFAULT_TIMEOUT
 from gradient_blueprints.file_methods import FileMethods
 from gradient_blueprints.job_methods import JobMethods
 from gradient_blueprints.methods import RegistryMethods
+from gradient_blueprints.run_methods import RunMethods
 from gradient_blueprints.selection_methods import SelectionMethods
 from gradient_blueprints.statistics_methods import StatisticsMethods
 from gradient_blueprints.transport import Awaiting, Blocking
 
 
-class Client(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, Blocking):
+class Client(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, RunMethods, Blocking):
     """A registry, for blocking code. Threads may share one; a forked process may go on with its copy.
 
     What is not given comes from BLUEPRINTS_URL, BLUEPRINTS_API_KEY, BLUEPRINTS_CACHE (a folder)
@@ -48,7 +49,7 @@ class Client(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, Select
         self.close()
 
 
-class AsyncClient(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, Awaiting):
+class AsyncClient(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, RunMethods, Awaiting):
     """A registry, for asyncio. The methods and arguments of `Client`; listings are asynchronous iterators.
 
     async with AsyncClient() as client:

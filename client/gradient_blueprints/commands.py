@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -40,6 +41,7 @@ from gradient_blueprints.models import (
     VersionSummary,
     format_checkpoint,
 )
+from gradient_blueprints.run_models import Resource
 from gradient_blueprints.selection_models import BudgetMeasure, Criterion
 from gradient_blueprints.statistics_models import (
     DEFAULT_THRESHOLD,
@@ -759,6 +761,100 @@ def _ending(job: Job) -> str:
         checkpoint = format_checkpoint(job.training_checkpoint)
         return f"Job {job.id} succeeded: {job.model_id} at {checkpoint} version {job.version}, {job.digest}"
     return f"Job {job.id} is {job.state}" + (f": {job.reason}" if job.reason else "")
+
+
+# --- runs
+
+
+@app.command()
+def leaderboard(
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(metavar="TASK")],
+    resource: Annotated[Resource, typer.Option(help="what was spent")] = Resource.ENERGY_KWH,
+    gamma: Annotated[float | None, typer.Option(min=0, help="compare what so much of it bought")] = None,
+    psi: Annotated[float | None, typer.Option(help="compare what this score took")] = None,
+    metric: Annotated[str | None, typer.Option(help="else that of most runs")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the runs of a task by capability per resource."""
+    with _registry(context) as client:
+        board = client.leaderboard(task, resource, at_gamma=gamma, at_psi=psi, metric=metric)
+    if as_json:
+        _print_json(board)
+        return
+    for group in board.groups:
+        how = f"{group.basis}: {', '.join(group.instruments)}"
+        missing = f", without {', '.join(group.missing)}" if group.missing else ""
+        wanted = f"{resource} to reach" if group.at.axis == "psi" else f"{board.metric} with {resource} ="
+        _say(f"{wanted} {_number(group.at.value)} ({how}{missing})")
+        rows = [
+            (
+                entry.rank,
+                entry.lab,
+                entry.model_id,
+                _number(entry.value) if entry.value is not None else f"{entry.reached:.0%} of runs",
+                "–" if entry.value_interval is None else " to ".join(map(_number, entry.value_interval)),
+                entry.seeds,
+                _number(entry.area),
+                "front" if any(run.on_front for run in entry.runs) else "",
+                ", ".join(f"{name}={value}" for name, value in entry.settings.items()),
+                ", ".join(sorted({mark for run in entry.runs for mark in run.marks})),
+            )
+            for entry in group.entries
+        ]
+        columns = ("rank", "lab", "model", "value", "95 %", "seeds", "area", "front", "settings", "cannot be right")
+        _print_table(columns, rows)
+    reasons = Counter(row.reason for row in board.left_out)
+    _say(f"left out: {', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items())) or 'none'}")
+
+
+@app.command()
+def runs(
+    context: typer.Context,
+    task: Annotated[str | None, typer.Argument(metavar="[TASK]")] = None,
+    model: Annotated[str | None, typer.Option(help="only of this model")] = None,
+    lab: LabOption = None,
+    limit: LimitOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest first."""
+    with _registry(context) as client:
+        listed = list(client.list_runs(task, model=model, lab=lab, limit=limit))
+    if as_json:
+        _print_json(listed)
+        return
+    rows = [
+        (
+            run.id,
+            run.task,
+            run.lab,
+            run.model_id,
+            run.seed,
+            run.points,
+            "–" if run.last is None else f"{run.metric} {_number(run.last.psi)}",
+            "running" if run.finished_at is None else _moment(run.finished_at),
+            ", ".join(mark.code for mark in run.marks),
+        )
+        for run in listed
+    ]
+    columns = ("run", "task", "lab", "model", "seed", "points", "last", "finished", "cannot be right")
+    _print_table(columns, rows)
+
+
+@app.command("send-run")
+def send_run(
+    context: typer.Context,
+    journal: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="run.jsonl, as a callback keeps it")],
+    as_json: AsJson = False,
+) -> None:
+    """Send what the registry does not have yet of a run that was kept on disk."""
+    with _registry(context) as client:
+        run = client.send_run(journal)
+    if as_json:
+        _print_json(run)
+    else:
+        state = "not finished" if run.finished_at is None else "finished"
+        _say(f"Run {run.id} has {run.points} points and is {state}")
 
 
 # --- printing
