@@ -27,6 +27,16 @@ def best(scores: Scores, count: int, name: str, seed: int, random_share: float =
     return np.sort(np.concatenate([top, _largest(lots, drawn, name, seed)]))
 
 
+def drawn(scores: Scores, temperature: float, name: str, seed: int) -> Scores:
+    """Keys whose largest are a draw without replacement, with chances that grow with score^(1/temperature).
+
+    Gumbel noise on the logarithm (Kool, van Hoof and Welling 2019). A score of 0 comes after all others.
+    """
+    uniform = random_scores(f"{name}#drawn", len(scores), seed).astype(np.float64) + 2.0**-25
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(scores) - temperature * np.log(-np.log(uniform)), np.float32)
+
+
 def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:
     if count >= len(scores):
         return np.arange(len(scores))

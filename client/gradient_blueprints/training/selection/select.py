@@ -16,7 +16,7 @@ from gradient_blueprints.models import Blueprint
 from gradient_blueprints.selection_models import Criterion, SelectionUnit
 from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.selection.chosen import SelectedLayer, Selection, parts_of, width_of
-from gradient_blueprints.training.selection.indices import Indices, best, prefixes
+from gradient_blueprints.training.selection.indices import Indices, best, drawn, prefixes
 from gradient_blueprints.training.selection.local import LocalStatistics
 from gradient_blueprints.training.selection.scores import (
     Factors,
@@ -36,6 +36,9 @@ Unit = SelectionUnit
 ScoreName = Literal["empirical_bayes", "blend", "factors", "mean_gradient", "rms", "local_factors", "random"]
 DEFAULT_SCORE: ScoreName = "empirical_bayes"
 """The one place that says by what coordinates are chosen."""
+DEFAULT_TEMPERATURE = 2.0
+"""Under the default score coordinates are drawn, not ranked: ranking crowds them into few rows and columns, which costs
+a point or two of the gain (docs/evidence.md)."""
 FEWEST_SEQUENCES = 32
 """Local sequences from which on their mean gradient is believed by itself: in the pilot 8 chose worse than chance, 32
 better. Below, and where the published side is not to be believed either, a share of the budget goes to chance."""
@@ -60,14 +63,16 @@ def select(
     model: nn.Module | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     random_share: float | None = None,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> Selection:
     """Choose what to train (Algorithm 1): blend, rank, pick.
 
     1. Between layers as `allocation.allocate` says: shares of the criterion blended by `trust` (the paper's α), then
        whole layers by an exact 0/1 knapsack (`unit="layer"`), or a fraction of every layer.
-    2. Within each tensor the coordinates (`"coordinate"`), or the output channels (`"row"`), with the largest `score`.
-       The default weighs the published factors against the local sample by how noisy that is (`empirical_bayes`). A
+    2. Within each tensor coordinates (`"coordinate"`), or output channels (`"row"`), by their `score`. The default
+       weighs the published factors against the local sample by how noisy that is (`empirical_bayes`), and draws with
+       chances that grow with score^(1/`DEFAULT_TEMPERATURE`); any other score is ranked unless `temperature` is given. A
        tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
        beat, and safer than statistics of a wrong domain, which choose worse than chance.
     3. Under the default score a share (1 − validity)·(1 − n/32) of each tensor's budget goes to chance, n the local
@@ -92,6 +97,7 @@ def select(
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another.
         random_share: share of each tensor's budget drawn at random, instead of what 3. says.
+        temperature: 0 takes the largest scores, more spreads the choice, towards chance.
 
     Raises ConfigurationError when a layer's parameter count is unknown or a tensor's shape does not fit.
     """
@@ -102,6 +108,10 @@ def select(
         raise ConfigurationError(f"there is no score {score!r}: {', '.join(get_args(ScoreName))}, or a function")
     if trust is not None and not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
+    if temperature is None:
+        temperature = DEFAULT_TEMPERATURE if score is None else 0.0
+    if not 0 <= temperature < float("inf"):
+        raise ConfigurationError(f"a temperature is 0 (the largest scores) or a positive number, got {temperature}")
     verdict = None if staleness is None else staleness.verdict
     known = _Known(
         of_domain(factors, domain),
@@ -139,7 +149,7 @@ def select(
             if layer is None or not 0 < fractions[layer] < 1:
                 continue
             at_random = known.hedge(name) if hedged else (random_share or 0.0)
-            found = _choose(name, shape, fractions[layer], unit, rank, at_random, seed)
+            found = _choose(name, shape, fractions[layer], unit, rank, at_random, temperature, seed)
             if found is not None:
                 chosen[name] = found
     return Selection(
@@ -148,7 +158,7 @@ def select(
         blueprint_digest=blueprint.digest,
         unit=unit,
         criterion=named if isinstance(named, str) else getattr(named, "__name__", "custom"),
-        score="whole layers" if unit == "layer" else _name(score or DEFAULT_SCORE),
+        score="whole layers" if unit == "layer" else _name(score or DEFAULT_SCORE, temperature),
         trust=allocation_.trust,
         validity=known.validity,
         seed=seed,
@@ -210,9 +220,16 @@ class _Chosen:
 
 
 def _choose(
-    name: str, shape: Shape, fraction: float, unit: Unit, score: Score, at_random: float, seed: int
+    name: str,
+    shape: Shape,
+    fraction: float,
+    unit: Unit,
+    score: Score,
+    at_random: float,
+    temperature: float,
+    seed: int,
 ) -> _Chosen | None:
-    """The best parts of a tensor and the share of the score that they keep; None where nothing is known of it."""
+    """The chosen parts of a tensor and the share of the score that they keep; None where nothing is known of it."""
     scores = score(name, shape)
     if scores is None:
         return None
@@ -226,6 +243,8 @@ def _choose(
     if total == 0:  # unused in the sample: nothing tells its coordinates apart
         return None
     by_part = scores if width == 1 else row_scores(scores, width)
+    if temperature > 0:
+        by_part = drawn(by_part, temperature, name, seed)
     parts = best(by_part, parts_of(fraction, shape, width), name, seed, at_random)
     kept = scores.reshape(-1, width)[parts].sum(dtype=np.float64)
     return _Chosen(parts, len(parts) * width, float(kept) / total)
@@ -304,5 +323,6 @@ def _sums(blueprint: Blueprint, score: Score, shapes: Mapping[str, Shape]) -> di
     return sums
 
 
-def _name(score: ScoreName | Score) -> str:
-    return score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
+def _name(score: ScoreName | Score, temperature: float) -> str:
+    name: str = score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
+    return f"{name}, drawn at temperature {temperature:g}" if temperature else name
