@@ -72,9 +72,9 @@ def select(
        whole layers by an exact 0/1 knapsack (`unit="layer"`), or a fraction of every layer.
     2. Within each tensor coordinates (`"coordinate"`), or output channels (`"row"`), by their `score`. The default
        weighs the published factors against the local sample by how noisy that is (`empirical_bayes`), and draws with
-       chances that grow with score^(1/`DEFAULT_TEMPERATURE`); any other score is ranked unless `temperature` is given. A
-       tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
-       beat, and safer than statistics of a wrong domain, which choose worse than chance.
+       chances that grow with score^(1/`DEFAULT_TEMPERATURE`); any other score is ranked unless `temperature` is
+       given. A tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival
+       hard to beat, and safer than statistics of a wrong domain, which choose worse than chance.
     3. Under the default score a share (1 − validity)·(1 − n/32) of each tensor's budget goes to chance, n the local
        sequences, validity what is to be believed of the published factors: nothing is left to evidence that in the
        pilot did worse than chance.
