@@ -87,6 +87,15 @@ def test_tallies_merge_in_any_order_and_any_number_of_times(a: list[Span], b: li
     assert merge_tallies([whole, whole]) == whole
 
 
+@given(st.lists(st.tuples(st.floats(0.1, 1e4), st.floats(0, 1e4), st.integers(0, 10**9)), min_size=1, max_size=6))
+def test_counts_that_no_other_span_overlaps_are_exact(pieces: list[tuple[float, float, int]]) -> None:
+    now, drawn = 1.7e9, []
+    for length, pause, tokens in pieces:
+        drawn.append(span("process", Resource.TOKENS, now, now + length, tokens))
+        now += length + pause
+    assert covered(drawn) == sum(tokens for _, _, tokens in pieces)
+
+
 def test_a_rank_that_could_not_read_its_energy_makes_the_sum_a_lower_bound() -> None:
     blind = settle([span("wall", Resource.SECONDS, 0, 10, 10)], {Resource.SECONDS: CLOCK})
     both = merge_tallies([rank(0), blind])

@@ -82,16 +82,29 @@ def covered(spans: Sequence[Span]) -> float:
     >>> covered([Span(**hour, started=0, ended=3600, amount=1), Span(**hour, started=1800, ended=5400, amount=1)])
     1.5
     """
-    ordered = sorted(spans, key=lambda span: span.started)
-    total = sum(span.amount for span in ordered if span.started == span.ended)
-    ordered = [span for span in ordered if span.started < span.ended]
-    bounds = sorted({moment for span in ordered for moment in (span.started, span.ended)})
+    total, together, reached = 0.0, list[Span](), -1.0
+    for span in sorted(spans, key=lambda span: span.started):
+        if span.started >= reached:
+            total += _overlapping(together)
+            together = []
+        together.append(span)
+        reached = max(reached, span.ended)
+    return total + _overlapping(together)
+
+
+def _overlapping(spans: Sequence[Span]) -> float:
+    """The same of spans that hang together, by rising start."""
+    if len(spans) < 2:  # exactly what was counted, and not a rate times a time
+        return sum(span.amount for span in spans)
+    total = 0.0
+    bounds = sorted({moment for span in spans for moment in (span.started, span.ended)})
     running: list[tuple[float, float]] = []  # (-rate, end): the fastest first
     following = 0
     for start, end in itertools.pairwise(bounds):
-        while following < len(ordered) and ordered[following].started <= start:
-            span = ordered[following]
-            heapq.heappush(running, (-span.amount / (span.ended - span.started), span.ended))
+        while following < len(spans) and spans[following].started <= start:
+            span = spans[following]
+            if span.ended > span.started:
+                heapq.heappush(running, (-span.amount / (span.ended - span.started), span.ended))
             following += 1
         while running and running[0][1] <= start:
             heapq.heappop(running)
