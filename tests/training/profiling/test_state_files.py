@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling import GradientProfiler, load_state, merge, save_state
 from gradient_blueprints.training.profiling.state import DomainState, Factors, ProfileState
-from gradient_blueprints.training.profiling.state_files import load_notes
+from gradient_blueprints.training.profiling.state_files import FORMAT, load_notes
 from tests.training.profiling.small_models import batch, build
 
 WORK = [(domain, index) for domain in ("general", "bio") for index in range(3)]
@@ -132,6 +132,17 @@ def test_what_is_no_state_or_a_part_of_one_is_refused(tmp_path: Path, parts: lis
     for name in ("absent", "text", "other", "cut"):
         with pytest.raises(ConfigurationError, match="no profile state"):
             load_state(tmp_path / name)
+    for header in (
+        "[]",
+        "{}",
+        '{"layers": 1, "domains": [], "notes": {}}',
+        '{"layers": [], "domains": []}',
+        "[" * 10_000,
+    ):
+        save_file({}, tmp_path / "forged", metadata={FORMAT: header})
+        for load in (load_state, load_notes):
+            with pytest.raises(ConfigurationError, match="no profile state"):
+                load(tmp_path / "forged")
 
 
 def test_factors_of_vectors_have_no_columns(tmp_path: Path) -> None:

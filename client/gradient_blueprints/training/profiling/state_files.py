@@ -63,10 +63,13 @@ def load_notes(path: str | Path) -> dict[str, Any]:
 def _read_header(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})[FORMAT])
-    except (OSError, SafetensorError, LookupError, ValueError) as error:
+            header: Any = json.loads((file.metadata() or {})[FORMAT])
+    except (OSError, SafetensorError, LookupError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{Path(path).name} is no profile state of this version: {error}.") from error
-    return header
+    match header:
+        case {"layers": [*layers], "domains": [*_], "notes": {}} if all(isinstance(layer, str) for layer in layers):
+            return dict(header)
+    raise ConfigurationError(f"{Path(path).name} is no profile state of this version: its header lacks a part.")
 
 
 class _Tensors:
