@@ -262,7 +262,7 @@ def test_states_that_depend_on_what_they_left_out_and_states_after_the_release_a
     model = build("llama")
     with GradientProfiler(model) as open_profiler:
         open_profiler.step(batch(seed=1))
-    private = profile(model, (1,))
+    private = profile(model, (1, 2))
     gathered = GradientProfiler(model, privacy=PRIVACY)
     with pytest.raises(ConfigurationError, match="with privacy only"):
         gathered.absorb(open_profiler.state())

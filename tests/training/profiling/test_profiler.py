@@ -226,6 +226,20 @@ def test_first_order_is_the_mean_over_all_splits_into_halves() -> None:
         assert layer.first_order == pytest.approx(np.mean(products), rel=1e-3, abs=1e-4)
 
 
+def test_a_general_domain_of_which_every_batch_is_left_out_takes_nothing_from_the_others() -> None:
+    model = build("llama")
+    nowhere = {**batch(2, padded=False), "labels": torch.full_like(batch(2, padded=False)["input_ids"], -100)}
+    found = []
+    for interrupted in (False, True):
+        with GradientProfiler(model) as profiler:
+            profiler.step(batch(2, padded=False, seed=1), domain="code")
+            if interrupted:
+                profiler.step(nowhere)
+            profiler.step(batch(2, padded=False, seed=2), domain="code")
+        found.append(profiler.blueprint("tiny", 0.5).layers)
+    assert found[0] == found[1]
+
+
 def test_factors_are_row_and_column_means_of_the_second_moment(tmp_path: Path) -> None:
     model = build("gpt2")
     batches = [batch(2, padded=False, seed=seed) for seed in range(3)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -140,7 +140,7 @@ class GradientProfiler:
     def __enter__(self) -> Self:
         if self._gradients is not None:
             raise ConfigurationError("This profiler is already entered.")
-        if self._privacy is not None and self.model.training:
+        if self._privacy is not None and any(module.training for module in self.model.modules()):
             raise ConfigurationError("A private profile needs model.eval(): no example may depend on another.")
         self._generators = RandomState()
         self._gradients = GradientPass(self.model, loss=self._loss, verify=self._verify, micro_batch=self._micro_batch)
@@ -307,7 +307,10 @@ class GradientProfiler:
         return f"non-finite gradient in {', '.join(dict.fromkeys(bad[:3]))}" if bad else None
 
     def _has_general(self) -> bool:
-        return self._settings.general is not None or "general" in self._state.domains
+        """Whether the general domain is known; one of which every batch was left out does not become it."""
+        if self._settings.general is not None:
+            return True
+        return "general" in self._state.domains and bool(self._state.domains["general"].records)
 
     @property
     def one_by_one(self) -> str | None:
@@ -321,8 +324,23 @@ class GradientProfiler:
         return self._state
 
     def absorb(self, *states: ProfileState) -> None:
-        """Take in what other shards learnt; batches must not overlap."""
+        """Take in what other shards learnt; batches must not overlap.
+
+        The states are taken over, not copied: whoever goes on measuring here changes them.
+        """
+        if self._privacy is not None:
+            self._refuse_to_absorb(states)
         self._state = merge([self._state, *states])
+
+    def _refuse_to_absorb(self, states: Sequence[ProfileState]) -> None:
+        """Of a private profile the number of rows may depend on no row, and not change once they are noised."""
+        if self._released is not None:
+            raise ConfigurationError("The private blueprint is released; a new profile costs a new budget.")
+        domains = [domain for state in states for domain in state.domains.values()]
+        if any(domain.skipped or any(r.norms is not None for r in domain.records.values()) for domain in domains):
+            raise ConfigurationError(
+                "A private profile absorbs states of profilers with privacy only: others leave out what is not finite."
+            )
 
     def domain(self, name: str = "general") -> DomainState:
         """The records of one domain."""
