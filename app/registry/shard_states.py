@@ -28,11 +28,15 @@ async def receive(
 
 
 async def remove_ended(sessions: Sessions, store: Path) -> int:
-    """Remove what jobs that have ended left; how many those were."""
+    """Remove what jobs that have ended left; how many those were. What is named otherwise is not ours and stays."""
     removed = 0
     for folder in await anyio.to_thread.run_sync(lambda: sorted((store / "shards").glob("*"))):
+        try:
+            job_id = UUID(folder.name)
+        except ValueError:
+            continue
         async with sessions() as session:
-            ended = await jobs.has_ended(session, UUID(folder.name))
+            ended = await jobs.has_ended(session, job_id)
         if ended:
             await anyio.to_thread.run_sync(lambda path: shutil.rmtree(path, ignore_errors=True), folder)
             removed += 1
