@@ -40,7 +40,7 @@ class ChosenPart(Wire):
 
     digest: Digest | None = Field(None, description="of the selection's file")
     trained: Count = Field(description="parameters that were trained")
-    parameters: Count = Field(description="of all that there are")
+    parameters: Count = Field(description="of those that it was chosen from")
     unit: Said | None = Field(None, description="layer, row or coordinate")
     criterion: Said | None = None
 

@@ -28,6 +28,14 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
     are looked up, unless they are the output head too. Attention scores are left out (of the order of
     length/(6·width) of the rest), as is the recomputation of checkpointed activations.
     """
+    counted = multiplied_parameters(model)
+    total = sum(parameter.numel() for parameter in counted)
+    trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
+    return FlopRate(4 * total + 2 * trained, Instrument.FLOP_FORMULA)
+
+
+def multiplied_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All but embeddings that are looked up only."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     used_otherwise = {
         id(parameter)
@@ -35,14 +43,11 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    counted = [
+    return [
         parameter
         for parameter in model.parameters()
         if id(parameter) not in looked_up or id(parameter) in used_otherwise
     ]
-    total = sum(parameter.numel() for parameter in counted)
-    trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-    return FlopRate(4 * total + 2 * trained, Instrument.FLOP_FORMULA)
 
 
 def flops_by_counting(step: Callable[[], object], tokens: int) -> FlopRate:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError, MissingExtra
 from gradient_blueprints.training.metered_run import DecayGuard, MeteredRun
 from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.run_reporting import RunReporter
 from gradient_blueprints.training.stopping import MarginalReturn
 
 try:
@@ -25,7 +28,8 @@ class CapabilityCallback(Callback):
 
     Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
     attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
-    EarlyStopping does, and comes back with `fit(ckpt_path=...)`.
+    EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
+    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`.
     """
 
     def __init__(
@@ -36,11 +40,15 @@ class CapabilityCallback(Callback):
         metric: str = "val_loss",
         guard: float = 0.5,
         meter: ResourceMeter | None = None,
+        client: Client | None = None,
+        report: Mapping[str, Any] | None = None,
         network: Callable[[LightningModule], nn.Module] = lambda module: module.model,  # type: ignore[assignment,return-value]
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
         self.run = MeteredRun(meter or ResourceMeter(), rule, gamma)
         self._network = network
+        if client is not None or report is not None:
+            self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=rule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         meter = self.run.meter
@@ -48,6 +56,9 @@ class CapabilityCallback(Callback):
         meter.optimizer = trainer.optimizers[0] if trainer.optimizers else None
         meter.start()
         self.run.check_gamma()
+        if self.run.reporter is not None and trainer.is_global_zero:
+            journal = Path(trainer.default_root_dir) / "run.jsonl"
+            self.run.begin_report(journal, seed=None, resumed=trainer.global_step > 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         self._decay_ahead(trainer)  # to have seen the highest rate
@@ -66,6 +77,10 @@ class CapabilityCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.run.meter.stop()
+        if self.run.reporter is not None:
+            tally = self.run.meter.tally_of_ranks()
+            if trainer.is_global_zero:
+                self.run.end_report(tally)
 
     def _decay_ahead(self, trainer: Trainer) -> bool:
         if not trainer.optimizers or not trainer.lr_scheduler_configs:

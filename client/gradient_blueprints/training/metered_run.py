@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.run_models import Resource, RunPoint
+from gradient_blueprints.run_models import Resource, RunPoint, Tally
 from gradient_blueprints.training.replay import Check
 from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.run_reporting import RunReporter
 from gradient_blueprints.training.stopping import Decision, MarginalReturn, Reason, priced
 
 
@@ -57,6 +59,21 @@ class MeteredRun:
         self.points: list[RunPoint] = []
         self.decisions: list[Decision] = []
         self.stopped: Decision | None = None
+        self.reporter: RunReporter | None = None
+
+    def begin_report(self, journal: Path, *, seed: int | None, resumed: bool) -> None:
+        """Report from here on. What a killed process had told as spent is counted, whether or not it was saved."""
+        assert self.reporter is not None
+        assert self.meter.model is not None
+        spent = self.reporter.begin(journal, self.meter.model, seed=seed, resumed=resumed, earlier=self.points)
+        if spent is not None:
+            self.meter.add_earlier(spent)
+
+    def end_report(self, tally: Tally) -> None:
+        assert self.reporter is not None
+        ended = self.stopped
+        stopped = None if ended is None or ended.ratio is None else f"MarginalReturn: ratio {ended.ratio:.6g} below eta"
+        self.reporter.finish(tally, stopped)
 
     def check_gamma(self) -> None:
         """Raise ConfigurationError now, and not at the first evaluation, where this machine cannot read Γ."""
@@ -66,9 +83,12 @@ class MeteredRun:
 
     def check(self, step: int, psi: float, *, decay_ahead: bool = False) -> Decision:
         """Add the point and ask the rule; without one the answer is to go on. All ranks have to call it."""
-        spent = self.meter.tally_of_ranks().amounts()
+        tally = self.meter.tally_of_ranks()
+        spent = tally.amounts()
         if math.isfinite(psi):
             self.points.append(RunPoint(step=step, psi=psi, gamma=spent))
+            if self.reporter is not None:
+                self.reporter.add(self.points[-1], tally)
         if self.rule is None:
             return Decision(False, Reason.PAYS, None)
         decision = self.rule.update(psi, priced(spent, self.prices), decay_ahead=decay_ahead)

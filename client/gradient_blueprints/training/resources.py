@@ -389,9 +389,12 @@ class ResourceMeter:
         """Go on from a saved state. What this meter has counted itself since then stays: spending is not undone."""
         if state["format"] != STATE_FORMAT:
             raise ConfigurationError(f"the meter's state has format {state['format']}, not {STATE_FORMAT}")
-        saved = Tally.model_validate(state["tally"])
-        self._earlier = saved if self._earlier is None else merge_tallies([self._earlier, saved])
+        self.add_earlier(Tally.model_validate(state["tally"]))
         self._parts = {**state["parts"], self._id: self._parts[self._id]}
+
+    def add_earlier(self, tally: Tally) -> None:
+        """Count what another process has spent. The same spans told twice count once."""
+        self._earlier = tally if self._earlier is None else merge_tallies([self._earlier, tally])
 
     def save(self, path: Path) -> None:
         """Write the state to a file, which is replaced whole."""

@@ -11,8 +11,10 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from gradient_blueprints.client import Client
 from gradient_blueprints.training.metered_run import DecayGuard, MeteredRun
 from gradient_blueprints.training.resources import ResourceMeter
+from gradient_blueprints.training.run_reporting import RunReporter
 from gradient_blueprints.training.stopping import MarginalReturn
 
 JOURNAL_SECONDS = 30.0
@@ -36,6 +38,11 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     one: find it in `trainer.callback_handler`). Each process also keeps `output_dir/resources-RANK.json`, rewritten at
     saves and, every half minute at most, at logs, so that work between the last checkpoint and a kill is counted: it
     was spent.
+
+    With `report`, at least `{"task": ..., "model_id": ...}` (fields of record_models.NewRun), the run is uploaded
+    through `client` while it trains, or through one from the environment, which is also what a callback that the
+    Trainer restored uses. It is kept in `output_dir/run.jsonl`, see RunReporter.
+
     Several processes: Γ is that of all of them, and they all decide alike.
     """
 
@@ -47,12 +54,16 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         metric: str = "eval_loss",
         guard: float = 0.5,
         meter: ResourceMeter | Mapping[str, Any] | None = None,
+        client: Client | None = None,
+        report: Mapping[str, Any] | None = None,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
         self._meter_arguments = dict(meter) if isinstance(meter, Mapping) else {}
         made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**self._meter_arguments)
         self.run = MeteredRun(made, rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule), gamma)
         self._journalled = -math.inf
+        if client is not None or report is not None:
+            self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=self.run.rule)
 
     # --- the trainer's events
 
@@ -68,6 +79,9 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 meter.load(self._journal(args))
         meter.start()
         self.run.check_gamma()
+        if self.run.reporter is not None and state.is_world_process_zero:
+            journal = Path(args.output_dir) / "run.jsonl"
+            self.run.begin_report(journal, seed=args.seed, resumed=state.global_step > 0)
 
     def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if self.run.meter.running and time.monotonic() - self._journalled > JOURNAL_SECONDS:
@@ -89,6 +103,10 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.run.meter.stop()
         self._save(args)
+        if self.run.reporter is not None:
+            tally = self.run.meter.tally_of_ranks()
+            if state.is_world_process_zero:
+                self.run.end_report(tally)
 
     def _save(self, args: Any) -> None:
         self._journalled = time.monotonic()
@@ -109,6 +127,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "metric": self.metric,
                 "guard": self.guard.share,
                 "meter": self._meter_arguments,
+                "report": None if self.run.reporter is None else self.run.reporter.fields,
             },
             "attributes": {"saved_state": self.saved_state},
         }
