@@ -154,6 +154,8 @@ class FileMethods(Downloading):
         failures = restarts = 0
         deadline = time.monotonic() + self.timeout
         while True:
+            if (yield Work(lambda: source.stat().st_size)) != size:
+                raise ConfigurationError(f"{source} changed while it was sent; call again once it is written.")
             sending = FilePart(source, offset, _counting(progress, path, offset, size))
             request = Request("PUT", address, {}, headers | {"Upload-Offset": str(offset)}, sending, repeatable=False)
             failure: Exception | None = None

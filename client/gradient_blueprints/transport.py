@@ -31,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 from gradient_blueprints.errors import (
     PROBLEM_MEDIA_TYPE,
     ApiError,
+    ConfigurationError,
     ConnectionFailed,
     UnexpectedAnswer,
     error_from_problem,
@@ -68,9 +69,14 @@ class FilePart:
         return self.path.stat().st_size - self.offset
 
     def chunks(self) -> Iterator[bytes]:
+        """As many bytes as the file had at first; ConfigurationError when it is cut meanwhile."""
+        left = self.size
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            while chunk := file.read(CHUNK):
+            while left > 0:
+                if not (chunk := file.read(min(CHUNK, left))):
+                    raise ConfigurationError(f"{self.path} is cut while it is sent; call again once it is written.")
+                left -= len(chunk)
                 yield chunk
                 if self.sent is not None:
                     self.sent(len(chunk))

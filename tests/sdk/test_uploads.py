@@ -21,6 +21,7 @@ from gradient_blueprints import (
     PermissionDenied,
     Scope,
 )
+from gradient_blueprints.canonical import digest_of
 from gradient_blueprints.commands import app
 from tests.conftest import Server
 from tests.sdk.conftest import Connect
@@ -141,6 +142,21 @@ async def test_a_file_that_changes_while_it_is_sent_is_an_error(lab_a: Any, fold
 
     with pytest.raises(DigestMismatch, match="nothing was kept"):
         await lab_a.upload_checkpoint(folder, "tiny", 0.8, progress=change)
+
+
+async def test_a_file_that_is_cut_while_it_is_sent_is_an_error_and_what_is_appended_stays(
+    lab_a: Any, folder: Path
+) -> None:
+    weights = folder / "model.safetensors"
+
+    def change(size: int) -> Any:
+        return lambda path, sent, _: os.truncate(weights, size) if path == weights.name and sent == 1 << 20 else None
+
+    with pytest.raises(ConfigurationError, match="cut while it is sent"):
+        await lab_a.upload_checkpoint(folder, "tiny", 0.8, progress=change(3_000_000))
+    weights.write_bytes(WEIGHTS)
+    files = await lab_a.upload_checkpoint(folder, "tiny", 0.9, progress=change(len(WEIGHTS) + 1))
+    assert (files[-1].complete, files[-1].digest) == (True, digest_of(WEIGHTS))
 
 
 async def test_a_registry_that_keeps_nothing_is_given_up(connect: Connect, tmp_path: Path) -> None:
