@@ -35,10 +35,11 @@ from gradient_blueprints.training.selection.scores import (
 Unit = SelectionUnit
 ScoreName = Literal["empirical_bayes", "blend", "factors", "mean_gradient", "rms", "local_factors", "random"]
 DEFAULT_SCORE: ScoreName = "empirical_bayes"
-"""The one place that says by what coordinates are chosen."""
+"""The one place that says by what coordinates are chosen where factors or a local sample are given. Without them they
+are drawn at random, which no informed choice was measured to beat (docs/evidence.md)."""
 DEFAULT_TEMPERATURE = 2.0
-"""Under the default score coordinates are drawn, not ranked: ranking crowds them into few rows and columns, which costs
-a point or two of the gain (docs/evidence.md)."""
+"""Under the default score coordinates are drawn, not ranked: ranking crowds them into few rows and columns, and is
+further behind chance (docs/evidence.md)."""
 FEWEST_SEQUENCES = 32
 """Local sequences from which on their mean gradient is believed by itself: in the pilot 8 chose worse than chance, 32
 better. Below, and where the published side is not to be believed either, a share of the budget goes to chance."""
