@@ -17,14 +17,17 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling import GradientProfiler, load_state, merge, save_state
 from gradient_blueprints.training.profiling.state import DomainState, Factors, ProfileState
 from gradient_blueprints.training.profiling.state_files import FORMAT, load_notes
-from tests.training.profiling.small_models import batch, build
+from tests.training.profiling.small_models import batch, build, llama
 
-WORK = [(domain, index) for domain in ("general", "bio") for index in range(3)]
+WORK = [(domain, index) for domain in ("general", "bio") for index in range(6)]
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # enough numbers for a rounding that is too fine to show
 
 
 def run(work: list[tuple[str, int]], **options: Any) -> GradientProfiler:
     torch.manual_seed(0)
-    with GradientProfiler(build("llama"), general="general", **options) as profiler:
+    with GradientProfiler(llama(**WIDE), general="general", **options) as profiler:
         for domain, index in work:
             profiler.step(batch(seed=index + 100 * (domain == "bio")), domain=domain, key=index)
     return profiler
@@ -87,7 +90,7 @@ def assert_same(one: ProfileState, two: ProfileState, *, sums: float = 0) -> Non
 
 @pytest.mark.parametrize("statistics", ["all", "batches", "examples"])
 def test_a_state_read_back_is_the_one_that_was_written(statistics: str, tmp_path: Path) -> None:
-    state = run(WORK[1:5], statistics=statistics).state()
+    state = run(WORK[4:9], statistics=statistics).state()
     state.domains["general"].skipped |= {7: "non-finite loss", "named": "no target token"}
     state.domains["bio"].halved[1] = 2
     state.domains["empty"] = DomainState(skipped={0: "non-finite loss"})
@@ -112,13 +115,13 @@ def test_parts_in_any_order_and_grouping_merge_into_the_whole(
     assert_same(merge(groups), whole.state(), sums=1e-6)
 
 
-def test_merged_files_give_the_document_and_the_factors_of_one_run(
-    whole: GradientProfiler, loaded: list[ProfileState]
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_shards_give_the_document_and_the_factors_of_one_run(
+    whole: GradientProfiler, loaded: list[ProfileState], shards: int
 ) -> None:
-    gathered = GradientProfiler(build("llama"), general="general")
-    gathered.absorb(*reversed(loaded))
-    expected = whole.blueprint("tiny", 1.0).to_dict()
-    found = gathered.blueprint("tiny", 1.0).to_dict()
+    gathered = GradientProfiler(llama(**WIDE), general="general")
+    gathered.absorb(*(merge(loaded[start::shards]) for start in reversed(range(shards))))
+    expected, found = (profiler.blueprint("tiny", 1.0).to_dict() for profiler in (whole, gathered))
     assert found["layers"] == expected["layers"]
     assert found["extra"] == expected["extra"]
     for name, tensor in gathered.factors().items():
