@@ -16,7 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from gradient_blueprints.models import Progress
-from worker.sources import SourceRefused, belongs_to_checkpoint
+from worker.sources import SourceRefused, belongs_to_checkpoint, check_sizes
 
 SCHEME = "s3://"
 REFUSALS = {"403", "404", "AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey"}
@@ -37,9 +37,7 @@ def fetch_folder(
     wanted = {name: size for name, size in found.items() if belongs_to_checkpoint(name)}
     if not wanted:
         raise SourceRefused(f"{source!r} holds no checkpoint; give the prefix that a save_pretrained folder lies under")
-    weights = sum(size for name, size in wanted.items() if name.endswith(".safetensors"))
-    if weights > max_bytes:
-        raise SourceRefused(f"the weights have {weights:,} bytes; this worker takes at most {max_bytes:,}")
+    check_sizes(wanted, max_model_bytes=max_bytes)
     done, total = 0, sum(wanted.values())
     for name, size in wanted.items():
         report(Progress(phase="fetching", done=done, total=total))

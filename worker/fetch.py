@@ -20,7 +20,14 @@ from gradient_blueprints.file_models import CheckpointFile
 from gradient_blueprints.models import NewJob, Progress, format_checkpoint
 from worker import buckets, hub
 from worker.child import Fetched, Fetching
-from worker.sources import SourceRefused, StoreSource, belongs_to_checkpoint, is_remote, read_store_source
+from worker.sources import (
+    SourceRefused,
+    StoreSource,
+    belongs_to_checkpoint,
+    check_sizes,
+    is_remote,
+    read_store_source,
+)
 from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -119,7 +126,7 @@ def _fetch_checkpoint(fetching: Fetching, source: StoreSource, folder: Path, rep
                 f"client.upload_checkpoint(folder, {model_id!r}, {checkpoint})"
             )
         _check_complete(wanted)
-        _check_size(wanted, fetching.max_model_bytes)
+        check_sizes({file.path: file.size for file in wanted}, max_model_bytes=fetching.max_model_bytes)
         done, total = 0, sum(file.size for file in wanted)
         for file in wanted:
             report(Progress(phase="fetching", done=done, total=total))
@@ -159,12 +166,6 @@ def _check_complete(files: Iterable[CheckpointFile]) -> None:
                 f"the upload of {file.path} is not complete ({file.received:,} of {file.size:,} bytes): "
                 "call upload_checkpoint again, it goes on where it was"
             )
-
-
-def _check_size(files: Iterable[CheckpointFile], most: int) -> None:
-    size = sum(file.size for file in files if file.path.endswith(".safetensors"))
-    if size > most:
-        raise SourceRefused(f"the weights have {size:,} bytes; this worker takes at most {most:,}")
 
 
 def _link(cached: Path, place: Path) -> None:

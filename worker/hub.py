@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
@@ -18,16 +19,18 @@ from huggingface_hub.errors import (
     CacheNotFound,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from worker.sources import TOKENIZER_FILES, SourceRefused, belongs_to_checkpoint
+from worker.sources import TOKENIZER_FILES, SourceRefused, check_sizes
 
 SCHEME = "hf://"
 WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+FILTER: dict[str, Any] = {"allow_patterns": WANTED, "ignore_patterns": ["*/*"]}  # a star takes folders below too
 TIMEOUT = 30.0
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ def fetch_snapshot(
     When the hub cannot be reached, what the cache has of the revision is taken.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source, re.ASCII)
-    if match is None:
+    if match is None or ".." in (match[2] or "").split("/"):
         raise SourceRefused(f"{source!r} is no hf://org/name@revision")
     repository, revision = match[1], match[2] or constants.DEFAULT_REVISION
     if not any(fnmatchcase(repository, pattern) for pattern in allowed):
@@ -51,6 +54,8 @@ def fetch_snapshot(
         info = HfApi(token=token or False).model_info(
             repository, revision=revision, files_metadata=True, timeout=TIMEOUT
         )
+    except HFValidationError as invalid:
+        raise SourceRefused(f"{source!r} is no hf://org/name@revision: {invalid}") from None
     except GatedRepoError:
         raise SourceRefused(f"{source!r} is gated, and this worker's hub token has no access to it") from None
     except RevisionNotFoundError:
@@ -59,24 +64,23 @@ def fetch_snapshot(
         raise SourceRefused(f"the hub has no repository {repository} that this worker may read") from None
     except (OSError, httpx2.HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         return _from_cache(source, repository, revision, cache, error)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if belongs_to_checkpoint(file.rfilename)}
-    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-    if weights > max_bytes:
-        raise SourceRefused(f"the weights have {weights:,} bytes; this worker takes at most {max_bytes:,}")
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    sizes = {
+        name: size
+        for name, size in files.items()
+        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in WANTED)
+    }
+    check_sizes(sizes, max_model_bytes=max_bytes)
     commit = str(info.sha)
     _make_room(cache, sum(sizes.values()), max_cache_bytes, keep=commit)
     # `revision` by name, so that the cache remembers which commit it stood for when the hub is away
-    folder = snapshot_download(
-        repository, revision=revision, cache_dir=cache, allow_patterns=WANTED, token=token or False
-    )
+    folder = snapshot_download(repository, revision=revision, cache_dir=cache, token=token or False, **FILTER)
     return Path(folder), Path(folder).name
 
 
 def _from_cache(source: str, repository: str, revision: str, cache: Path, error: Exception) -> tuple[Path, str]:
     try:
-        folder = snapshot_download(
-            repository, revision=revision, cache_dir=cache, allow_patterns=WANTED, local_files_only=True
-        )
+        folder = snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True, **FILTER)
     except LocalEntryNotFoundError:
         raise SourceRefused(
             f"the hub at {constants.ENDPOINT} cannot be reached from this worker ({_one_line(error)}), and {source!r} "

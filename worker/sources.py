@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -69,6 +69,16 @@ def needs_fetching(job: NewJob) -> bool:
 def belongs_to_checkpoint(name: str) -> bool:
     """Whether a file beside others is one that `resolve_checkpoint` looks at."""
     return name in {"config.json", INDEX_FILE, *TOKENIZER_FILES} or bool(re.fullmatch(WEIGHTS_PATTERN, name))
+
+
+def check_sizes(sizes: Mapping[str, int], *, max_model_bytes: int) -> None:
+    """SourceRefused when the files of a checkpoint, by name, are too large; asked before any of them is fetched."""
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    if weights > max_model_bytes:
+        raise SourceRefused(f"the weights have {weights:,} bytes; this worker takes at most {max_model_bytes:,}")
+    for name, size in sizes.items():
+        if size > MAX_JSON_BYTES and not name.endswith(".safetensors"):
+            raise SourceRefused(f"{name!r} has {size:,} bytes; this worker reads at most {MAX_JSON_BYTES:,}")
 
 
 @dataclass(frozen=True)

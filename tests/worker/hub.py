@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @contextmanager
 def serving_hub(repository: str, folder: Path) -> Iterator[str]:
     """A server with one public repository, whose only revision is `main`."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -40,7 +40,7 @@ def serving_hub(repository: str, folder: Path) -> Iterator[str]:
                 self._send(200, json.dumps(tree).encode(), with_body, {"Content-Type": "application/json"})
                 return
             start = f"/{repository}/resolve/"
-            name = path.rpartition("/")[2]
+            name = path.removeprefix(start).partition("/")[2]
             if path.startswith(start) and name in files:
                 content = files[name]
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'

@@ -216,6 +216,16 @@ def test_a_bucket_source_that_cannot_be_used_is_refused(bucket: Any, specify: Sp
             fetch(specify(source, allowed_buckets=allowed, max_model_bytes=100), ignore)
 
 
+def test_a_tokenizer_that_is_too_large_is_not_fetched(
+    bucket: Any, specify: Specify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.sources.MAX_JSON_BYTES", 1_000)
+    fetching = specify("s3://checkpoints/models/tiny", allowed_buckets=("checkpoints",))
+    with pytest.raises(SourceRefused, match=r"'tokenizer\.json' has .* reads at most 1,000"):
+        fetch(fetching, ignore)
+    assert not list(fetching.folder.rglob("*.json"))
+
+
 def test_a_text_in_a_bucket_is_measured_before_it_is_fetched(bucket: Any, specify: Specify) -> None:
     for name, reason in (("texts/code.jsonl", "reads at most 100"), ("texts/none.jsonl", "cannot be read")):
         fetching = specify(
@@ -264,6 +274,8 @@ def test_the_hub_is_fetched_from_at_a_commit_and_its_cache_serves_when_it_is_awa
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     repository = Path(shutil.copytree(roots / "tiny", tmp_path / "repository"))
     (repository / "pytorch_model.bin").write_bytes(b"pickle")
+    (repository / "onnx").mkdir()
+    (repository / "onnx" / "below.safetensors").write_bytes(b"not measured, so not to be fetched")
     source = "hf://org/tiny"
     with serving_hub("org/tiny", repository) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
@@ -277,7 +289,7 @@ def test_the_hub_is_fetched_from_at_a_commit_and_its_cache_serves_when_it_is_awa
     assert fetched.weights_revision == COMMIT
     names = {path.name for path in fetched.paths[source].iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert "pytorch_model.bin" not in names
+    assert not names & {"pytorch_model.bin", "onnx"}
     kind, content = outcome(specify(source, allowed_hub=("org/tiny",)))  # nobody listens any more
     assert (kind, content["weights_revision"]) == (FINISHED, COMMIT)
     resolve_checkpoint(content["paths"][source], [tmp_path / "cache"], max_model_bytes=LIMIT)
@@ -290,7 +302,14 @@ def test_only_repositories_that_the_operator_allows_are_asked_for(allowed: tuple
 
 
 def test_what_is_no_repository_or_no_checkpoint_is_refused(specify: Specify) -> None:
-    for source in ("hf://tiny", "hf://org/tiny/more", "hf://org/tiny@", "hf://../../etc"):
+    for source in (
+        "hf://tiny",
+        "hf://org/tiny/more",
+        "hf://org/tiny@",
+        "hf://../../etc",
+        "hf://org/tiny@../../x",
+        "hf://a/b--c",
+    ):
         with pytest.raises(SourceRefused, match="is no hf://"):
             fetch(specify(source, allowed_hub=("*",)), ignore)
     with pytest.raises(SourceRefused, match="not from the hub"):
