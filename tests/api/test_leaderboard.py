@@ -203,19 +203,10 @@ def test_a_task_without_runs_has_an_empty_board(publisher: httpx2.Client) -> Non
     }
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        {"resource": "joy"},
-        {"at": "gamma:-1"},
-        {"at": "psi:nan"},
-        {"at": "tokens:1"},
-        {"task": "=cmd()"},
-    ],
-)
-def test_a_question_that_cannot_be_is_refused(publisher: httpx2.Client, query: dict[str, str]) -> None:
-    asked = {"task": "code/loss", "resource": "seconds"} | query
-    assert publisher.get("/v1/leaderboard", params=asked).status_code == 422
+def test_a_question_that_cannot_be_is_refused(publisher: httpx2.Client) -> None:
+    asked = {"task": "code/loss", "resource": "seconds"}
+    for query in ({"resource": "joy"}, {"at": "gamma:-1"}, {"at": "psi:nan"}, {"at": "tokens:1"}, {"task": "=cmd()"}):
+        assert publisher.get("/v1/leaderboard", params=asked | query).status_code == 422, query
 
 
 def test_the_largest_figures_are_still_numbers(publisher: httpx2.Client) -> None:
