@@ -71,6 +71,11 @@ def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: i
         raise SourceRefused(
             f"the weights lack {len(missing)} tensors that config.json asks for, such as {missing[0]!r}"
         )
+    # What is left over belongs to a larger model than the one that would be profiled under the weights' digest.
+    if unexpected := sorted(loading.get("unexpected_keys") or ()):
+        raise SourceRefused(
+            f"the weights hold {len(unexpected)} tensors that config.json has no place for, such as {unexpected[0]!r}"
+        )
     if loading.get("mismatched_keys"):
         raise SourceRefused(
             f"the weights do not have the shapes that config.json asks for: {loading['mismatched_keys']}"

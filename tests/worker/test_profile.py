@@ -166,6 +166,7 @@ def not_finite(checkpoint: Path) -> None:
     ("damage", "options", "reason"),
     [
         (without_tensor, {}, "the weights lack 1 tensors that config.json asks for, such as 'model.norm.weight'"),
+        (lambda folder: edit(folder, "config.json", num_hidden_layers=1), {}, "config.json has no place for"),
         (other_shape, {}, "shapes that config.json asks for|cannot be loaded"),
         (not_finite, {}, "non-finite|finite"),
         (lambda folder: edit(folder, "config.json", model_type="never-heard-of"), {}, "no causal language model"),

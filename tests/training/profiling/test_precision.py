@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Statistic
@@ -23,7 +24,9 @@ def endless() -> Iterator[Batch]:
 def test_run_stops_when_the_intervals_of_most_layers_are_narrow() -> None:
     until = Until(0.5, share=0.8, batches=4)
     with GradientProfiler(build("llama"), until=until) as profiler:
-        measured = profiler.run(endless())
+        waiting = endless()
+        measured = profiler.run(waiting)
+        torch.testing.assert_close(next(waiting), batch(seed=measured + 1))  # none was taken and not measured
         assert profiler.run(endless()) == 0  # enough is enough
         bio = profiler.run((batch(seed=seed) for seed in range(3)), domain="bio")
     blueprint = profiler.blueprint("tiny", 1.0)

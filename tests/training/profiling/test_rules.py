@@ -216,6 +216,30 @@ def test_a_weight_used_without_its_module_is_found_and_measured_by_autograd() ->
         assert profiler.table()[index, example] == pytest.approx(float(gradient.norm()), rel=1e-9)
 
 
+class Occasional(Functional):
+    """Needs the weight that hooks cannot see only for batches that bring `more`."""
+
+    def forward(self, inputs: Tensor, more: Tensor | None = None) -> Tensor:
+        first = torch.tanh(self.first(inputs))
+        return first if more is None else functional.linear(first + more, self.second.weight)
+
+
+def test_batches_with_other_inputs_are_held_against_autograd_too() -> None:
+    torch.manual_seed(0)
+    model, inputs = Occasional().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    with GradientProfiler(model, groups="tensor", loss=squared_sum) as profiler:
+        profiler.step({"inputs": inputs})
+        assert profiler.one_by_one is None
+        profiler.step({"inputs": inputs, "more": inputs})
+        assert profiler.one_by_one is not None
+        assert "second.weight" in profiler.one_by_one
+    index = [layer.id for layer in profiler.layers].index("second.weight")
+    assert (profiler.table()[index, :3] == 0).all()
+    squared_sum(model(inputs=inputs[:1], more=inputs[:1]), None).sum().backward()  # type: ignore[no-untyped-call]
+    assert model.second.weight.grad is not None
+    assert profiler.table()[index, 3] == pytest.approx(float(model.second.weight.grad.norm()), rel=1e-9)
+
+
 class Transposing(nn.Module):
     """Works on (positions, examples, width), as torch's own transformer layers do by default."""
 

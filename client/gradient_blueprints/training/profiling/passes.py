@@ -103,6 +103,7 @@ class GradientPass:
         """Why examples run one at a time; None when batches do."""
         self._probed = False
         self._several_probed = False
+        self._kinds: set[frozenset[str]] = set()  # of batches that were probed, by their keys
         self._reference: dict[str, Tensor] = {}
         self._batch_checked = False
         self._by_autograd: set[str] = set()
@@ -374,15 +375,19 @@ class GradientPass:
     # --- verification
 
     def _learn(self, batch: Batch) -> None:
-        """Before the first batch, and before the first of several examples: its first example alone.
+        """Before the first batch, before the first of several examples and of other keys: its first example alone.
 
-        Which tensors the examples share shows beside a single one of the same length.
+        Which tensors the examples share shows beside a single one of the same length; other inputs may reach weights
+        that were not used before.
         """
         several = self._ranks.any(examples_in(batch) > 1)
-        if not self._probed or (several and not self._several_probed):
+        another_kind = self._ranks.any(frozenset(batch) not in self._kinds)
+        if not self._probed or another_kind or (several and not self._several_probed):
             alone = slice_examples(batch, 0, 1)
             self._probe(self._ranks.of_first(alone), verify=self._verify)  # FSDP averages the gradients of ranks
             self._several_probed = several and self._probed
+            if self._probed:
+                self._kinds.add(frozenset(batch))
             if self._ranks.together and self._probed:
                 self._probe(alone, verify=False)  # the shapes at this rank's length
                 self._probed = True

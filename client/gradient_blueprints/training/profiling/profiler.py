@@ -166,9 +166,8 @@ class GradientProfiler:
         total = len(batches) if isinstance(batches, Sized) else None
         hidden = None if self._progress is None else not self._progress
         with tqdm(total=total, desc=domain, unit="batch", disable=hidden) as bar:
-            for batch in batches:
-                if self.precise_enough(domain):
-                    break
+            waiting = iter(batches)
+            while not self.precise_enough(domain) and (batch := next(waiting, None)) is not None:
                 bar.set_postfix(loss=f"{self.step(batch, domain):.3f}", refresh=False)
                 bar.update()
                 measured += 1
