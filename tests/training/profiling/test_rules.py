@@ -229,10 +229,12 @@ def test_batches_with_other_inputs_are_held_against_autograd_too() -> None:
     model, inputs = Occasional().double(), torch.randn(3, 5, 4, dtype=torch.float64)
     with GradientProfiler(model, groups="tensor", loss=squared_sum) as profiler:
         profiler.step({"inputs": inputs})
-        assert profiler.one_by_one is None
+        before = profiler.one_by_one
         profiler.step({"inputs": inputs, "more": inputs})
-        assert profiler.one_by_one is not None
-        assert "second.weight" in profiler.one_by_one
+        after = profiler.one_by_one
+    assert before is None
+    assert after is not None
+    assert "second.weight" in after
     index = [layer.id for layer in profiler.layers].index("second.weight")
     assert (profiler.table()[index, :3] == 0).all()
     squared_sum(model(inputs=inputs[:1], more=inputs[:1]), None).sum().backward()  # type: ignore[no-untyped-call]
