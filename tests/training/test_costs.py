@@ -49,6 +49,12 @@ def test_costs_that_do_not_rise_have_no_optimum() -> None:
         fit_costs([0.5, 0.5], [5.0, 4.0], 1)
 
 
+def test_costs_of_picoseconds_a_parameter_keep_their_digits() -> None:
+    """A step of 24 ms of a model with 7 billion parameters."""
+    fit = fit_costs([0.1, 0.5, 1.0], [0.0204, 0.022, 0.024], 7_000_000_000)
+    assert (fit.costs.fixed, fit.costs.variable) == pytest.approx((0.02 / 7e9, 0.004 / 7e9), rel=1e-6)
+
+
 def test_exactly_one_of_exponent_and_curve_is_wanted() -> None:
     with pytest.raises(ConfigurationError, match="one of them"):
         recommended_fraction(CostModel(fixed=1, variable=1))

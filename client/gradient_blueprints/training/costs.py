@@ -104,7 +104,9 @@ def fit_costs(shares: Sequence[float], costs: Sequence[float], parameters: int) 
             f"fixed = {fixed:.3g}, variable = {variable:.3g}: these costs do not rise with the share that is trained"
         )
     error = float(np.max(np.abs(fixed + variable * x - y) / y))
-    return CostFit(CostModel(fixed=round(fixed, 12), variable=round(variable, 12)), round(error, 12), parameters)
+    # To digits, not to places: seconds per parameter are of the order of 1e-11.
+    costs_per_parameter = CostModel(fixed=float(f"{fixed:.10g}"), variable=float(f"{variable:.10g}"))
+    return CostFit(costs_per_parameter, round(error, 12), parameters)
 
 
 def recommended_fraction(
