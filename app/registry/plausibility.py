@@ -112,7 +112,10 @@ def _tokens(run: NewRun, tally: Tally) -> Checked:
         return code, False, None
     chosen = run.selection
     share = 1.0 if chosen is None else min(1.0, chosen.trained / max(1, chosen.parameters))
-    needed = 6 * run.parameters * (2 / 3 + share / 3) * tally.tokens
+    # Below the lowest layer that is trained nothing is propagated back: the last layers alone take little more than
+    # the forward pass and the gradients of their weights.
+    each = 6.0 if share == 1 else 2 + 2 * share
+    needed = each * run.parameters * tally.tokens
     if tally.flops >= needed * (1 - ROUGHNESS):
         return code, True, None
     detail = (

@@ -118,7 +118,7 @@ class Implausible(StrEnum):
     FLOPS_BEYOND_PEAK = "flops_beyond_peak"
     """More FLOPs than the devices can do in the time."""
     TOKENS_BEYOND_FLOPS = "tokens_beyond_flops"
-    """More tokens than the FLOPs suffice for, at 6·N·(2/3 + k/3) each."""
+    """More tokens than the FLOPs suffice for, at 6·N each; with a share k of the parameters trained at N·(2 + 2·k)."""
     NEGATIVE_GAMMA = "negative_gamma"
     FALLING_GAMMA = "falling_gamma"
     """A cumulative sum that was larger before."""

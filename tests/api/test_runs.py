@@ -264,6 +264,12 @@ def test_tokens_beyond_the_flops_are_marked_by_the_share_that_was_trained() -> N
     assert codes(full, parameters=1_000_000) == set()
     assert codes(partial, parameters=1_000_000) == {Implausible.TOKENS_BEYOND_FLOPS}
     assert codes(partial, parameters=1_000_000, selection=a_tenth) == set()
+    last_layers = told(
+        {"seconds": 1e6, "tokens": 1e6, "flops": 2.6e12}, "a processor"
+    )  # as torch counts 15 % of a Llama
+    assert codes(last_layers, parameters=1_000_000, selection={"trained": 150_000, "parameters": 1_000_000}) == set()
+    too_few = told({"seconds": 1e6, "tokens": 1e6, "flops": 1.5e12}, "a processor")
+    assert codes(too_few, parameters=1_000_000, selection=a_tenth) == {Implausible.TOKENS_BEYOND_FLOPS}
 
 
 def test_sums_that_are_negative_fall_or_shrink_in_the_end_are_marked_and_kept(publisher: httpx2.Client) -> None:
