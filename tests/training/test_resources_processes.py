@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from gradient_blueprints.run_models import Tally
+from gradient_blueprints.training.metered_run import MeteredRun
 from gradient_blueprints.training.resources import JOULES_PER_KWH, ResourceMeter
+from gradient_blueprints.training.stopping import MarginalReturn
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -23,6 +26,9 @@ def two_ranks(rank: int, folder: str) -> None:
         meter.count(tokens=100 * (rank + 1))
     Path(folder, f"{rank}.json").write_text(meter.tally_of_ranks().model_dump_json())
     Path(folder, f"{rank}-own.json").write_text(meter.tally().model_dump_json())
+    run = MeteredRun(meter, MarginalReturn(eta=0, window=1), "tokens")
+    run.check(1, 3.0)
+    Path(folder, f"{rank}-run.json").write_text(json.dumps(run.state_dict()))
     distributed.destroy_process_group()
 
 
@@ -35,4 +41,9 @@ def test_two_ranks_add_up_and_share_the_machine(tmp_path: Path) -> None:
     assert both.tokens == 300
     wall = [tally.seconds or 0 for tally in (first, second)]
     assert max(wall) <= (both.seconds or 0) < sum(wall)
+    resumed = MeteredRun(ResourceMeter(), MarginalReturn(eta=0, window=1), "tokens")
+    resumed.load_state_dict(json.loads((tmp_path / "0-run.json").read_text()))
+    resumed.meter.start().count(tokens=1)  # on fewer ranks than before, of which one has saved the state
+    assert resumed.check(2, 2.0).ratio == 1
+    resumed.meter.stop()
     assert (both.energy_kwh or 0) * JOULES_PER_KWH == pytest.approx(10 * (both.seconds or 0), rel=0.01)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Resource, RunPoint, Tally
+from gradient_blueprints.tallies import merge_tallies
 from gradient_blueprints.training.replay import Check
 from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.run_reporting import RunReporter
@@ -60,6 +61,7 @@ class MeteredRun:
         self.decisions: list[Decision] = []
         self.stopped: Decision | None = None
         self.reporter: RunReporter | None = None
+        self._of_ranks: Tally | None = None  # at the last check, where there are several
 
     def begin_report(self, journal: Path, *, seed: int | None, resumed: bool) -> None:
         """Report from here on. What a killed process had told as spent is counted, whether or not it was saved."""
@@ -84,6 +86,8 @@ class MeteredRun:
     def check(self, step: int, psi: float, *, decay_ahead: bool = False) -> Decision:
         """Add the point and ask the rule; without one the answer is to go on. All ranks have to call it."""
         tally = self.meter.tally_of_ranks()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._of_ranks = tally
         spent = tally.amounts()
         if math.isfinite(psi):
             self.points.append(RunPoint(step=step, psi=psi, gamma=spent))
@@ -107,8 +111,13 @@ class MeteredRun:
         return [Check(priced(point.gamma, self.prices), point.psi) for point in self.points]
 
     def state_dict(self) -> dict[str, Any]:
+        """Of one rank, which saves it for all: what the others had spent at the last check, the rule counts on."""
+        meter = self.meter.state_dict()
+        if self._of_ranks is not None:
+            together = merge_tallies([self._of_ranks, Tally.model_validate(meter["tally"])])
+            meter["tally"] = together.model_dump(mode="json")
         return {
-            "meter": self.meter.state_dict(),
+            "meter": meter,
             "rule": None if self.rule is None else self.rule.state_dict(),
             "points": [point.model_dump(mode="json") for point in self.points],
         }
