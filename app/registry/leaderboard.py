@@ -29,7 +29,7 @@ from gradient_blueprints.record_models import (
 from gradient_blueprints.run_models import Basis, Method, Resource, Tally
 
 MOST_RUNS = 500
-"""Runs of a task that are looked at, the newest."""
+"""Runs of a task that are looked at: finished ones first, of the metric that was asked for, the newest."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,11 @@ async def rank(
             )
             .join(tables.Lab, tables.Lab.id == tables.Run.lab_id)
             .where(tables.Run.task == task)
-            .order_by(tables.Run.id.desc())
+            .order_by(
+                tables.Run.finished_at.is_(None),  # so that runs which were only begun push nobody off the board
+                *(() if metric is None else (tables.Run.begun["metric"].astext != metric,)),
+                tables.Run.id.desc(),
+            )
             .limit(MOST_RUNS + 1)
         )
     ).all()

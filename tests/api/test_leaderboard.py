@@ -10,8 +10,9 @@ import pytest
 from scipy import integrate
 
 from app.registry.capability import MOST_VERTICES, area, cost_of, envelope, front, mean_interval, score_at
+from app.registry.leaderboard import MOST_RUNS
 from tests.api.test_runs import begin, points, tally
-from tests.conftest import Server
+from tests.conftest import Server, execute
 
 # --- curves
 
@@ -201,6 +202,22 @@ def test_a_task_without_runs_has_an_empty_board(publisher: httpx2.Client) -> Non
         "left_out": [],
         "truncated": False,
     }
+
+
+def test_runs_that_were_only_begun_or_have_another_metric_push_nobody_off_the_board(
+    publisher: httpx2.Client, database_url: str
+) -> None:
+    report(publisher, *QUICK, **configured(1))
+    other = report(publisher, *QUICK, metric="accuracy", goal="rise")
+    begin(publisher)
+    copied = "lab_id, key_id, task, model_name, begun, tally, outcome, curves, finished_at"
+    execute(
+        database_url,
+        f"INSERT INTO runs (name, {copied}) SELECT gen_random_uuid(), {copied} FROM runs, "
+        f"generate_series(1, {MOST_RUNS}) WHERE finished_at IS NULL OR name = '{other}'",
+    )
+    assert ranking(board(publisher, metric="eval_loss")) == [(1, 4.8)]
+    assert board(publisher, metric="eval_loss")["truncated"]
 
 
 def test_a_question_that_cannot_be_is_refused(publisher: httpx2.Client) -> None:
