@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +158,26 @@ class Module(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda epoch: 1.0)}
 
 
-def fit(folder: Path, callback: LightningCapability, epochs: int, checkpoint: Path | None = None) -> lightning.Trainer:
+def fit(
+    folder: Path,
+    callback: LightningCapability,
+    epochs: int,
+    checkpoint: Path | None = None,
+    module: lightning.LightningModule | None = None,
+    also: Sequence[lightning.Callback] = (),
+) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         default_root_dir=folder,
-        callbacks=[callback],
+        callbacks=[callback, *also],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
     loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(Rows(2 * ROWS), batch_size=ROWS)
-    trainer.fit(Module(), loader, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    trainer.fit(module or Module(), loader, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return trainer
 
 
@@ -185,3 +193,22 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
     assert trainer.current_epoch == 3  # the two checks of before fill the window
     assert second.run.meter.tally().tokens == 6 * TOKENS_A_STEP
     assert [point.step for point in second.run.points] == [2, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_lightning_may_train_without_a_last_step_and_the_guard_waits(tmp_path: Path) -> None:
+    """As with `max_time` alone, where Lightning estimates infinitely many steps."""
+
+    class StepByStep(Module):
+        def configure_optimizers(self) -> Any:
+            configured = super().configure_optimizers()
+            return configured | {"lr_scheduler": {"scheduler": configured["lr_scheduler"], "interval": "step"}}
+
+    class Ends(lightning.Callback):
+        def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.current_epoch == 3
+
+    callback = LightningCapability(MarginalReturn(eta=1e9, patience=1, window=1), "tokens")
+    fit(tmp_path, callback, epochs=-1, module=StepByStep(), also=[Ends()])
+    assert {decision.reason for decision in callback.run.decisions} == {Reason.FILLING, Reason.DECAY_AHEAD}

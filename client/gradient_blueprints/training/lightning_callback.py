@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ class CapabilityCallback(Callback):
         if not trainer.optimizers or not trainer.lr_scheduler_configs:
             return False
         config = trainer.lr_scheduler_configs[0]
-        steps = trainer.estimated_stepping_batches if config.interval == "step" else trainer.max_epochs or 0
-        return self.guard.ahead(trainer.optimizers[0], config.scheduler, int(steps))
+        steps = trainer.estimated_stepping_batches if config.interval == "step" else trainer.max_epochs
+        if steps is not None and not 0 <= steps < math.inf:  # a training may be bounded by time alone
+            steps = None
+        return self.guard.ahead(trainer.optimizers[0], config.scheduler, None if steps is None else int(steps))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.run.state_dict(), "highest_rate": self.guard.highest}

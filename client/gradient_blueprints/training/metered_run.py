@@ -28,18 +28,18 @@ class DecayGuard:
         self.share = share
         self.highest = 0.0
 
-    def ahead(self, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> bool:
-        """`steps`: after how many of its steps the scheduler will be at the end of training.
+    def ahead(self, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int | None) -> bool:
+        """`steps`: after how many of its steps the scheduler will be at the end of training; None: nobody knows.
 
-        A LambdaLR, which all schedules of transformers but one are, is asked for its rate then. Any other scheduler is
-        taken to decay.
+        A LambdaLR, which all schedules of transformers but one are, is asked for its rate then. Any other scheduler,
+        or one without an end, is taken to decay.
         """
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         self.highest = max(self.highest, rate)
         if scheduler is None or rate <= self.share * self.highest:
             return False
         scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-        if isinstance(scheduler, LambdaLR):
+        if isinstance(scheduler, LambdaLR) and steps is not None:
             bases = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             return max(float(base) * factor(steps) for base, factor in bases) <= self.share * self.highest
         return True
