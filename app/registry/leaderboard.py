@@ -6,7 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import Any
 from uuid import UUID
 
@@ -138,7 +138,8 @@ def _candidate(row: Any, resource: Resource) -> Candidate:
 
 def rank_group(method: Method, runs: Sequence[Candidate], goal: Goal, at: At | None) -> BoardGroup:
     """Entries by their value at `at`, those of which not every seed has one after all others."""
-    at = at or At(axis="gamma", value=min(run.curve[-1][0] for run in runs))
+    # What at least half of the runs reach: the least of all would let one run that stopped at once rank alone.
+    at = at or At(axis="gamma", value=median_low(run.curve[-1][0] for run in runs))
     low, high = max(run.curve[0][0] for run in runs), max(run.gamma for run in runs)
     if low == 0:  # scored before it had spent anything; a logarithm begins at what the others spent first
         low = min((gamma for run in runs for gamma, _ in run.curve if gamma > 0), default=0.0)

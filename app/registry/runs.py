@@ -183,7 +183,7 @@ async def get_model_card(session: AsyncSession, name: UUID) -> str:
     if row.finished_at is None:
         raise RunNotFound(f"Run {name} has not finished; its disclosure is made then.")
     begun = NewRun.model_validate(row.begun)
-    from_scratch = begun.training_checkpoint is None and begun.blueprint is None
+    from_scratch = begun.training_checkpoint is None and begun.blueprint is None and begun.selection is None
     return Tally.model_validate(row.tally).model_card("pre-training" if from_scratch else "fine-tuning")
 
 

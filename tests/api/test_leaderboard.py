@@ -101,11 +101,18 @@ def test_who_leads_depends_on_where_runs_are_compared(publisher: httpx2.Client) 
     assert ranking(board(publisher, at="psi:4.5")) == [(2, 6.0), (1, None)]
     assert ranking(board(publisher, at="gamma:0.5")) == [(2, None), (1, None)]
     (group,) = board(publisher)["groups"]
-    assert group["at"] == {"axis": "gamma", "value": 4.0}  # the least that a run spent
+    assert group["at"] == {"axis": "gamma", "value": 4.0}  # the lower median of what they spent
     assert group["front"] == [[4.0, 4.8], [8.0, 3.0]]
     assert group["area_range"] == [1.0, 8.0]
     assert group["entries"][0]["area"] == pytest.approx(area(QUICK, 1.0, 8.0))
     assert group["entries"][0]["reached"] == 1
+
+
+def test_a_run_that_stopped_at_once_does_not_decide_where_the_others_are_compared(publisher: httpx2.Client) -> None:
+    report(publisher, *QUICK, **configured(1))
+    report(publisher, *SLOW, **configured(2))
+    report(publisher, (0.001, 8.9), **configured(3))
+    assert ranking(board(publisher)) == [(1, 4.8), (2, 6.0), (3, 8.9)]
 
 
 def test_a_rising_score_is_ranked_the_other_way(publisher: httpx2.Client) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from gradient_blueprints import Client, ConfigurationError, PermissionDenied, Scope
 from gradient_blueprints.run_journal import find_journal, read_journal
-from gradient_blueprints.run_models import Resource, Tally
+from gradient_blueprints.run_models import Resource, RunPoint, Tally
 from gradient_blueprints.training import run_reporting
 from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
 from gradient_blueprints.training.run_reporting import RunReporter
@@ -154,6 +154,19 @@ def test_only_the_same_run_that_has_not_ended_is_gone_on_with(tmp_path: Path) ->
     last.finish(Tally(), None, patience=0)
     assert begun() not in (first, second)
     assert len(list(tmp_path.glob("run-*.jsonl"))) == 5  # nothing was lost
+
+
+def test_a_score_that_no_run_can_hold_is_left_out_and_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = reporter(tmp_path / "run.jsonl", resumed=False)
+    made.add(RunPoint(step=1, psi=2.0, gamma={Resource.SECONDS: 1.0}), None)
+    made.add(RunPoint(step=2, psi=1e200, gamma={Resource.SECONDS: 2.0}), None)
+    made.add(RunPoint(step=3, psi=1.0, gamma={Resource.SECONDS: 3.0}), None)
+    kept = find_journal(tmp_path / "run.jsonl")
+    assert kept is not None
+    assert [point.step for point in kept.points] == [1, 3]
+    assert "step 2 is not reported" in caplog.text
 
 
 def test_what_is_frozen_is_told(tmp_path: Path) -> None:

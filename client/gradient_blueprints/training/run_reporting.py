@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from gradient_blueprints.calls import built
@@ -99,8 +100,13 @@ class RunReporter:
         """A point, unless the run has one of that step, or of a later one."""
         if self._journal is None or point.step <= self._last_step:
             return
+        try:
+            reported = ReportedPoint(step=point.step, psi=point.psi, gamma=dict(point.gamma))
+        except ValidationError as invalid:  # an exploded perplexity must not end the training that it is told of
+            logger.warning("The point of step %d is not reported: %s", point.step, invalid.errors()[0]["msg"])
+            return
         self._last_step = point.step
-        journal_point(self._journal, ReportedPoint(step=point.step, psi=point.psi, gamma=dict(point.gamma)), tally)
+        journal_point(self._journal, reported, tally)
         self._news.set()
 
     def finish(self, tally: Tally, stopped: str | None, patience: float | None = None) -> None:
