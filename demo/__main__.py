@@ -31,8 +31,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=HERE / "report.html", help="the page to write")
     parser.add_argument("--short", action="store_true", help="only a tiny GPT and few steps: under a minute")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C, so that the service is stopped
-    signal.signal(signal.SIGHUP, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell lets its background jobs ignore the first
+        signal.signal(number, _interrupt)
     try:
         play(arguments.work.resolve(), arguments.report.resolve(), SHORT if arguments.short else FULL)
     except KeyboardInterrupt:
