@@ -9,25 +9,14 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.selection import Selection, select
 from gradient_blueprints.training.trainer import trainer_arguments
-from tests.training.profiling.small_models import batch, build
-
-
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self) -> None:
-        self.values = batch(16, padded=False)
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: value[index] for name, value in self.values.items()}
+from tests.training.profiling.small_models import Rows, build
 
 
 @pytest.fixture(scope="module")

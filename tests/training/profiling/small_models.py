@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 VOCABULARY = 61
 Batch = dict[str, Tensor]
@@ -192,6 +193,19 @@ def batch(examples: int = 4, length: int = 9, *, padded: bool = True, seed: int 
             labels[example, end:] = -100
             labels[example, : example % 2] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Sixteen unpadded examples, as trainers take them."""
+
+    def __init__(self) -> None:
+        self.values = batch(16, padded=False)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in self.values.items()}
 
 
 def one_example(values: Mapping[str, Tensor], index: int) -> Batch:

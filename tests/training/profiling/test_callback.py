@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from gradient_blueprints import Client
@@ -16,18 +15,7 @@ from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.profiling.callback import BlueprintCallback
 from gradient_blueprints.training.profiling.checkpoints import CheckpointProfiler, publish_folder
 from gradient_blueprints.training.profiling.privacy import Privacy
-from tests.training.profiling.small_models import batch, build
-
-
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self) -> None:
-        self.values = batch(16, padded=False)
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: value[index] for name, value in self.values.items()}
+from tests.training.profiling.small_models import Rows, batch, build
 
 
 def train(folder: Path, *callbacks: Any, **arguments: Any) -> dict[str, torch.Tensor]:

@@ -12,12 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradient_blueprints.errors import MissingExtra
+from gradient_blueprints.errors import ConfigurationError, MissingExtra
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.profiling import lightning_callback
 from gradient_blueprints.training.profiling.lightning_callback import BlueprintCallback
-from tests.training.profiling.small_models import batch, build
-from tests.training.profiling.test_callback import Rows
+from tests.training.profiling.small_models import Rows, batch, build
 
 
 class Module(LightningModule):
@@ -33,11 +32,11 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def train(folder: Path, *callbacks: Any) -> dict[str, Tensor]:
+def train(folder: Path, *callbacks: Any, **bounds: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     module = Module()
     trainer = Trainer(
-        max_steps=5,
+        **bounds or {"max_steps": 5},
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -66,6 +65,13 @@ def test_blueprints_are_written_at_the_fractions_and_training_is_not_disturbed(t
     assert found[0].layers != found[2].layers
     for name, parameter in plain.items():
         assert torch.equal(parameter, profiled[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
+def test_a_training_without_a_last_step_has_no_fractions_and_says_so(tmp_path: Path) -> None:
+    callback = BlueprintCallback("tiny", {"general": [batch(seed=3)]}, statistics="batches")
+    with pytest.raises(ConfigurationError, match="max_steps or max_epochs"):
+        train(tmp_path, callback, max_epochs=-1, max_time={"minutes": 1})
 
 
 def test_without_lightning_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

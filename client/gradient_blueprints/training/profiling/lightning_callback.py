@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gradient_blueprints.client import Client
-from gradient_blueprints.errors import MissingExtra
+from gradient_blueprints.errors import ConfigurationError, MissingExtra
 from gradient_blueprints.training.profiling.checkpoints import FRACTIONS, CheckpointProfiler, Data
 
 try:
@@ -56,13 +57,22 @@ class BlueprintCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed training does not profile again what lies behind it."""
-        self._profiler.start(trainer.global_step, int(trainer.estimated_stepping_batches))
+        self._profiler.start(trainer.global_step, _last_step(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Profile when the step that just ended reaches a fraction that is due."""
-        fraction = self._profiler.due(trainer.global_step, int(trainer.estimated_stepping_batches))
+        fraction = self._profiler.due(trainer.global_step, _last_step(trainer))
         if fraction is None or not trainer.is_global_zero:
             return
         saved = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(saved or trainer.default_root_dir) / f"checkpoint-{trainer.global_step}"
         self._profiler.profile(self._network(pl_module), self._tokenizer, fraction, folder, seed=0)
+
+
+def _last_step(trainer: Trainer) -> int:
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise ConfigurationError(
+            "A training bounded by time alone has no fractions: give the Trainer max_steps or max_epochs."
+        )
+    return int(steps)
