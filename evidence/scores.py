@@ -111,26 +111,15 @@ def with_random(score: Score, share: float, budget: float) -> Score:
     return mixed
 
 
-def per_row(score: Score) -> Score:
-    """Ranked within each row, so that every row takes part alike."""
+def ranked_along(score: Score, axis: int) -> Score:
+    """Ranked within each row (axis 1) or column (axis 0), so that each of them takes part alike."""
 
     def ranks(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
         values = score(known, name, shape)
         if values.ndim < 2:
             return values
-        return np.asarray(values.argsort(1).argsort(1), np.float32) + known.generator(name).random(shape, np.float32)
-
-    return ranks
-
-
-def per_column(score: Score) -> Score:
-    """Ranked within each column."""
-
-    def ranks(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
-        values = score(known, name, shape)
-        if values.ndim < 2:
-            return values
-        return np.asarray(values.argsort(0).argsort(0), np.float32) + known.generator(name).random(shape, np.float32)
+        order = values.argsort(axis).argsort(axis)
+        return np.asarray(order, np.float32) + known.generator(name).random(shape, np.float32)
 
     return ranks
 
@@ -204,9 +193,9 @@ def named(name: str, share: float) -> Score:
         return _SCORES[name]
     score = named(inner, share)
     if modifier == "row":
-        return per_row(score)
+        return ranked_along(score, 1)
     if modifier == "column":
-        return per_column(score)
+        return ranked_along(score, 0)
     if modifier == "even":
         return even(score)
     if modifier == "half":

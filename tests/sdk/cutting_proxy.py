@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from types import TracebackType
-from typing import Self
 from urllib.parse import urlsplit
 
+from tests.sdk.listening import Listening
 
-class CuttingProxy:
+
+class CuttingProxy(Listening):
     """The nth of `cuts` ends the connection on which that many further bytes have gone to the server."""
 
     def __init__(self, url: str, *cuts: int) -> None:
+        super().__init__()
         parts = urlsplit(url)
         assert parts.port
         self._target = (parts.hostname, parts.port)
@@ -21,31 +22,11 @@ class CuttingProxy:
         self._lock = threading.Lock()
         self.sent = 0  # bytes from clients to the server
         self.cut = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(timeout=5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(self._target)
-            threading.Thread(target=self._carry, args=(client, server), daemon=True).start()
-            threading.Thread(target=self._bring_back, args=(server, client), daemon=True).start()
+    def accept(self, connection: socket.socket) -> None:
+        server = socket.create_connection(self._target)
+        threading.Thread(target=self._bring_back, args=(server, connection), daemon=True).start()
+        self._carry(connection, server)
 
     def _carry(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):

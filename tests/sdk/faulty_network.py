@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+
+from tests.sdk.listening import Listening
 
 Act = Callable[[socket.socket], None]
 
@@ -48,41 +47,19 @@ def drip(data: bytes, pause: float) -> Act:
     return act
 
 
-class FaultyNetwork:
+class FaultyNetwork(Listening):
     """Each connection gets the next act, the last one for ever; `requests` holds what was received."""
 
     def __init__(self, *acts: bytes | Act) -> None:
+        super().__init__()
         self._acts = list(acts)
         self.requests: list[bytes] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     @property
     def connections(self) -> int:
         return len(self.requests)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accept
-        self._listener.close()
-        self._thread.join(timeout=5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._play, args=(connection,), daemon=True).start()
-
-    def _play(self, connection: socket.socket) -> None:
+    def accept(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             number = len(self.requests)
             self.requests.append(b"")
