@@ -84,6 +84,17 @@ class Key(Base):
     last_used_at: Mapped[datetime | None]
 
 
+class WebSession(Base):
+    """A browser that is logged in with a key, whose rights it has as long as the key has them."""
+
+    __tablename__ = "web_sessions"
+
+    token_hash: Mapped[bytes] = mapped_column(primary_key=True)  # keyed, as that of a key
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"), index=True)
+    created_at: Mapped[datetime] = _now()
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class Model(Base):
     __tablename__ = "models"
     __table_args__ = (
@@ -432,3 +443,62 @@ class RunPoint(Base):
     step: Mapped[int]
     psi: Mapped[float]
     gamma: Mapped[dict[str, Any]]
+
+
+class Webhook(Base):
+    """An address that wants to hear of events; its secret is derived from its id (app/registry/webhooks.py)."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    lab_id: Mapped[int] = mapped_column(ForeignKey("labs.id"), index=True)
+    key_id: Mapped[int] = mapped_column(ForeignKey("keys.id"))
+    url: Mapped[str]
+    events: Mapped[list[str]]
+    model_name: Mapped[str | None] = mapped_column(index=True)  # without one: the models that the lab owns
+    failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # in a row, of any of its messages
+    held_until: Mapped[datetime] = _now()  # a relay sends to it until then, or it rests after a failure
+    created_at: Mapped[datetime] = _now()
+    gone_at: Mapped[datetime | None]  # it answered 410
+
+
+class WebhookDelivery(Base):
+    """A message to one webhook: the exact text that is signed and sent."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("webhook_id", "message_id"),
+        Index("ix_webhook_deliveries_webhook_id_id", "webhook_id", "id"),
+        Index(
+            "ix_webhook_deliveries_webhook_id_due_at",
+            "webhook_id",
+            "due_at",
+            postgresql_where=text("state = 'waiting'"),
+        ),
+        Index("ix_webhook_deliveries_finished_at", "finished_at"),
+        CheckConstraint("state IN ('waiting', 'delivered', 'given_up')", name="state"),
+    )
+
+    id: Mapped[int] = _identity()
+    webhook_id: Mapped[UUID] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    message_id: Mapped[UUID]  # the same for all webhooks that hear of an event, and at every attempt
+    event: Mapped[str]
+    body: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default=text("'waiting'"))
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    due_at: Mapped[datetime] = _now()
+    created_at: Mapped[datetime] = _now()
+    finished_at: Mapped[datetime | None]
+
+
+class WebhookAttempt(Base):
+    """One attempt to send a delivery; without an end while it lasts, or when its relay died."""
+
+    __tablename__ = "webhook_attempts"
+
+    delivery_id: Mapped[int] = mapped_column(ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    began_at: Mapped[datetime] = _now()
+    ended_at: Mapped[datetime | None]
+    status: Mapped[int | None] = mapped_column(Integer)
+    fault: Mapped[str | None]
