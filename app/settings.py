@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     pool_overflow: int = Field(10, ge=0, description="further connections under load, per process")
     statement_seconds: float = Field(30, gt=0, description="time limit of one SQL statement")
 
+    session_seconds: float = Field(
+        12 * 3_600, ge=1, description="time after which a browser must log in to the pages again"
+    )
+
     lease_seconds: float = Field(60, gt=0, description="time after which a silent worker loses its job")
     max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
     reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")

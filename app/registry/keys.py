@@ -65,7 +65,11 @@ async def authenticate(session: AsyncSession, secret: str, pepper: SecretStr, *,
     if row is None:
         hint = "" if is_well_formed(secret) else " It does not even have a key's form; was it copied whole?"
         raise Unauthenticated(f"This key is not known to the registry.{hint}")
-    key, lab = row
+    return caller_of(*row, request_id=request_id)
+
+
+def caller_of(key: tables.Key, lab: str, *, request_id: str | None) -> Caller:
+    """Who holds this key. Unauthenticated once it was revoked or has expired."""
     if key.revoked_at is not None:
         raise Unauthenticated(f"The key {key.prefix}… was revoked; ask an administrator for a new one.")
     if key.expires_at is not None and key.expires_at <= datetime.now(UTC):
