@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
-.PHONY: help install venv torch demo up test lint bench evidence lock secrets
+.PHONY: help install venv torch demo up test browser lint bench evidence lock secrets
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -60,8 +60,12 @@ demo: $(INSTALLED)
 up: $(INSTALLED)
 	@exec $(PYTHON) -m app up --data-dir '$(DATA_DIR)' --port $(PORT)
 
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(PYTHON) -m pytest -n 2
+
+# Finds or installs a Chromium for the tests of the pages; without one they are left out, and say so.
+browser: $(INSTALLED)
+	$(PYTHON) -m tests.web.browser
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
 from tests.object_storage import ObjectStorage, object_storage
 
+NO_BROWSER = "NO BROWSER"
+"""How the reason of a test begins that was left out for want of a browser (tests/web/browser.py)."""
 _TEMPLATE = "registry_template"
 _numbers = itertools.count(1)
 
@@ -42,7 +45,9 @@ def execute(url: str, *statements: str) -> None:
         finally:
             await connection.close()
 
-    asyncio.run(run())
+    # In a thread of its own: in tests/web Playwright has a loop running in this one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, run()).result()
 
 
 def _database(url: str, name: str) -> str:
@@ -54,6 +59,13 @@ def _server_folder() -> Iterator[Path]:
     """Not below pytest's own folder, which another pytest that starts closes to the account that a server runs as."""
     with tempfile.TemporaryDirectory(prefix="blueprints-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Without a browser a part of the tests is left out: nobody shall take that for a pass."""
+    left_out = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_sep("=", f"{NO_BROWSER}: {len(left_out)} TESTS OF THE PAGES WERE LEFT OUT", red=True)
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ from app.registry.blobs import remove_unfinished
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
+from app.web import assets
+from app.web import catalog as catalog_pages
+from app.web import errors as error_pages
 from gradient_blueprints.models import Blueprint, Scope
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -50,7 +53,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     layer_selection.router,
     runs.router,
     administration.router,
-    catalog.router,  # last: `/v1/models/{model_id}` matches whatever the others did not
+    catalog.router,  # last of the API: `/v1/models/{model_id}` matches whatever the others did not
+    assets.router,
+    catalog_pages.router,
 )
 
 
@@ -76,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
+    error_pages.install(app)
     app.add_middleware(Gate, settings=settings, metrics=app.state.metrics)
     _describe_shared_schemas(app)
     return app

@@ -17,8 +17,9 @@ from gradient_blueprints.models import Scope
 from tests.conftest import Server, serving
 
 # Without this table a new route fails the walk until somebody decided who may call it.
-OPEN = {"GET /livez", "GET /readyz", "GET /v1/schemas/blueprint-1.json"}
+OPEN = {"GET /livez", "GET /readyz", "GET /v1/schemas/blueprint-1.json", "GET /static/{tag}/{name}"}
 READ = {
+    "GET /",
     "GET /v1/models",
     "GET /v1/models/{model_id}",
     "GET /v1/models/{model_id}/checkpoints",
@@ -87,6 +88,7 @@ PATH_VALUES = {
     "digest": "sha256:" + "0" * 64,
     "key_id": "999999",
     "shard": "0",
+    "tag": "0",
     "path": "config.json",
     "job_id": "00000000-0000-7000-8000-000000000000",
     "run_id": "00000000-0000-7000-8000-000000000000",

@@ -1,0 +1,161 @@
+"""Pages from templates: escaping, the strict Content-Security-Policy, and how numbers and dates are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from app.web import assets
+from gradient_blueprints.models import format_checkpoint
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "style-src 'self'",
+        "script-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_TEMPLATES = Path(__file__).parent / "templates"
+_NOTHING = "–"
+
+
+def render(
+    request: Request, template: str, *, status: int = 200, headers: Mapping[str, str] | None = None, **context: Any
+) -> HTMLResponse:
+    """The page `templates/TEMPLATE` with `context`.
+
+    Every value is escaped; templates see `request`, and `visitor`, who looks at it, where the route asked. No page
+    loads anything from elsewhere or holds inline script or style: the policy forbids it, and the browser tests watch.
+    """
+    visitor = getattr(request.state, "visitor", None)
+    body = _environment().get_template(template).render(request=request, visitor=visitor, **context)
+    return HTMLResponse(
+        body,
+        status,
+        headers={
+            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+            "Cache-Control": "private, no-cache",
+            "Vary": "Cookie, Authorization, Accept",
+            **(headers or {}),
+        },
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, count=count, percent=percent, size=size, day=day, moment=moment, checkpoint=format_checkpoint
+    )
+    environment.globals.update(asset=assets.address, model_path=model_path, version_path=version_path, with_query=query)
+    return environment
+
+
+# --- addresses: model ids, checkpoints and digests need no quoting in a path
+
+
+def model_path(model_id: str, *parts: str) -> str:
+    """
+    >>> model_path("org/name", "compare")
+    '/models/org/name/compare'
+    """
+    return "/".join(("/models", model_id, *parts))
+
+
+def version_path(model_id: str, checkpoint: float, number: int | None = None) -> str:
+    """The page of a version, or of the newest one of a checkpoint."""
+    place = model_path(model_id, "checkpoints", format_checkpoint(checkpoint))
+    return place if number is None else f"{place}/versions/{number}"
+
+
+def query(request: Request, **changes: object) -> str:
+    """The page's own address with another query; None takes a parameter out."""
+    parameters = {name: value for name, value in request.query_params.items() if name not in changes}
+    parameters |= {name: str(value) for name, value in changes.items() if value is not None}
+    return f"{request.url.path}?{urlencode(parameters)}" if parameters else request.url.path
+
+
+# --- values
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, as plain as the magnitude allows.
+
+    >>> number(0.0523), number(12345.6), number(1.2e-7), number(None), number(-0.5), number(0.0)
+    ('0.0523', '12,346', '1.20e−7', '–', '−0.500', '0')
+    """
+    if value is None or not math.isfinite(value):
+        return _NOTHING
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent > 6:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        text = f"{mantissa}e{int(power)}"
+    else:
+        text = f"{value:,.{max(0, digits - 1 - exponent)}f}"
+    return text.replace("-", "−")
+
+
+def count(value: int | None) -> str:
+    """
+    >>> count(950), count(12_345), count(7_000_000_000)
+    ('950', '12,345', '7.00 B')
+    """
+    if value is None:
+        return _NOTHING
+    if value < 1_000_000:
+        return f"{value:,}"
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value >= 10 * scale else f"{value / scale:.2f} {unit}"
+    raise AssertionError("a million is covered")
+
+
+def percent(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.0%}"
+
+
+def size(value: int) -> str:
+    """
+    >>> size(900), size(12_345), size(5 << 20)
+    ('900 B', '12.1 KiB', '5.0 MiB')
+    """
+    scaled = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if scaled < 1024:
+            return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.1f} {unit}"
+        scaled /= 1024
+    return f"{scaled:.1f} TiB"
+
+
+def day(value: date | datetime | None) -> str:
+    """
+    >>> day(datetime(2030, 1, 2, tzinfo=UTC))
+    '2 Jan 2030'
+    """
+    return _NOTHING if value is None else f"{value.day} {value:%b %Y}"
+
+
+def moment(value: datetime | None) -> str:
+    return _NOTHING if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
