@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,6 +13,7 @@ import anyio
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.datastructures import State
 
 from app.api.dependencies import (
     AnyKey,
@@ -157,16 +158,23 @@ async def watch_job(
     last_event_id: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=MAX_SAFE_INTEGER)] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """What happened to a job and what happens, from its first event or the one after Last-Event-ID, to its end."""
-    state = request.app.state
-    async with state.event_streams.waiting(visible) as changed:
+    async with aclosing(follow_job(request.app.state, visible, last_event_id)) as told:
+        async for events in told:
+            for event in events:
+                yield ServerSentEvent(id=str(event.id), event="job", raw_data=event.model_dump_json(exclude_none=True))
+
+
+async def follow_job(state: State, job_id: UUID, after: int) -> AsyncGenerator[list[models.JobEvent]]:
+    """The events of a job with ids above `after`, and further ones as they happen, until it has ended."""
+    async with state.event_streams.waiting(job_id) as changed:
         while True:
             changed.clear()  # before reading, so that what happens while reading is read next
             async with state.sessions() as session:
-                ended = await jobs.has_ended(session, visible)  # before reading: no event comes after it
-                events = await jobs.list_events(session, visible, after=last_event_id)
-            for event in events:
-                last_event_id = event.id
-                yield ServerSentEvent(id=str(event.id), event="job", raw_data=event.model_dump_json(exclude_none=True))
+                ended = await jobs.has_ended(session, job_id)  # before reading: no event comes after it
+                events = await jobs.list_events(session, job_id, after=after)
+            if events:
+                after = events[-1].id
+                yield events
             if ended or (events and events[-1].state.terminal):
                 return
             with suppress(TimeoutError):

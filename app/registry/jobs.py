@@ -117,17 +117,26 @@ async def list_events(session: AsyncSession, job_id: UUID, *, after: int) -> lis
         .where(tables.JobEvent.job_id == job_id, tables.JobEvent.id > after)
         .order_by(tables.JobEvent.id)
     )
-    return [
-        JobEvent(
-            id=row.id,
-            at=row.at,
-            state=JobState(row.state),
-            progress=read_progress(row.progress),
-            reason=row.reason,
-            parts=None if row.parts is None else {JobState(state): number for state, number in row.parts.items()},
-        )
-        for row in rows
-    ]
+    return [_event(row) for row in rows]
+
+
+async def list_latest_events(session: AsyncSession, job_id: UUID, *, limit: int) -> list[JobEvent]:
+    """The newest first."""
+    rows = await session.scalars(
+        select(tables.JobEvent).where(tables.JobEvent.job_id == job_id).order_by(tables.JobEvent.id.desc()).limit(limit)
+    )
+    return [_event(row) for row in rows]
+
+
+def _event(row: tables.JobEvent) -> JobEvent:
+    return JobEvent(
+        id=row.id,
+        at=row.at,
+        state=JobState(row.state),
+        progress=read_progress(row.progress),
+        reason=row.reason,
+        parts=None if row.parts is None else {JobState(state): number for state, number in row.parts.items()},
+    )
 
 
 async def has_ended(session: AsyncSession, job_id: UUID) -> bool:

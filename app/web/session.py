@@ -62,6 +62,11 @@ async def find_visitor(request: Request, settings: Settings, token: str) -> Visi
     return Visitor(token, found.caller, found.expires_at)
 
 
+async def is_open(request: Request, settings: Settings, visitor: Visitor) -> bool:
+    """Whether a session that a long answer began under has not ended since."""
+    return visitor.cookie is None or await find_visitor(request, settings, visitor.cookie) is not None
+
+
 Visiting = Annotated[Visitor, Depends(identify)]
 
 
