@@ -40,8 +40,8 @@ async def jobs_page(
 
 @router.get("/jobs/{job_id}")
 async def job_page(request: Request, session: Session, caller: Member, job_id: UUID) -> Response:
-    job = await jobs.get_job(session, caller, job_id)
     events = await jobs.list_latest_events(session, job_id, limit=_EVENTS_SHOWN)
+    job = await jobs.get_job(session, caller, job_id)  # after its events: the stream goes on where they end
     return render(request, "job.html", job=job, events=events, cancellable=_may_cancel(caller, job))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,18 @@ def render(
 ) -> HTMLResponse:
     """The page `templates/TEMPLATE` with `context`.
 
-    Every value is escaped; templates see `request`, and `visitor`, who looks at it, where the route asked. No page
-    loads anything from elsewhere or holds inline script or style: the policy forbids it, and the browser tests watch.
+    Every value is escaped; templates see `request`, and `viewer`, the Caller who is logged in or None. No page loads
+    anything from elsewhere or holds inline script or style: the policy forbids it, and the browser tests watch.
     """
-    visitor = getattr(request.state, "visitor", None)
-    body = _environment().get_template(template).render(request=request, visitor=visitor, **context)
+    viewer = getattr(request.state, "viewer", None)
+    body = _environment().get_template(template).render(request=request, viewer=viewer, **context)
     return HTMLResponse(
         body,
         status,
         headers={
             "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-            "Cache-Control": "private, no-cache",
+            # After logging out the browser must not show it again when somebody goes back.
+            "Cache-Control": "private, no-cache" if viewer is None else "no-store",
             "Vary": "Cookie, Authorization, Accept",
             **(headers or {}),
         },
@@ -67,6 +68,7 @@ def _environment() -> Environment:
     environment.filters.update(
         number=number, count=count, percent=percent, size=size, day=day, moment=moment, checkpoint=format_checkpoint
     )
+    environment.filters.update(second=second, duration=duration)
     environment.globals.update(asset=assets.address, model_path=model_path, version_path=version_path, with_query=query)
     return environment
 
@@ -159,3 +161,23 @@ def day(value: date | datetime | None) -> str:
 
 def moment(value: datetime | None) -> str:
     return _NOTHING if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def second(value: datetime | None) -> str:
+    """
+    >>> second(datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC))
+    '2030-01-02 03:04:05 UTC'
+    """
+    return _NOTHING if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def duration(value: timedelta) -> str:
+    """
+    >>> duration(timedelta(seconds=7.4)), duration(timedelta(seconds=754)), duration(timedelta(hours=30, minutes=5))
+    ('7.4 s', '12 min 34 s', '30 h 5 min')
+    """
+    seconds = value.total_seconds()
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
