@@ -34,9 +34,10 @@ from app.registry.blobs import remove_unfinished
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
-from app.web import assets
+from app.web import account, admin, assets
 from app.web import catalog as catalog_pages
 from app.web import errors as error_pages
+from app.web import jobs as job_pages
 from gradient_blueprints.models import Blueprint, Scope
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -56,6 +57,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     catalog.router,  # last of the API: `/v1/models/{model_id}` matches whatever the others did not
     assets.router,
     catalog_pages.router,
+    account.router,
+    admin.router,
+    job_pages.router,
 )
 
 

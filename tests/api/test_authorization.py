@@ -17,7 +17,14 @@ from gradient_blueprints.models import Scope
 from tests.conftest import Server, serving
 
 # Without this table a new route fails the walk until somebody decided who may call it.
-OPEN = {"GET /livez", "GET /readyz", "GET /v1/schemas/blueprint-1.json", "GET /static/{tag}/{name}"}
+OPEN = {
+    "GET /livez",
+    "GET /readyz",
+    "GET /v1/schemas/blueprint-1.json",
+    "GET /static/{tag}/{name}",
+    "GET /login",
+    "POST /login",
+}
 READ = {
     "GET /",
     "GET /v1/models",
@@ -79,6 +86,19 @@ NEEDS: dict[str, set[Scope]] = {
     "POST /v1/jobs/{job_id}/outcome": {Scope.WORK},
     "PUT /v1/jobs/{job_id}/shards/{shard}/state": {Scope.WORK},
     "GET /v1/jobs/{job_id}/shards/{shard}/state": {Scope.WORK},
+    "POST /logout": set(Scope),
+    "GET /account": set(Scope),
+    "POST /account/end-other-sessions": set(Scope),
+    "GET /admin/keys": {Scope.ADMIN},
+    "POST /admin/keys": {Scope.ADMIN},
+    "POST /admin/keys/{key_id}/revoke": {Scope.ADMIN},
+    "GET /admin/labs": {Scope.ADMIN},
+    "POST /admin/labs": {Scope.ADMIN},
+    "GET /admin/audit": {Scope.ADMIN},
+    "GET /jobs": set(Scope),
+    "GET /jobs/{job_id}": set(Scope),
+    "GET /jobs/{job_id}/events": set(Scope),
+    "POST /jobs/{job_id}/cancel": {Scope.PROFILE},
 }
 PATH_VALUES = {
     "model_id": "tiny",
