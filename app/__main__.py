@@ -1,13 +1,13 @@
 """The command `python -m app`: the service on one machine (`up`), or one of its processes."""
 
 import argparse
-import logging
 import os
 import socket
 import sys
 from pathlib import Path
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.log_lines import LogFormat, start_logging
 
 
 def main() -> int:
@@ -29,13 +29,12 @@ def main() -> int:
     commands.add_parser("relay", help="announce jobs to the broker and requeue what lost its worker")
 
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_logging(LogFormat(os.environ.get("BLUEPRINTS_LOG_FORMAT", LogFormat.TEXT)))
     # Each command loads what it needs and no more, so that a supervisor stays small beside what it watches.
     match arguments.command:
         case "up":
             from app.embedded.supervisor import up as run_up
 
-            logging.getLogger("httpx2").setLevel(logging.WARNING)
             return run_up(
                 arguments.data_dir,
                 host=arguments.host,
@@ -81,6 +80,10 @@ def run() -> int:
     try:
         return main()
     except ConfigurationError as error:
+            log_config=None,  # our own, with a line a request of our own
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # app.api.application believes the proxies that the settings name
         print(error, file=sys.stderr)
         return 2
 

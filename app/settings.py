@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.log_lines import LogFormat
 
 MEBIBYTE = 1 << 20
 
@@ -52,6 +53,20 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(MEBIBYTE, gt=0, description="largest body of every other request")
     body_seconds: float = Field(60, gt=0, description="time in which a request body other than a file must arrive")
+    request_seconds: float = Field(
+        60, gt=0, description="time in which the answer to a complete request must begin, except where files are sent"
+    )
+    key_requests_per_minute: int = Field(
+        60_000, ge=0, description="requests a minute of one key, counted by each process for itself; 0: no limit"
+    )
+    address_requests_per_minute: int = Field(
+        6_000, ge=0, description="requests a minute of one address without a valid key, likewise; 0: no limit"
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="addresses or networks of proxies, separated by commas, whose `X-Forwarded-For` and "
+        "`X-Forwarded-Proto` are believed",
+    )
     document_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="memory for blueprint bodies, per process")
 
     pool_size: int = Field(10, gt=0, description="database connections kept, per process")
@@ -66,6 +81,9 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
     reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")
     sweep_seconds: float = Field(5, gt=0, description="pause between two looks for lost leases")
+
+    log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
+    log_requests: bool = Field(True, description="whether every request is logged, or failed ones alone")
 
     @property
     def checkpoint_location(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 from fastapi import APIRouter, FastAPI
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app.api import (
     administration,
@@ -28,6 +30,8 @@ from app.api import (
 )
 from app.api.gate import Gate
 from app.api.metrics import Metrics
+from app.api.patience import Patience
+from app.api.rate_limits import RateLimits
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
@@ -80,13 +84,23 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.keys_marked_used = {}
     app.state.metrics = Metrics()
+    app.state.rate_limits = RateLimits(settings)
+    app.state.patience = Patience(settings.request_seconds)
     app.state.documents = DocumentCache(settings.document_cache_bytes)
     app.state.file_store = open_store(settings.checkpoint_location)
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
     error_pages.install(app)
-    app.add_middleware(Gate, settings=settings, metrics=app.state.metrics)
+    app.add_middleware(
+        Gate,
+        settings=settings,
+        metrics=app.state.metrics,
+        limits=app.state.rate_limits,
+        patience=app.state.patience,
+    )
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
     _describe_shared_schemas(app)
     return app
 
@@ -97,6 +111,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = create_engine(settings)
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
+    watching = asyncio.create_task(app.state.patience.watch())
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)
         async with app.state.sessions() as session:
@@ -108,6 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await session.commit()
         yield
     finally:
+        watching.cancel()
         await engine.dispose()
 
 

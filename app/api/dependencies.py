@@ -63,6 +63,8 @@ async def identify(
         caller = await keys.authenticate(
             session, credentials.credentials, settings.secret, request_id=request.state.request_id
         )
+        request.app.state.rate_limits.recognise(request.headers["authorization"], caller.key_id)
+        request.state.caller = caller  # for the log
         used: dict[int, float] = request.app.state.keys_marked_used
         if time.monotonic() - used.get(caller.key_id, -_MARK_USED_SECONDS) >= _MARK_USED_SECONDS:
             used[caller.key_id] = time.monotonic()

@@ -1,104 +1,137 @@
-"""What every request passes: an id, limits on its body, and headers that every answer carries."""
+"""What every request passes: an id, its quota, limits of size and time, and headers that every answer carries."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
+import math
 import re
+import secrets
 import time
-from uuid import uuid4
 
 import anyio
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.metrics import Metrics
+from app.api.patience import Patience
 from app.api.problems import render
+from app.api.rate_limits import RateLimits
+from app.api.request_log import log_request
 from app.settings import Settings
-from gradient_blueprints.errors import ApiError, MalformedRequest, PayloadTooLarge, RequestTimeout
+from gradient_blueprints.errors import (
+    ApiError,
+    MalformedRequest,
+    PayloadTooLarge,
+    RateLimited,
+    RequestTimeout,
+    ServiceUnavailable,
+)
+from gradient_blueprints.log_lines import add_ids
+
+logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JOB_RESULT = re.compile(r"/v1/jobs/[^/]+/result")
 _CHECKPOINT_FILE = re.compile(r"/v1/models/.+/checkpoints/[^/]+/files/.+")
 _SHARD_STATE = re.compile(r"/v1/jobs/[^/]+/shards/[^/]+/state")
 
-
 _DRAIN_BYTES = 128 << 20
 _DRAIN_SECONDS = 10.0
 
+RawHeader = tuple[bytes, bytes]
+# What an answer says unless it says something else itself: pages bring their own policy. A Referrer-Policy of
+# no-referrer would take the Origin from the forms of our pages, which their check needs.
+_DEFAULT_HEADERS: tuple[RawHeader, ...] = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+)
+_HTTPS_ONLY: RawHeader = (b"strict-transport-security", b"max-age=31536000")
+_UNLIMITED = ("/livez", "/readyz")
+
 
 class Gate:
-    """Pure ASGI, so that streamed bodies pass without being held."""
+    """Pure ASGI, so that streamed bodies pass without being held. Cheap: it is a part of every answer from memory."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, limits: RateLimits, patience: Patience
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
+        self._limits = limits
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        status = 499  # the client went away before there was an answer
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        method, path = scope["method"], scope["path"]
+        headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # of a repeated field the first
+        request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                answer = MutableHeaders(scope=message)
-                answer["X-Request-Id"] = request_id
-                answer.setdefault("X-Content-Type-Options", "nosniff")
-                answer.setdefault("Cache-Control", "no-store")
-            await send(message)
-
+        add_ids(request_id=request_id)
+        own: list[RawHeader] = [(b"x-request-id", request_id.encode())]
+        refusal = _unreadable(scope)
+        if path not in _UNLIMITED and (
+            charge := self._limits.charge(scope.get("client"), headers.get(b"authorization"))
+        ):
+            own.extend(charge.headers)
+            if charge.wait > 0:
+                refusal = RateLimited(
+                    f"The quota of requests of this {charge.policy} is used up.", retry_after=charge.wait
+                )
+                self._metrics.rate_limited.labels(charge.policy).inc()
+        if scope["scheme"] == "https":
+            own.append(_HTTPS_ONLY)
+        limit = self._limit(path)
+        if method == "HEAD" and limit is not None and not path.endswith("/events"):
+            scope = {**scope, "method": "GET"}  # uvicorn, which has the scope as it was, leaves the body away
+        exchange = _Exchange(receive, send, own, limit, self._settings.body_seconds, self._patience)
         try:
-            await self._answer(scope, headers, receive, send_with_headers, request_id)
+            await self._answer(scope, headers, exchange, refusal)
         finally:
-            self._metrics.answered(scope, status, time.perf_counter() - began)
+            self._patience.waiting.discard(exchange)
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "")
+            self._metrics.answered(method, route, exchange.status, seconds)
+            log_request(scope, method, route, exchange.status, seconds, self._settings.log_requests)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send, request_id: str) -> None:
-        if refusal := self._refusal_before_reading(scope, headers):
-            if "expect" not in headers:
-                await _drain(receive)
-            await render(refusal, request_id)(scope, receive, send)
-            return
-        limit = self._limit(scope)
-        # A blob takes the time that it takes, as long as it moves; app.registry.blobs limits its size.
-        body = _LimitedBody(receive, limit, self._settings.body_seconds, each_message=limit is None)
-        started = False
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal started
-            if body.refusal is not None and not started:
-                return  # whatever the application makes of a body cut short, the refusal is the answer
-            started = True
-            await send(message)
-
-        with contextlib.suppress(ApiError):
-            await self._app(scope, body.receive, send_unless_refused)
-        if body.refusal is not None and not started:
-            if isinstance(body.refusal, PayloadTooLarge):
-                await _drain(receive)
-            body.refusal.headers["Connection"] = "close"  # the rest of the body is not read
-            await render(body.refusal, request_id)(scope, receive, send)
-
-    def _refusal_before_reading(self, scope: Scope, headers: Headers) -> ApiError | None:
-        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            return MalformedRequest("The address holds a NUL character.")
-        limit = self._limit(scope)
-        length = headers.get("content-length", "")
-        if limit is not None and length.isdecimal() and int(length) > limit:
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], exchange: _Exchange, refusal: ApiError | None
+    ) -> None:
+        limit = exchange.limit
+        length = headers.get(b"content-length", b"0")
+        if refusal is None and limit is not None and length.isdigit() and int(length) > limit:
             refusal = _too_large(limit)
             refusal.headers["Connection"] = "close"
-            return refusal
-        return None
+        if refusal is None:
+            exchange.begin(has_body=length != b"0" or b"transfer-encoding" in headers)
+            try:
+                with contextlib.suppress(ApiError):
+                    await self._app(scope, exchange.receive, exchange.send)
+            except asyncio.CancelledError:
+                if not exchange.overdue:
+                    raise
+                exchange.task.uncancel()
+            refusal = exchange.refusal
+            if refusal is None or exchange.started:
+                return
+            if isinstance(refusal, PayloadTooLarge):
+                await _drain(exchange.receive_raw)
+            refusal.headers["Connection"] = "close"  # the rest of the body is not read
+        elif b"expect" not in headers:
+            await _drain(exchange.receive_raw)
+        await render(refusal, scope["state"]["request_id"])(scope, exchange.receive_raw, exchange.send_anyway)
 
-    def _limit(self, scope: Scope) -> int | None:
-        path = scope["path"]
+    def _limit(self, path: str) -> int | None:
+        if not path.startswith("/v1/"):
+            return self._settings.max_body_bytes
         if path.startswith("/v1/blobs/") or _SHARD_STATE.fullmatch(path) or _CHECKPOINT_FILE.fullmatch(path):
             return None  # app.registry.blobs has its own, while it streams
         if path == "/v1/blueprints" or _JOB_RESULT.fullmatch(path):
@@ -106,37 +139,96 @@ class Gate:
         return self._settings.max_body_bytes
 
 
-class _LimitedBody:
-    """`receive` that refuses a body which is too large or too slow, chunked ones without end among them."""
+class _Exchange:
+    """One request and its answer: `receive` and `send` for the application, which refuse what is too large or slow."""
 
-    def __init__(self, receive: Receive, limit: int | None, seconds: float, *, each_message: bool) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._deadline = time.monotonic() + seconds
+    def __init__(
+        self, receive: Receive, send: Send, own: list[RawHeader], limit: int | None, seconds: float, patience: Patience
+    ) -> None:
+        self.receive_raw = receive
+        self.limit = limit
+        """Bytes of the body. None where files are sent: they take the time that they take, as long as they move."""
+        self.status = 499  # the client went away before there was an answer
+        self.started = False
+        self.overdue = False
+        self.refusal: ApiError | None = None
+        self.answer_by = math.inf
+        self.task: asyncio.Task[object]
+        self._send = send
+        self._own = own
         self._seconds = seconds
-        self._each_message = each_message  # the time is that of one message, not of the whole body
+        self._patience = patience
+        self._body_by = 0.0
         self._received = 0
         self._complete = False
-        self.refusal: ApiError | None = None
+
+    def begin(self, *, has_body: bool) -> None:
+        """The time runs from here on."""
+        if self.limit is None:
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        now = time.monotonic()
+        self._body_by = now + self._seconds
+        self.answer_by = now + self._patience.seconds + (self._seconds if has_body else 0.0)
+        self._patience.waiting.add(self)
+
+    def give_up(self) -> None:
+        self.overdue = True
+        self.refusal = ServiceUnavailable(
+            f"The answer was not ready within {self._patience.seconds:g} seconds.", retry_after=1
+        )
+        self.task.cancel()
 
     async def receive(self) -> Message:
         if self._complete:
-            return await self._receive()  # waits for the disconnect
-        if self._each_message:
-            self._deadline = time.monotonic() + self._seconds
+            return await self.receive_raw()  # waits for the disconnect
+        left = self._seconds if self.limit is None else self._body_by - time.monotonic()
         try:
-            with anyio.fail_after(max(0.001, self._deadline - time.monotonic())):
-                message = await self._receive()
+            with anyio.fail_after(max(0.001, left)):
+                message = await self.receive_raw()
         except TimeoutError:
             self.refusal = RequestTimeout(f"The body did not arrive within {self._seconds:g} seconds.")
             raise self.refusal from None
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
-            self._complete = not message.get("more_body", False)
-            if self._limit is not None and self._received > self._limit:
-                self.refusal = _too_large(self._limit)
+            if self.limit is not None and self._received > self.limit:
+                self.refusal = _too_large(self.limit)
                 raise self.refusal
+            if not message.get("more_body", False):
+                self._complete = True
+                if self.limit is not None:
+                    self.answer_by = time.monotonic() + self._patience.seconds
         return message
+
+    async def send(self, message: Message) -> None:
+        if self.refusal is None or self.started:
+            await self.send_anyway(message)
+        # else: whatever the application makes of a body cut short, the refusal is the answer
+
+    async def send_anyway(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._patience.waiting.discard(self)
+            self.status = message["status"]
+            headers: list[RawHeader] = message["headers"]
+            said = {name for name, _ in headers}
+            message["headers"] = [*headers, *self._own, *(one for one in _DEFAULT_HEADERS if one[0] not in said)]
+        await self._send(message)
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(text := given.decode("latin-1")):
+        return text
+    return secrets.token_hex(16)
+
+
+def _unreadable(scope: Scope) -> ApiError | None:
+    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+        return MalformedRequest("The address holds a NUL character.")
+    return None
 
 
 async def _drain(receive: Receive) -> None:

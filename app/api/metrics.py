@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
-from starlette.types import Scope as ConnectionScope
 
 from app.api.dependencies import Session, requires
 from app.api.problems import documented
@@ -53,15 +52,21 @@ class Metrics:
             registry=self.registry,
         )
         # `labels()` takes a lock and builds a key at each call; these are the counters themselves.
+        self.rate_limited = Counter(
+            "blueprints_rate_limited",
+            "Requests refused because their key or address had used up its quota.",
+            ("policy",),
+            registry=self.registry,
+        )
         self._answered: dict[Seen, tuple[Callable[[], None], Callable[[float], None]]] = {}
 
-    def answered(self, scope: ConnectionScope, status: int, seconds: float) -> None:
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request, by the route that took it."""
-        seen = (scope["method"], getattr(scope.get("route"), "path", ""), status)
+        seen = (method, route, status)
         counters = self._answered.get(seen)
         if counters is None:
-            method = seen[0] if seen[0] in _METHODS else "other"
-            route = seen[1] or "unmatched"
+            method = method if method in _METHODS else "other"
+            route = route or "unmatched"
             counters = (
                 self._requests.labels(method, route, str(status)).inc,
                 self._seconds.labels(method, route).observe,

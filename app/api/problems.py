@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from asyncpg.exceptions import QueryCanceledError
@@ -48,7 +49,7 @@ class Problem(BaseModel):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI `responses` of the error statuses that a route can answer besides those that every route can."""
-    every = {400, 401, 403, 413, 422, 500, 503}
+    every = {400, 401, 403, 408, 413, 422, 429, 500, 503}
     return {
         status: {
             "description": ERRORS_BY_STATUS[status].title,
@@ -61,10 +62,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def render(error: ApiError, request_id: str | None) -> JSONResponse:
     error.request_id = request_id
     headers = dict(error.headers)
-    if request_id:
-        headers["X-Request-Id"] = request_id
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.problem(), error.status, headers=headers, media_type=PROBLEM_MEDIA_TYPE)

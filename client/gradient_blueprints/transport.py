@@ -206,7 +206,8 @@ def exchange(
     """Send until there is an answer worth giving, for at most `timeout` seconds.
 
     Connection failures, 429 and 503 are tried again after a pause with full jitter, at least as
-    long as Retry-After asks, as long as the deadline allows it and the request is repeatable.
+    long as Retry-After asks, as long as the deadline allows it and the request is repeatable; after
+    429, which promises that nothing was done, any is.
     Raises the registry's error, ConnectionFailed, or UnexpectedAnswer.
     """
     deadline = time.monotonic() + timeout
@@ -216,7 +217,7 @@ def exchange(
         try:
             answer: Answer = yield Send(request, deadline, stream, silence)
         except NoAnswer as no_answer:
-            wait, may_pass = 0.0, not no_answer.hopeless
+            wait, may_pass = 0.0, not no_answer.hopeless and request.repeatable
             failure = ConnectionFailed(_no_answer_text(request, url, no_answer, attempt, timeout))
             failure.__cause__ = no_answer.__cause__
             reason = f"{no_answer}."
@@ -226,11 +227,12 @@ def exchange(
                 return answer
             failure = _error(answer)
             reason = f"{answer.status}: {failure.detail if isinstance(failure, ApiError) else failure}"
-            wait, may_pass = _retry_after(answer.headers) or 0.0, answer.status in PASSING_STATUSES
+            wait = _retry_after(answer.headers) or 0.0
+            may_pass = answer.status == 429 or (answer.status in PASSING_STATUSES and request.repeatable)
         if request.file is not None:
             deadline += time.monotonic() - began  # the time that a large body takes is not time lost
         pause = wait + jitter(attempt)
-        if not may_pass or not request.repeatable or time.monotonic() + pause >= deadline:
+        if not may_pass or time.monotonic() + pause >= deadline:
             raise failure
         logger.log(
             logging.WARNING if attempt == 1 else logging.DEBUG,

@@ -1,0 +1,170 @@
+"""What every request passes: headers that every answer carries, HEAD, limits of time, the id of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+from collections.abc import Iterator
+
+import asyncpg
+import httpx2
+import pytest
+
+from app.settings import Settings
+from tests.conftest import Server, execute, fresh_database, make_settings, serving
+from tests.documents import blueprint_document
+
+SAFE = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(postgres_url: str, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    with fresh_database(postgres_url, template_database) as url:
+        yield make_settings(url, tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="module")
+def server(settings: Settings) -> Iterator[Server]:
+    with serving(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def published(server: Server) -> dict[str, str]:
+    headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+    answer = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document(layers=20), headers=headers)
+    return dict(answer.raise_for_status().json())
+
+
+def test_every_answer_carries_the_headers_that_protect_it(server: Server, published: dict[str, str]) -> None:
+    found = f"{server.url}/v1/blueprints/{published['digest']}"
+    answers = [
+        httpx2.get(f"{server.url}/livez"),
+        httpx2.get(f"{server.url}/v1/models"),
+        httpx2.get(f"{server.url}/v1/nothing"),
+        httpx2.get(f"{server.url}/v1/keys"),
+        httpx2.post(f"{server.url}/v1/blueprints", content=b"x" * (server.settings.max_document_bytes + 1)),
+        httpx2.get(found),
+        httpx2.get(found, headers={"If-None-Match": f'"{published["digest"]}"'}),
+        httpx2.get(f"{server.url}/"),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 404, 401, 413, 200, 304, 200]
+    for answer in answers:
+        assert {name: answer.headers.get(name) for name in SAFE} == SAFE, answer.request.url
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"]
+        assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+        assert "strict-transport-security" not in answer.headers
+        for name in ("x-request-id", "content-security-policy", "cache-control", "ratelimit"):
+            assert len(answer.headers.get_list(name)) <= 1, name
+
+
+def test_behind_a_proxy_that_speaks_https_browsers_are_told_to_stay_with_it(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"trusted_proxies": "127.0.0.1"})) as server:
+        answer = httpx2.get(f"{server.url}/v1/models", headers={"X-Forwarded-Proto": "https"})
+        assert answer.headers["strict-transport-security"] == "max-age=31536000"
+
+
+def test_what_a_proxy_says_is_believed_of_trusted_ones_alone(server: Server) -> None:
+    answer = httpx2.get(f"{server.url}/v1/models", headers={"X-Forwarded-Proto": "https"})
+    assert "strict-transport-security" not in answer.headers
+
+
+@pytest.mark.parametrize("given", ["abc-123.X_y", "a" * 64])
+def test_the_id_that_a_caller_gives_its_request_is_kept(server: Server, given: str) -> None:
+    assert httpx2.get(f"{server.url}/livez", headers={"X-Request-Id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a" * 65, "a b", 'a"b', "a,b"])
+def test_an_id_that_could_not_stand_in_a_log_is_replaced(server: Server, given: str) -> None:
+    assert httpx2.get(f"{server.url}/livez", headers={"X-Request-Id": given}).headers["x-request-id"] != given
+
+
+def test_whatever_can_be_got_can_be_asked_for_its_head(server: Server, published: dict[str, str]) -> None:
+    paths = (
+        "/livez",
+        "/v1/models",
+        "/v1/openapi.json",
+        f"/v1/blueprints/{published['digest']}",
+        "/v1/models/tiny/checkpoints/0.8/blueprint",
+        "/v1/models/nothing",
+        "/v1/keys",
+        "/",
+    )
+    with httpx2.Client(base_url=server.url) as http:
+        for path in paths:
+            got, head = http.get(path), http.head(path)
+            assert (head.status_code, head.content) == (got.status_code, b"")
+            for name in ("content-type", "content-length", "etag", "blueprint-version"):
+                assert head.headers.get(name) == got.headers.get(name), (path, name)
+
+
+def test_the_head_of_a_stream_without_end_cannot_be_had(server: Server) -> None:
+    job = "00000000-0000-7000-8000-000000000000"
+    assert httpx2.head(f"{server.url}/v1/jobs/{job}/events").status_code == 405
+
+
+def test_a_request_that_takes_too_long_is_answered_all_the_same(settings: Settings) -> None:
+    """A lock that somebody holds in the database keeps the publication waiting for longer than it may."""
+    impatient = settings.model_copy(update={"request_seconds": 0.4})
+    with serving(impatient) as server:
+        headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+        locked, release = threading.Event(), threading.Event()
+
+        async def hold() -> None:
+            connection = await asyncpg.connect(settings.database_url)
+            async with connection.transaction():
+                await connection.execute("LOCK TABLE models IN ACCESS EXCLUSIVE MODE")
+                locked.set()
+                await asyncio.to_thread(release.wait)
+            await connection.close()
+
+        holder = threading.Thread(target=asyncio.run, args=(hold(),))
+        holder.start()
+        try:
+            assert locked.wait(20)
+            late = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
+            assert (late.status_code, late.json()["code"]) == (503, "service_unavailable")
+            assert "within 0.4 seconds" in late.json()["detail"]
+            assert int(late.headers["retry-after"]) >= 1
+        finally:
+            release.set()
+            holder.join()
+        assert httpx2.get(f"{server.url}/v1/models/slow").status_code == 404  # nothing of it was done
+        again = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
+        assert again.status_code == 201
+
+
+def test_a_stream_of_events_outlives_the_time_for_an_answer(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"request_seconds": 0.2})) as server:
+        headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+        new = {"model_id": "m", "training_checkpoint": 0.8, "source": "/m", "data": {"general": {"source": "/t"}}}
+        job = httpx2.post(f"{server.url}/v1/jobs", json=new, headers=headers).raise_for_status().json()
+        with httpx2.stream("GET", f"{server.url}/v1/jobs/{job['id']}/events", headers=headers) as events:
+            lines = events.iter_lines()
+            while "queued" not in next(lines):
+                pass
+            notify = f"UPDATE jobs SET request = request WHERE id = '{job['id']}'"
+            for _ in range(3):  # three more looks of the watcher
+                execute(settings.database_url, "SELECT pg_sleep(0.2)", notify)
+            httpx2.post(f"{server.url}/v1/jobs/{job['id']}/cancel", headers=headers).raise_for_status()
+            assert any("cancelled" in line for line in lines)
+
+
+def test_a_slow_body_has_its_own_time_and_not_that_of_the_answer(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"request_seconds": 0.3, "body_seconds": 30.0})) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/aggregate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"Content-Length: 4\r\n\r\n{")
+            execute(settings.database_url, "SELECT pg_sleep(0.6)")
+            connection.sendall(b"}  ")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 422")
