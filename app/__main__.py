@@ -66,6 +66,10 @@ def _serve(host: str, port: int, descriptor: int | None) -> int:
             factory=True,
             host=host,
             port=port,
+            log_config=None,  # our own, with a line a request of our own
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # app.api.application believes the proxies that the settings name
             # An event stream never ends by itself; its client reconnects and resumes.
             timeout_graceful_shutdown=5,
         )
@@ -80,10 +84,6 @@ def run() -> int:
     try:
         return main()
     except ConfigurationError as error:
-            log_config=None,  # our own, with a line a request of our own
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # app.api.application believes the proxies that the settings name
         print(error, file=sys.stderr)
         return 2
 

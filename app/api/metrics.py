@@ -51,13 +51,13 @@ class Metrics:
             "Age of the job that waits longest, 0 when none waits.",
             registry=self.registry,
         )
-        # `labels()` takes a lock and builds a key at each call; these are the counters themselves.
         self.rate_limited = Counter(
             "blueprints_rate_limited",
             "Requests refused because their key or address had used up its quota.",
             ("policy",),
             registry=self.registry,
         )
+        # `labels()` takes a lock and builds a key at each call; these are the counters themselves.
         self._answered: dict[Seen, tuple[Callable[[], None], Callable[[float], None]]] = {}
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
