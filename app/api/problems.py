@@ -6,15 +6,14 @@ import logging
 import math
 from typing import Any
 
-from asyncpg.exceptions import QueryCanceledError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
+from app import database_errors
 from gradient_blueprints.errors import (
     ERRORS_BY_STATUS,
     PROBLEM_MEDIA_TYPE,
@@ -109,9 +108,7 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
     request_id = _request_id(request)
     if isinstance(error, DataError):
         return render(InvalidRequest("A value cannot be stored; does a text hold a NUL character?"), request_id)
-    cancelled = isinstance(error, DBAPIError) and isinstance(error.orig and error.orig.__cause__, QueryCanceledError)
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    if lost or cancelled or isinstance(error, OperationalError | InterfaceError | PoolTimeout | OSError):
+    if database_errors.passes(error):
         logger.warning("database unavailable during request %s: %s", request_id, type(error).__name__)
         return render(ServiceUnavailable("The database cannot answer now; try again.", retry_after=1), request_id)
     return await _on_unexpected(request, error)
@@ -127,6 +124,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-    for kind in (DBAPIError, PoolTimeout, OSError):
+    for kind in database_errors.RAISED:
         app.add_exception_handler(kind, _on_database_error)
     app.add_exception_handler(Exception, _on_unexpected)
