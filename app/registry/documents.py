@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jiter
-import rfc8785
 from pydantic import ValidationError
 
 from app.registry.review import review
@@ -16,6 +16,8 @@ from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedReq
 from gradient_blueprints.models import Blueprint, Warning_
 
 _MOST_PLACES = 100
+_SUSPICIOUS = re.compile(rb"[:,\[]-?\d(?:\d{15}|[\d.]*e\+)")
+"""In canonical bytes, what may be an integer beyond 2^53: worth the walk that points to it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ def parse_csv(body: bytes) -> Document:
 
 def from_blueprint(blueprint: Blueprint) -> Document:
     plain = blueprint.to_dict()
-    if faults := list(_unstorable(plain, "")):
-        raise InvalidDocument("The document holds values that cannot be kept.", errors=faults[:_MOST_PLACES])
     try:
         body = canonical_bytes(plain)
-    except rfc8785.CanonicalizationError as error:
+    except ValueError as error:
+        _refuse_unstorable(plain)
         raise InvalidDocument(f"The document has no canonical form: {error}.") from None
+    if _SUSPICIOUS.search(body) or b"\\u0000" in body:
+        _refuse_unstorable(plain)
     return Document(blueprint=blueprint, body=body, digest=digest_of(body), warnings=review(blueprint))
 
 
@@ -81,6 +84,11 @@ def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
 
 def _escaped(part: str | int) -> str:
     return str(part).replace("~", "~0").replace("/", "~1")
+
+
+def _refuse_unstorable(plain: dict[str, Any]) -> None:
+    if faults := list(_unstorable(plain, "")):
+        raise InvalidDocument("The document holds values that cannot be kept.", errors=faults[:_MOST_PLACES])
 
 
 def _unstorable(value: Any, pointer: str) -> Iterator[ErrorPlace]:
