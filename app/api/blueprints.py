@@ -25,6 +25,7 @@ from app.api.problems import documented
 from app.api.representations import CSV, JSON, Cached, DocumentCache, Representation
 from app.registry import aliases, blueprints, documents
 from app.registry.blueprints import Found
+from app.registry.current import CurrentVersions, Name
 from app.registry.documents import Document
 from app.registry.idempotency import IdempotentRequest
 from gradient_blueprints import models
@@ -103,7 +104,15 @@ async def fetch_blueprint(
 ) -> Response:
     """The owner's newest version that is not yanked, unless `lab` or `version` asks otherwise."""
     found = await blueprints.resolve(session, model_id, checkpoint, lab=lab, version=version, nearest=nearest)
-    return await _respond(request, session, found, cache_control=representations.REVALIDATE, nearest=nearest)
+    current: CurrentVersions = request.app.state.newest_of_owner
+    return await _respond(
+        request,
+        session,
+        found,
+        cache_control=representations.REVALIDATE,
+        nearest=nearest,
+        named=(current, (model_id, checkpoint)),
+    )
 
 
 @router.get("/v1/blueprints/{digest}", response_class=Response, responses=_DOCUMENT | documented(404, 406))
@@ -125,11 +134,20 @@ async def fetch_by_alias(
 ) -> Response:
     """The version that the alias points to now."""
     found = await aliases.resolve_alias(session, model_id, name)
-    return await _respond(request, session, found, cache_control=representations.REVALIDATE)
+    current: CurrentVersions = request.app.state.aliased
+    return await _respond(
+        request, session, found, cache_control=representations.REVALIDATE, named=(current, (model_id, name))
+    )
 
 
 async def _respond(
-    request: Request, session: AsyncSession, found: Found, *, cache_control: str, nearest: bool = False
+    request: Request,
+    session: AsyncSession,
+    found: Found,
+    *,
+    cache_control: str,
+    nearest: bool = False,
+    named: tuple[CurrentVersions, Name] | None = None,
 ) -> Response:
     cache: DocumentCache = request.app.state.documents
     representation = representations.negotiate(request, found.size)
@@ -140,10 +158,12 @@ async def _respond(
     header = representations.headers(
         found, representation, entry.warnings, cache_control=cache_control, nearest=nearest
     )
+    response = representations.respond(entry.body, representation, header)
+    request.app.state.ready_answers.keep(request, found, representation, dict(response.headers), named)
     if representations.is_unchanged(request, found, representation):
         header.pop("Content-Encoding", None)
         return Response(status_code=304, headers=header)
-    return representations.respond(entry.body, representation, header)
+    return response
 
 
 async def _represent(

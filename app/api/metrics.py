@@ -43,6 +43,7 @@ class Metrics:
             ("found",),
             registry=self.registry,
         )
+        self.documents_found = self.documents.labels("yes")
         self._jobs = Gauge(
             "blueprints_jobs", "Jobs by state, of the whole registry.", ("state",), registry=self.registry
         )

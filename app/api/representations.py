@@ -109,13 +109,17 @@ def _quality(qualities: dict[str, float], offer: str) -> float:
     return _UNSAID_IDENTITY if offer == "identity" else 0.0
 
 
-def is_unchanged(request: Request, found: Found, representation: Representation) -> bool:
-    """Whether If-None-Match names these bytes, in this or another compression of the same media type."""
-    same = {
+def same_content_tags(found: Found, representation: Representation) -> frozenset[str]:
+    """The ETags of these bytes, in this or another compression of the same media type."""
+    return frozenset(
         f'"{found.digest_text}{Representation(representation.media_type, encoding).tag_suffix}"'
         for encoding in ("identity", *_ENCODINGS)
-    }
-    return names_one_of(request, same)
+    )
+
+
+def is_unchanged(request: Request, found: Found, representation: Representation) -> bool:
+    """Whether If-None-Match names these bytes, in this or another compression of the same media type."""
+    return names_one_of(request, same_content_tags(found, representation))
 
 
 def names_one_of(request: Request, tags: Collection[str]) -> bool:
