@@ -39,7 +39,10 @@ from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
 from app.web import account, admin, assets
+from app.web import blueprints as blueprint_pages
 from app.web import catalog as catalog_pages
+from app.web import comparison as comparison_pages
+from app.web import consensus as consensus_pages
 from app.web import errors as error_pages
 from app.web import jobs as job_pages
 from gradient_blueprints.models import Blueprint, Scope
@@ -60,6 +63,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     administration.router,
     catalog.router,  # last of the API: `/v1/models/{model_id}` matches whatever the others did not
     assets.router,
+    blueprint_pages.router,
+    comparison_pages.router,
+    consensus_pages.router,
     catalog_pages.router,
     account.router,
     admin.router,

@@ -27,7 +27,7 @@ from gradient_blueprints import models
 
 router = APIRouter(tags=["models"])
 
-_SIDE = Query(pattern=r"^[0-9.eE+-]{1,20}(@[1-9][0-9]{0,8})?$", description="CHECKPOINT or CHECKPOINT@VERSION")
+SIDE = Query(pattern=r"^[0-9.eE+-]{1,20}(@[1-9][0-9]{0,8})?$", description="CHECKPOINT or CHECKPOINT@VERSION")
 
 
 @router.get("/v1/models", response_model_exclude_none=True, responses=documented())
@@ -120,19 +120,20 @@ async def compare_blueprints(
     session: Session,
     reader: Reader,
     model_id: str,
-    base: Annotated[str, _SIDE],
-    other: Annotated[str, _SIDE],
+    base: Annotated[str, SIDE],
+    other: Annotated[str, SIDE],
     lab: LabQuery = None,
     top: Annotated[int | None, Query(ge=1, le=models.MAX_LAYERS)] = None,
 ) -> Response:
     """What changed from `base` to `other`."""
-    sides = (_side(base, "/query/base"), _side(other, "/query/other"))
+    sides = (side_of(base, "/query/base"), side_of(other, "/query/other"))
     found = await comparison.compare(session, model_id, *sides, lab=lab, top=top)
     body = await anyio.to_thread.run_sync(lambda: found.model_dump_json(exclude_none=True))
     return Response(body, media_type="application/json")
 
 
-def _side(text: str, pointer: str) -> tuple[Decimal, int | None]:
+def side_of(text: str, pointer: str) -> tuple[Decimal, int | None]:
+    """The checkpoint and version that `0.8@3` names; without a version the newest."""
     checkpoint, _, number = text.partition("@")
     return checkpoint_of(checkpoint, pointer), int(number) if number else None
 

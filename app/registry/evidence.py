@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import date
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Numeric, cast, select, text
+from sqlalchemy import Date, Numeric, cast, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import audit, catalog, jobs, paging, tables
+from app.registry import audit, catalog, jobs, paging, tables, webhooks
 from app.registry.blueprints import Found, digest_bytes, version_path
 from app.registry.callers import Caller
 from gradient_blueprints.errors import CheckpointNotFound, JobNotFound
@@ -24,6 +26,7 @@ from gradient_blueprints.statistics_models import (
     StalenessEvent,
     Verdict,
 )
+from gradient_blueprints.webhook_models import WebhookEvent
 
 WINDOW_DAYS = 90
 """Days for which a verdict counts."""
@@ -138,6 +141,17 @@ async def _watch_limit(
     )
     place = version_path(found.model_id, found.checkpoint, found.version)
     await audit.record(session, caller, f"staleness.{kind}", place, domain=domain, stale_share=share, users=row.users)
+    if over:
+        told = {
+            "training_checkpoint": float(found.checkpoint),
+            "version": found.version,
+            "digest": found.digest_text,
+            "lab": found.lab,
+            "domain": domain,
+            "stale_share": share,
+            "users": row.users,
+        }
+        await webhooks.announce(session, WebhookEvent.EVIDENCE_STALE, found.model_id, told)
 
 
 def _share(row: Any) -> float:
@@ -251,6 +265,33 @@ async def summarize(session: AsyncSession, model_id: str) -> EvidenceSummary:
             for event, fraction, digest in events
         ),
     )
+
+
+@dataclass(frozen=True)
+class Week:
+    """The kept checks of one week, by verdict."""
+
+    monday: date
+    fresh: int
+    stale: int
+    indeterminate: int
+
+
+async def count_by_week(session: AsyncSession, model_id: str, *, weeks: int) -> list[Week]:
+    """The last `weeks` weeks that have checks of any blueprint of the model, oldest first."""
+    monday = cast(func.date_trunc("week", tables.Evidence.day), Date)
+    counts = [func.count().filter(tables.Evidence.verdict == verdict).label(verdict) for verdict in Verdict]
+    query = (
+        select(monday.label("monday"), *counts)
+        .join(tables.Checkpoint, tables.Checkpoint.id == tables.Evidence.checkpoint_id)
+        .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+        .where(tables.Model.name == model_id)
+        .group_by(monday)
+        .order_by(monday.desc())
+        .limit(weeks)
+    )
+    rows = (await session.execute(query)).all()
+    return [Week(row.monday, row.fresh, row.stale, row.indeterminate) for row in reversed(rows)]
 
 
 # --- acting on it

@@ -66,7 +66,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, count=count, percent=percent, size=size, day=day, moment=moment, checkpoint=format_checkpoint
+        number=number,
+        count=count,
+        percent=percent,
+        size=size,
+        day=day,
+        moment=moment,
+        checkpoint=format_checkpoint,
+        plain=plain,
+        exponential=math.exp,
     )
     environment.filters.update(second=second, duration=duration)
     environment.globals.update(asset=assets.address, model_path=model_path, version_path=version_path, with_query=query)
@@ -149,6 +157,31 @@ def size(value: int) -> str:
             return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.1f} {unit}"
         scaled /= 1024
     return f"{scaled:.1f} TiB"
+
+
+def plain(value: object) -> str:
+    """Any JSON value in words.
+
+    >>> plain({"bio": 2.77, "legal": {"documents": 3}}), plain(["a", "b"]), plain(1572864)
+    ('bio 2.77, legal (documents 3)', 'a, b', '1,572,864')
+    """
+    match value:
+        case dict():
+            inner = {
+                name: f"({plain(member)})" if isinstance(member, dict) else plain(member)
+                for name, member in value.items()
+            }
+            return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in inner.items())
+        case list() | tuple():
+            return ", ".join(map(plain, value))
+        case bool() | str():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return number(value, 4)
+        case _:
+            return str(value)
 
 
 def day(value: date | datetime | None) -> str:
