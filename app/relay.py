@@ -1,4 +1,4 @@
-"""The relay: hands the outbox to the broker, and sweeps up what a lost worker or broker left behind.
+"""The relay: hands the outbox to the broker, messages to webhooks, and sweeps up what a lost worker or broker left.
 
 Any number may run: rows are taken with SKIP LOCKED, and every transition is a conditional update.
 """
@@ -17,8 +17,9 @@ from celery import Celery
 
 from app.database import Sessions, create_engine, create_sessions
 from app.notifications import listen
-from app.registry import idempotency, job_parts, outbox
+from app.registry import idempotency, job_parts, outbox, webhook_deliveries, webhooks
 from app.settings import Settings
+from app.webhook_sender import WebhookSender
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE
 
@@ -63,12 +64,17 @@ def producer(broker_url: str) -> Celery:
     return celery
 
 
+def _waking(awake: asyncio.Event) -> Callable[[str], None]:
+    return lambda _: awake.set()
+
+
 class Relay:
     def __init__(self, settings: Settings, broker_url: str) -> None:
         self._settings = settings
         self._celery = producer(broker_url)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="broker")  # the broker's client blocks
         self._awake = asyncio.Event()
+        self._webhooks_awake = asyncio.Event()
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -77,19 +83,23 @@ class Relay:
             loop.add_signal_handler(number, self._stop)
         engine = create_engine(self._settings)
         sessions = create_sessions(engine)
-        listener = asyncio.create_task(
-            listen(self._settings.database_url, outbox.OUTBOX_CHANNEL, lambda _: self._awake.set())
-        )
+        sender = WebhookSender(self._settings, sessions, self._webhooks_awake)
+        listeners = [
+            asyncio.create_task(listen(self._settings.database_url, channel, _waking(awake)))
+            for channel, awake in ((outbox.OUTBOX_CHANNEL, self._awake), (webhooks.CHANNEL, self._webhooks_awake))
+        ]
         logger.info("relay: running")
         try:
             await asyncio.gather(
                 self._repeat("relay", lambda: self._send(sessions), self._awake, POLL_SECONDS),
                 self._repeat("sweeper", lambda: self._sweep(sessions), None, self._settings.sweep_seconds),
+                self._repeat("webhooks", sender.begin_due, self._webhooks_awake, POLL_SECONDS),
             )
         finally:
-            listener.cancel()
-            with suppress(asyncio.CancelledError):
-                await listener
+            for listener in listeners:
+                listener.cancel()
+            await asyncio.gather(*listeners, return_exceptions=True)
+            await sender.close()
             self._thread.shutdown()
             self._celery.close()
             await engine.dispose()
@@ -98,6 +108,7 @@ class Relay:
     def _stop(self) -> None:
         self._stopping.set()
         self._awake.set()
+        self._webhooks_awake.set()
 
     async def _repeat(
         self, name: str, step: Callable[[], Awaitable[bool]], awake: asyncio.Event | None, pause: float
@@ -144,6 +155,7 @@ class Relay:
             again = await job_parts.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
         async with sessions.begin() as session:
             await idempotency.forget_old(session)
+            await webhook_deliveries.forget_old(session)
         if lost or again:
             logger.info("sweeper: ended %d lost attempts, announced %d parts again", lost, again)
         return max(lost, again) == job_parts.SWEEP_BATCH

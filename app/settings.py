@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import make_url
 
+from gradient_blueprints.addresses import Network, read_network
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.log_lines import LogFormat
 
@@ -81,6 +83,27 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, gt=0, description="workers a job may lose before it is crashed")
     reannounce_seconds: float = Field(60, gt=0, description="time after which a queued job is announced again")
     sweep_seconds: float = Field(5, gt=0, description="pause between two looks for lost leases")
+
+    webhook_networks: Annotated[tuple[Network, ...], NoDecode] = Field(
+        (),
+        description="networks that webhooks may lie in although they are private, such as `10.0.0.0/8`, separated by "
+        "commas; with any, unencrypted http is accepted too",
+    )
+    webhook_retry_seconds: Annotated[tuple[Annotated[float, Field(gt=0)], ...], NoDecode] = Field(
+        (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400),
+        min_length=1,
+        description="pauses after each failed attempt to deliver a message, separated by commas",
+    )
+
+    @field_validator("webhook_networks", mode="before")
+    @classmethod
+    def _read_networks(cls, value: object) -> object:
+        return tuple(map(read_network, filter(None, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("webhook_retry_seconds", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
 
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
     log_requests: bool = Field(True, description="whether every request is logged, or failed ones alone")

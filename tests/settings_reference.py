@@ -33,7 +33,9 @@ def _rows(settings: type[BaseSettings]) -> str:
 
 
 def _shown(default: object) -> str:
-    return "" if default is None or default == () else f"`{default}`"
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default)) or None
+    return "" if default is None else f"`{default}`"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from app.api import (
     runs,
     shard_states,
     staleness,
+    webhooks,
 )
 from app.api.gate import Gate
 from app.api.metrics import Metrics
@@ -61,6 +62,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     layer_selection.router,
     runs.router,
     administration.router,
+    webhooks.router,
     catalog.router,  # last of the API: `/v1/models/{model_id}` matches whatever the others did not
     assets.router,
     blueprint_pages.router,

@@ -8,7 +8,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import audit, paging, tables
+from app.registry import audit, paging, tables, webhooks
 from app.registry.blueprints import Found, resolve
 from app.registry.callers import Caller
 from app.registry.catalog import get_model
@@ -16,6 +16,7 @@ from app.registry.versions import get_version
 from gradient_blueprints import models
 from gradient_blueprints.errors import AliasNotFound, ModelNotFound, PermissionDenied, PreconditionFailed
 from gradient_blueprints.models import parse_checkpoint
+from gradient_blueprints.webhook_models import WebhookEvent
 
 _ALIASES = (
     select(
@@ -103,6 +104,8 @@ async def move_alias(
         await _record_move(session, caller, model.id, name, revision, version.id)
         where = f"{target.training_checkpoint:g}@{target.version}"
         await audit.record(session, caller, "alias.move", f"{model_id}:{name}", to=where, revision=revision)
+        told = {"alias": name, "revision": revision, "digest": version.summary.digest}
+        await webhooks.announce(session, WebhookEvent.ALIAS_MOVED, model_id, told | target.model_dump())
     return await get_alias(session, model_id, name)
 
 
@@ -119,6 +122,8 @@ async def delete_alias(
     await session.execute(delete(tables.Alias).where(tables.Alias.model_id == model.id, tables.Alias.name == name))
     await _record_move(session, caller, model.id, name, revision, None)
     await audit.record(session, caller, "alias.delete", f"{model_id}:{name}", revision=revision)
+    told = {"alias": name, "revision": revision, "digest": None}
+    await webhooks.announce(session, WebhookEvent.ALIAS_MOVED, model_id, told)
 
 
 async def list_moves(

@@ -14,12 +14,13 @@ from sqlalchemy import Row, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import audit, tables
+from app.registry import audit, tables, webhooks
 from app.registry.callers import Caller
 from app.registry.documents import Document
 from gradient_blueprints import models
 from gradient_blueprints.errors import BlueprintNotFound, CheckpointNotFound, MissingBlob, ModelNotFound
 from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkpoint
+from gradient_blueprints.webhook_models import WebhookEvent
 
 ANY_LAB = "*"
 _LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
@@ -84,6 +85,13 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
         )
         place = version_path(blueprint.model_id, blueprint.training_checkpoint, number)
         await audit.record(session, caller, "blueprint.publish", place, digest=document.digest)
+        told = {
+            "training_checkpoint": blueprint.training_checkpoint,
+            "version": number,
+            "digest": document.digest,
+            "lab": caller.lab,
+        }
+        await webhooks.announce(session, WebhookEvent.BLUEPRINT_PUBLISHED, blueprint.model_id, told)
     else:
         number = existing.number
         if existing.yanked is not None:

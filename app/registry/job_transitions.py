@@ -16,9 +16,10 @@ from uuid import UUID
 from sqlalchemy import func, insert, null, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import outbox, tables
+from app.registry import outbox, tables, webhooks
 from gradient_blueprints.errors import JobNotFound
 from gradient_blueprints.models import JobState, Progress
+from gradient_blueprints.webhook_models import WebhookEvent
 
 EVENTS_CHANNEL = "job_events"
 HELD = (JobState.RUNNING, JobState.CANCELLING)
@@ -116,6 +117,27 @@ async def move_job(session: AsyncSession, job: LockedJob, state: JobState, *, re
                 move_part(part, JobState.CANCELLED)
     await session.flush()
     await record_event(session, job, reason=reason)
+    if state.terminal:
+        await _announce_end(session, job.row)
+
+
+async def _announce_end(session: AsyncSession, job: tables.Job) -> None:
+    """To the job's lab alone; a job is nobody else's business."""
+    published = (
+        select(tables.Version.number, tables.Document.digest)
+        .join(tables.Document, tables.Document.id == tables.Version.document_id)
+        .where(tables.Version.id == job.version_id)
+    )
+    version = (await session.execute(published)).first()
+    told = {
+        "training_checkpoint": job.request["training_checkpoint"],
+        "job_id": str(job.id),
+        "state": job.state,
+        "reason": job.reason,
+        "version": None if version is None else version.number,
+        "digest": None if version is None else f"sha256:{version.digest.hex()}",
+    }
+    await webhooks.announce(session, WebhookEvent.JOB_FINISHED, job.request["model_id"], told, lab_id=job.lab_id)
 
 
 async def record_event(

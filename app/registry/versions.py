@@ -8,11 +8,12 @@ from sqlalchemy import delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import audit, tables
+from app.registry import audit, tables, webhooks
 from app.registry.blueprints import VERSIONS, VersionRow, resolve, version_path, version_row
 from app.registry.callers import Caller
 from gradient_blueprints import models
 from gradient_blueprints.errors import PermissionDenied
+from gradient_blueprints.webhook_models import WebhookEvent
 
 
 async def get_version(session: AsyncSession, model_id: str, checkpoint: Decimal, number: int) -> VersionRow:
@@ -39,6 +40,8 @@ async def yank_version(
     )
     if written is not None:
         await audit.record(session, caller, "version.yank", version_path(model_id, checkpoint, number), reason=reason)
+        told = version.summary.model_dump(include={"training_checkpoint", "version", "digest", "lab"})
+        await webhooks.announce(session, WebhookEvent.BLUEPRINT_YANKED, model_id, told | {"reason": reason})
     return (await get_version(session, model_id, checkpoint, number)).summary
 
 

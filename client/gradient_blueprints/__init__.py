@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         UnexpectedAnswer,
         UnsupportedMediaType,
         UploadConflict,
+        WebhookNotFound,
     )
     from gradient_blueprints.file_models import CheckpointFile
     from gradient_blueprints.models import (
@@ -115,6 +116,13 @@ if TYPE_CHECKING:
         TableRow,
         Verdict,
     )
+    from gradient_blueprints.webhook_models import (
+        IssuedWebhook,
+        Webhook,
+        WebhookAttempt,
+        WebhookDelivery,
+        WebhookEvent,
+    )
 
 _HOMES = {
     "client": (
@@ -165,6 +173,7 @@ _HOMES = {
         "UnexpectedAnswer",
         "UnsupportedMediaType",
         "UploadConflict",
+        "WebhookNotFound",
     ),
     "file_models": ("CheckpointFile",),
     "models": (
@@ -218,6 +227,13 @@ _HOMES = {
         "TableRow",
         "Verdict",
     ),
+    "webhook_models": (
+        "IssuedWebhook",
+        "Webhook",
+        "WebhookAttempt",
+        "WebhookDelivery",
+        "WebhookEvent",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -259,6 +275,7 @@ __all__ = [
     "InvalidDocument",
     "InvalidRequest",
     "IssuedKey",
+    "IssuedWebhook",
     "Job",
     "JobEvent",
     "JobFinished",
@@ -315,6 +332,11 @@ __all__ = [
     "UploadConflict",
     "Verdict",
     "VersionSummary",
+    "Webhook",
+    "WebhookAttempt",
+    "WebhookDelivery",
+    "WebhookEvent",
+    "WebhookNotFound",
     "WhoAmI",
 ]
 

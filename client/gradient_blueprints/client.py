@@ -14,9 +14,16 @@ from gradient_blueprints.run_methods import RunMethods
 from gradient_blueprints.selection_methods import SelectionMethods
 from gradient_blueprints.statistics_methods import StatisticsMethods
 from gradient_blueprints.transport import Awaiting, Blocking
+from gradient_blueprints.webhook_methods import WebhookMethods
 
 
-class Client(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, RunMethods, Blocking):
+class Methods(
+    RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, RunMethods, WebhookMethods
+):
+    """Everything that a client can be asked, however it sends."""
+
+
+class Client(Methods, Blocking):
     """A registry, for blocking code. Threads may share one; a forked process may go on with its copy.
 
     What is not given comes from BLUEPRINTS_URL, BLUEPRINTS_API_KEY, BLUEPRINTS_CACHE (a folder)
@@ -49,7 +56,7 @@ class Client(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, Select
         self.close()
 
 
-class AsyncClient(RegistryMethods, FileMethods, JobMethods, StatisticsMethods, SelectionMethods, RunMethods, Awaiting):
+class AsyncClient(Methods, Awaiting):
     """A registry, for asyncio. The methods and arguments of `Client`; listings are asynchronous iterators.
 
     async with AsyncClient() as client:

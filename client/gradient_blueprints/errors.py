@@ -7,7 +7,8 @@ BlueprintsError
 │   ├── PermissionDenied        403   the key lacks a scope, or another lab owns the thing
 │   ├── NotFound                404
 │   │   ├── ModelNotFound, CheckpointNotFound, BlueprintNotFound, AliasNotFound
-│   │   └── BlobNotFound, CheckpointFileNotFound, JobNotFound, RunNotFound, LabNotFound, KeyNotFound
+│   │   ├── BlobNotFound, CheckpointFileNotFound, JobNotFound, RunNotFound, LabNotFound, KeyNotFound
+│   │   └── WebhookNotFound
 │   ├── NotAcceptable           406
 │   ├── Conflict                409
 │   │   ├── IdempotencyConflict, AlreadyExists, UploadConflict, LeaseLost, JobFinished
@@ -163,6 +164,10 @@ class LabNotFound(NotFound):
 
 class KeyNotFound(NotFound):
     code, title = "key_not_found", "No such key"
+
+
+class WebhookNotFound(NotFound):
+    code, title = "webhook_not_found", "No such webhook"
 
 
 class MethodNotAllowed(ApiError):

@@ -85,6 +85,11 @@ NEEDS: dict[str, set[Scope]] = {
     "GET /v1/keys": {Scope.ADMIN},
     "POST /v1/keys/{key_id}/revoke": {Scope.ADMIN},
     "GET /v1/audit": {Scope.ADMIN},
+    "POST /v1/webhooks": {Scope.PUBLISH, Scope.PROFILE},
+    "GET /v1/webhooks": {Scope.PUBLISH, Scope.PROFILE},
+    "DELETE /v1/webhooks/{webhook_id}": {Scope.PUBLISH, Scope.PROFILE},
+    "POST /v1/webhooks/{webhook_id}/test": {Scope.PUBLISH, Scope.PROFILE},
+    "GET /v1/webhooks/{webhook_id}/deliveries": {Scope.PUBLISH, Scope.PROFILE},
     "POST /v1/models/{model_id}/checkpoints/{checkpoint}/refresh": {Scope.PROFILE},
     "POST /v1/jobs": {Scope.PROFILE},
     "GET /v1/jobs": set(Scope),
@@ -125,6 +130,7 @@ PATH_VALUES = {
     "path": "config.json",
     "job_id": "00000000-0000-7000-8000-000000000000",
     "run_id": "00000000-0000-7000-8000-000000000000",
+    "webhook_id": "00000000-0000-7000-8000-000000000000",
 }
 
 

@@ -31,21 +31,25 @@ CLI_ONLY = {"typer", "rich", "click"}
 
 CLIENT_METHODS = """
 aggregate_blueprints alias_history cache cancel_job check_staleness claim_job close compare_blueprints
-consensus_blueprints create_key create_lab delete_alias delete_checkpoint_file end_job fetch_blob fetch_blueprint
+consensus_blueprints create_key create_lab create_webhook delete_alias delete_checkpoint_file delete_webhook
+end_job fetch_blob fetch_blueprint
 fetch_by_alias fetch_by_digest fetch_checkpoint_file fetch_factors fetch_shard_state finish_job finish_shard
 get_alias get_job get_model get_run heartbeat_job leaderboard list_aliases list_audit list_checkpoint_files
 list_checkpoints list_evidence list_jobs list_keys list_labs list_models list_points list_runs list_versions
+list_webhook_deliveries list_webhooks
 offline publish_blueprint refresh_blueprint report_run revoke_key select_layers send_run set_alias
-submit_checkpoint summarize_evidence timeout training_courses unyank_version upload_blob upload_checkpoint
+submit_checkpoint summarize_evidence test_webhook timeout training_courses unyank_version upload_blob upload_checkpoint
 upload_checkpoint_file url wait_for_job watch_job whoami yank_version
 """.split()  # noqa: SIM905 - a list to read
 
 MODELS = """
 Advice Alias AliasMove Attachment AuditEntry BlobSummary Blueprint CheckpointFile CheckpointSummary Claim
-Comparison Consensus CostModel Course DataSource Evidence EvidenceSummary HeartbeatAnswer IssuedKey Job
+Comparison Consensus CostModel Course DataSource Evidence EvidenceSummary HeartbeatAnswer IssuedKey
+IssuedWebhook Job
 JobEvent JobOutcome JobPart JobState Key Lab Layer LayerChange LayerKind LayerSelection Leaderboard Level
 LocalSample ModelSummary Noise ProfileOptions Progress Provenance Publication Run RunHandle Scope
-Staleness Statistic TableRow TailFit Verdict VersionSummary WhoAmI
+Staleness Statistic TableRow TailFit Verdict VersionSummary Webhook WebhookAttempt WebhookDelivery WebhookEvent
+WhoAmI
 """.split()  # noqa: SIM905 - a list to read
 
 
