@@ -33,9 +33,11 @@ from app.api.gate import Gate
 from app.api.metrics import Metrics
 from app.api.patience import Patience
 from app.api.rate_limits import RateLimits
+from app.api.ready_answers import FastFetches, ReadyAnswers
 from app.api.representations import DocumentCache
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
+from app.registry.current import ALIASED, NEWEST_OF_OWNER, CurrentVersions
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
@@ -95,11 +97,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.rate_limits = RateLimits(settings)
     app.state.patience = Patience(settings.request_seconds)
     app.state.documents = DocumentCache(settings.document_cache_bytes)
+    app.state.ready_answers = ReadyAnswers()
     app.state.file_store = open_store(settings.checkpoint_location)
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
     error_pages.install(app)
+    if settings.public_reads:
+        app.add_middleware(
+            FastFetches, ready=app.state.ready_answers, documents=app.state.documents, metrics=app.state.metrics
+        )
     app.add_middleware(
         Gate,
         settings=settings,
@@ -119,6 +126,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = create_engine(settings)
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
+    app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
+    app.state.newest_of_owner = CurrentVersions(engine, NEWEST_OF_OWNER)
+    app.state.aliased = CurrentVersions(engine, ALIASED)
     watching = asyncio.create_task(app.state.patience.watch())
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)

@@ -59,7 +59,7 @@ async def identify(
         if "authorization" in request.headers:
             raise Unauthenticated("The Authorization header must read: Bearer KEY.")
         return None
-    async with request.app.state.sessions() as session:
+    async with request.app.state.autocommit_sessions() as session:
         caller = await keys.authenticate(
             session, credentials.credentials, settings.secret, request_id=request.state.request_id
         )
@@ -69,7 +69,6 @@ async def identify(
         if time.monotonic() - used.get(caller.key_id, -_MARK_USED_SECONDS) >= _MARK_USED_SECONDS:
             used[caller.key_id] = time.monotonic()
             await keys.mark_used(session, caller.key_id)
-            await session.commit()
     return caller
 
 

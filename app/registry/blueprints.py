@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import anyio
-from sqlalchemy import Row, bindparam, func, select, update
+from sqlalchemy import Numeric, Row, bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,13 +23,14 @@ from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkp
 from gradient_blueprints.webhook_models import WebhookEvent
 
 ANY_LAB = "*"
-_LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
+LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
 
 
 @dataclass(frozen=True)
 class Found:
     """What a fetch resolves to: which document, and what the registry says of this publication of it."""
 
+    version_id: int
     document_id: int
     digest: bytes
     size: int
@@ -60,29 +61,30 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
     reissued.
     """
     blueprint = document.blueprint
-    model_id = await _ensure_model(session, caller, blueprint.model_id)
-    checkpoint_id = await _ensure_checkpoint(session, model_id, parse_checkpoint(blueprint.training_checkpoint))
-    stored = await _ensure_document(session, checkpoint_id, document)
-    # From here on publishers of this checkpoint follow one another: all that takes long was done before. Not FOR
-    # UPDATE, which would wait for the key-share locks that their documents hold on this row, and they for each other.
-    locked = select(tables.Checkpoint.last_version).where(tables.Checkpoint.id == checkpoint_id)
-    last_version = (await session.execute(locked.with_for_update(key_share=True))).scalar_one()
-    existing = await _version_of(session, checkpoint_id, caller.lab_id, stored)
+    fraction = parse_checkpoint(blueprint.training_checkpoint)
+    asked = {"model_id": blueprint.model_id, "checkpoint": fraction, "digest": digest_bytes(document.digest)}
+    known = (await session.execute(_KNOWN, asked)).one()
+    model_id = known.model_id or await _create_model(session, caller, blueprint.model_id)
+    checkpoint_id = known.checkpoint_id or await _create_checkpoint(session, model_id, fraction)
+    existing = None
+    added = None if known.document_id else await _store_document(session, checkpoint_id, document)
+    stored = added or known.document_id or (await session.execute(_KNOWN, asked)).one().document_id
+    # From here on publishers of this checkpoint follow one another: all that takes long was done before.
+    if added is None:
+        existing = await _version_of(session, checkpoint_id, caller.lab_id, stored)
     warnings = document.warnings
     if existing is None:
-        number = last_version + 1
-        await session.execute(
-            update(tables.Checkpoint).where(tables.Checkpoint.id == checkpoint_id).values(last_version=number)
-        )
-        await session.execute(
-            insert(tables.Version).values(
-                checkpoint_id=checkpoint_id,
-                number=number,
-                lab_id=caller.lab_id,
-                key_id=caller.key_id,
-                document_id=stored,
+        number = (
+            await session.execute(
+                _NEXT_VERSION,
+                {
+                    "checkpoint_id": checkpoint_id,
+                    "lab_id": caller.lab_id,
+                    "key_id": caller.key_id,
+                    "document_id": stored,
+                },
             )
-        )
+        ).scalar_one()
         place = version_path(blueprint.model_id, blueprint.training_checkpoint, number)
         await audit.record(session, caller, "blueprint.publish", place, digest=document.digest)
         told = {
@@ -116,38 +118,57 @@ def yanked_warning(reason: str) -> dict[str, str]:
     return {"code": "yanked", "pointer": "", "detail": f"this version was yanked: {reason}"}
 
 
-async def _ensure_model(session: AsyncSession, caller: Caller, model_id: str) -> int:
+_KNOWN = text("""
+SELECT m.id AS model_id, c.id AS checkpoint_id, d.id AS document_id
+FROM (SELECT) AS asked
+LEFT JOIN models m ON m.name = :model_id
+LEFT JOIN checkpoints c ON c.model_id = m.id AND c.fraction = :checkpoint
+LEFT JOIN documents d ON d.digest = :digest
+""").bindparams(bindparam("checkpoint", type_=Numeric))
+
+_NEXT_VERSION = text("""
+WITH numbered AS (
+    UPDATE checkpoints SET last_version = last_version + 1 WHERE id = :checkpoint_id RETURNING last_version
+)
+INSERT INTO versions (checkpoint_id, number, lab_id, key_id, document_id)
+SELECT :checkpoint_id, last_version, :lab_id, :key_id, :document_id FROM numbered RETURNING number
+""")
+
+
+async def _create_model(session: AsyncSession, caller: Caller, model_id: str) -> int:
     """The model's row; a lab that publishes it first becomes its owner."""
-    query = select(tables.Model.id).where(tables.Model.name == model_id)
-    if (found := await session.scalar(query)) is None:
-        found = await session.scalar(
-            insert(tables.Model)
-            .values(name=model_id, lab_id=caller.lab_id)
-            .on_conflict_do_nothing()
-            .returning(tables.Model.id)
-        )
-        if found is not None:
-            await audit.record(session, caller, "model.create", model_id)
-        else:
-            found = (await session.execute(query)).scalar_one()
-    return found
+    created: int | None = await session.scalar(
+        insert(tables.Model)
+        .values(name=model_id, lab_id=caller.lab_id)
+        .on_conflict_do_nothing()
+        .returning(tables.Model.id)
+    )
+    if created is not None:
+        await audit.record(session, caller, "model.create", model_id)
+        return created
+    return (await session.execute(select(tables.Model.id).where(tables.Model.name == model_id))).scalar_one()
 
 
-async def _ensure_checkpoint(session: AsyncSession, model_id: int, fraction: Decimal) -> int:
+async def _create_checkpoint(session: AsyncSession, model_id: int, fraction: Decimal) -> int:
+    await session.execute(
+        insert(tables.Checkpoint).values(model_id=model_id, fraction=fraction).on_conflict_do_nothing()
+    )
     query = select(tables.Checkpoint.id).where(
         tables.Checkpoint.model_id == model_id, tables.Checkpoint.fraction == fraction
     )
-    if (found := await session.scalar(query)) is None:
-        await session.execute(
-            insert(tables.Checkpoint).values(model_id=model_id, fraction=fraction).on_conflict_do_nothing()
-        )
-        found = (await session.execute(query)).scalar_one()
-    return found
+    return (await session.execute(query)).scalar_one()
 
 
 async def _version_of(
     session: AsyncSession, checkpoint_id: int, lab_id: int, document_id: int
 ) -> Row[int, str | None] | None:
+    """The lab's version of that document, if it has one; the checkpoint's row is locked from here on.
+
+    Not FOR UPDATE, which would wait for the key-share locks that the documents of other publishers hold on this row,
+    and they for each other.
+    """
+    locked = select(tables.Checkpoint.id).where(tables.Checkpoint.id == checkpoint_id)
+    await session.execute(locked.with_for_update(key_share=True))
     query = (
         select(tables.Version.number, tables.Yank.reason.label("yanked"))
         .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
@@ -160,10 +181,8 @@ async def _version_of(
     return (await session.execute(query)).first()
 
 
-async def _ensure_document(session: AsyncSession, checkpoint_id: int, document: Document) -> int:
-    query = select(tables.Document.id).where(tables.Document.digest == digest_bytes(document.digest))
-    if (found := await session.scalar(query)) is not None:
-        return found
+async def _store_document(session: AsyncSession, checkpoint_id: int, document: Document) -> int | None:
+    """None when another transaction stored the same bytes at this moment."""
     blueprint = document.blueprint
     await _check_attachments(session, blueprint)
     document_id: int | None = await session.scalar(
@@ -180,7 +199,7 @@ async def _ensure_document(session: AsyncSession, checkpoint_id: int, document: 
         .returning(tables.Document.id)
     )
     if document_id is None:
-        return (await session.execute(query)).scalar_one()
+        return None
     await _copy_layers(session, document_id, blueprint.layers)
     if blueprint.attachments:
         await session.execute(
@@ -221,12 +240,12 @@ async def _copy_layers(session: AsyncSession, document_id: int, layers: Sequence
     driver = raw.driver_connection
     assert driver is not None
     records = await anyio.to_thread.run_sync(
-        lambda: [_layer_record(document_id, position, layer) for position, layer in enumerate(layers)]
+        lambda: [layer_record(document_id, position, layer) for position, layer in enumerate(layers)]
     )
-    await driver.copy_records_to_table(tables.Layer.__tablename__, columns=_LAYER_COLUMNS, records=records)
+    await driver.copy_records_to_table(tables.Layer.__tablename__, columns=LAYER_COLUMNS, records=records)
 
 
-def _layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[Any, ...]:
+def layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[Any, ...]:
     low, high = layer.gradient_norm_ci or (None, None)
     values = {
         "document_id": document_id,
@@ -237,7 +256,7 @@ def _layer_record(document_id: int, position: int, layer: models.Layer) -> tuple
         "kind": None if layer.kind is None else str(layer.kind),
         "domain_tags": None if layer.domain_tags is None else json.dumps(layer.domain_tags),
     }
-    return tuple(values[name] if name in values else getattr(layer, name) for name in _LAYER_COLUMNS)
+    return tuple(values[name] if name in values else getattr(layer, name) for name in LAYER_COLUMNS)
 
 
 # --- resolving
@@ -245,6 +264,7 @@ def _layer_record(document_id: int, position: int, layer: models.Layer) -> tuple
 
 _FOUND = (
     select(
+        tables.Version.id,
         tables.Version.document_id,
         tables.Document.digest,
         tables.Document.size,
@@ -265,6 +285,7 @@ _FOUND = (
 
 def _found(row: Any, distance: Decimal = Decimal(0)) -> Found:
     return Found(
+        version_id=row.id,
         document_id=row.document_id,
         digest=row.digest,
         size=row.size,
