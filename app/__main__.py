@@ -1,4 +1,4 @@
-"""The command `python -m app`: the service on one machine (`up`), or one of its processes."""
+"""The command `python -m app`: the service on one machine (`up`), one of its processes, or care of its data."""
 
 import argparse
 import os
@@ -29,6 +29,16 @@ def main() -> int:
     commands.add_parser("relay", help="announce jobs to the broker and requeue what lost its worker")
 
     arguments = parser.parse_args()
+    backup = commands.add_parser("backup", help="add a backup to a folder; the registry may serve meanwhile")
+    backup.add_argument("--keep", type=_count, default=30, help="database dumps to keep (default: %(default)s)")
+    restore = commands.add_parser("restore", help="fill an empty database and the store from a backup, then verify")
+    verify = commands.add_parser("verify", help="hash again everything that is kept, and report")
+    for command in (backup, restore, verify):
+        command.add_argument("--data-dir", type=Path, help="what `up` keeps there, running or not")
+    for command in (backup, restore):
+        command.add_argument("folder", type=Path, help="the backup (docs/operating.md)")
+        command.add_argument("--dump", type=Path, help="take this file of `pg_dump --format=custom`")
+
     start_logging(LogFormat(os.environ.get("BLUEPRINTS_LOG_FORMAT", LogFormat.TEXT)))
     # Each command loads what it needs and no more, so that a supervisor stays small beside what it watches.
     match arguments.command:
@@ -56,6 +66,10 @@ def main() -> int:
             run_relay(read_settings())
     return 0
 
+        case "backup" | "restore" | "verify":
+            from app.maintenance import run as run_maintenance
+
+            return run_maintenance(arguments)
 
 def _serve(host: str, port: int, descriptor: int | None) -> int:
     import uvicorn
@@ -81,6 +95,12 @@ def _serve(host: str, port: int, descriptor: int | None) -> int:
 
 def run() -> int:
     """What cannot be configured is said without a traceback, which would tell the settings."""
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
     try:
         return main()
     except ConfigurationError as error:

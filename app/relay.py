@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from uuid import UUID
 
+import anyio
 from celery import Celery
 
 from app.database import Sessions, create_engine, create_sessions
@@ -31,6 +33,8 @@ LONGEST_PAUSE = 15.0
 BROKER_TIMEOUT = 5.0
 
 
+BEAT_SECONDS = 5.0
+STUCK_SECONDS = 120.0  # well above what any step may take: statements and calls of the broker have their own limits
 def main(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; what was begun is finished or rolled back first."""
     if settings.broker_url is None:
@@ -78,6 +82,7 @@ class Relay:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
+        self._begun: dict[str, float] = {}  # when each part began its last step
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -96,6 +101,7 @@ class Relay:
                 self._repeat("webhooks", sender.begin_due, self._webhooks_awake, POLL_SECONDS),
             )
         finally:
+                self._beat(),
             for listener in listeners:
                 listener.cancel()
             await asyncio.gather(*listeners, return_exceptions=True)
@@ -118,6 +124,7 @@ class Relay:
         while not self._stopping.is_set():
             if awake is not None:
                 awake.clear()
+            self._begun[name] = time.monotonic()
             try:
                 more = await step()
             except Exception as error:  # the database or the broker is away: any error is one to outlive
@@ -134,6 +141,15 @@ class Relay:
 
     async def _rest(self, awake: asyncio.Event | None, seconds: float) -> None:
         with suppress(TimeoutError):
+    async def _beat(self) -> None:
+        """Touch the heartbeat while no part is stuck in a step. One that fails and tries again is not stuck."""
+        if (file := self._settings.heartbeat) is None:
+            return
+        while not self._stopping.is_set():
+            if time.monotonic() - min(self._begun.values()) < STUCK_SECONDS:
+                await anyio.Path(file).touch()
+            await self._rest(None, BEAT_SECONDS)
+
             await asyncio.wait_for((awake or self._stopping).wait(), seconds)
 
     async def _send(self, sessions: Sessions) -> bool:

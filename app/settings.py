@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
+    heartbeat: Path | None = Field(
+        None, description="file that the relay touches every few seconds while all its parts go on, for health checks"
+    )
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
     log_requests: bool = Field(True, description="whether every request is logged, or failed ones alone")
 

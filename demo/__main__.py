@@ -19,7 +19,7 @@ os.environ |= {
 }
 
 from demo.models import WheelMissing
-from demo.service import ServiceFailed
+from demo.service import Service, ServiceFailed
 from demo.story import FULL, SHORT, play
 
 HERE = Path(__file__).resolve().parent
@@ -30,11 +30,15 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for models, texts and data")
     parser.add_argument("--report", type=Path, default=HERE / "report.html", help="the page to write")
     parser.add_argument("--short", action="store_true", help="only a tiny GPT and few steps: under a minute")
+    parser.add_argument("--url", help="a registry that runs already, with its admin key in BLUEPRINTS_API_KEY")
     arguments = parser.parse_args()
+    elsewhere = None
+    if arguments.url is not None:
+        elsewhere = Service(arguments.url, os.environ["BLUEPRINTS_API_KEY"], here=False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell lets its background jobs ignore the first
         signal.signal(number, _interrupt)
     try:
-        play(arguments.work.resolve(), arguments.report.resolve(), SHORT if arguments.short else FULL)
+        play(arguments.work.resolve(), arguments.report.resolve(), SHORT if arguments.short else FULL, elsewhere)
     except KeyboardInterrupt:
         print("\ninterrupted; everything that was started is stopped", file=sys.stderr)
         return 130

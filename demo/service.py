@@ -29,6 +29,8 @@ class ServiceFailed(Exception):
 class Service:
     url: str
     admin_key: str
+    here: bool = True
+    """Whether its workers read our files; else they are uploaded."""
 
 
 @contextmanager

@@ -123,8 +123,8 @@ SHORT = Scale(
 )
 
 
-def play(work: Path, report_path: Path, scale: Scale) -> Findings:
-    """Play all five acts and write the report; whatever happens, the service is stopped."""
+def play(work: Path, report_path: Path, scale: Scale, elsewhere: service.Service | None = None) -> Findings:
+    """Play all five acts and write the report; `elsewhere` is a service that runs already, else one is started."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     work.mkdir(parents=True, exist_ok=True)
@@ -133,13 +133,13 @@ def play(work: Path, report_path: Path, scale: Scale) -> Findings:
     with contextlib.ExitStack() as stack:
         screen.act("The registry starts")
         shared = max(1, CORES // 2)
-        running = stack.enter_context(service.running(work, threads=shared))
-        screen.good(f"Postgres, Valkey, API, relay and one worker run; {running.url}/docs")
+        running = elsewhere or stack.enter_context(service.running(work, threads=shared))
+        screen.good(f"Postgres, Valkey, API, relay and workers run; {running.url}/docs")
         clients = {name: stack.enter_context(client) for name, client in _clients(running, work / "cache").items()}
         screen.good(f"labs {', '.join(clients)} with a key each")
         corpora = {name: texts.DOMAINS[name]() for name in ("english", "code", "legal")}
         torch.set_num_threads(shared)
-        _labs_publish(screen, clients[LAB], work, corpora, scale, found)
+        _labs_publish(screen, clients[LAB], work, corpora, scale, found, upload=not running.here)
         torch.set_num_threads(CORES)
         _second_lab_publishes(screen, clients[SECOND_LAB], work, corpora, scale, found)
         _adapter_adapts(screen, clients[ADAPTER], work, corpora, scale, found)
@@ -147,7 +147,8 @@ def play(work: Path, report_path: Path, scale: Scale) -> Findings:
         screen.act("5  The report")
         report.write(report_path, found)
         screen.good(f"{report_path} ({report_path.stat().st_size / 1e3:.0f} kB, opens anywhere)")
-    screen.good(f"everything that was started is stopped; {screen.elapsed()} in all")
+    stopped = "the service goes on" if elsewhere else "everything that was started is stopped"
+    screen.good(f"{stopped}; {screen.elapsed()} in all")
     return found
 
 
@@ -164,21 +165,33 @@ def _clients(running: service.Service, cache: Path) -> dict[str, Client]:
 
 
 def _labs_publish(
-    screen: Screen, client: Client, work: Path, corpora: dict[str, texts.Domain], scale: Scale, found: Findings
+    screen: Screen,
+    client: Client,
+    work: Path,
+    corpora: dict[str, texts.Domain],
+    scale: Scale,
+    found: Findings,
+    *,
+    upload: bool,
 ) -> None:
     screen.act("1  A lab submits checkpoints")
-    data = {"general": corpora["english"], "code": corpora["code"]}
-    files = {name: _write(work / f"validation-{name}.txt", domain.validation) for name, domain in data.items()}
-    for name, domain in data.items():
+    domains = {"general": corpora["english"], "code": corpora["code"]}
+    files = {name: _write(work / f"validation-{name}.txt", domain.validation) for name, domain in domains.items()}
+    for name, domain in domains.items():
         screen.note(f"validation text {name!r}: {domain.source}, {len(domain.validation) / 1e3:,.0f} kB")
     jobs: list[Job] = []
     with screen.bars() as bars:
         watchers: list[threading.Thread] = []
 
         def submit(checkpoint: Checkpoint, options: dict[str, Any], notes: str) -> None:
-            job = client.submit_checkpoint(
-                checkpoint.model_id, checkpoint.fraction, source=checkpoint.folder, data=files, notes=notes, **options
-            )
+            subject = checkpoint.model_id, checkpoint.fraction
+            source: Path | str = checkpoint.folder
+            data: dict[str, Path | str] = dict(files)
+            if upload:
+                client.upload_checkpoint(checkpoint.folder, *subject)
+                uploaded = {name: client.upload_checkpoint_file(file, *subject).path for name, file in files.items()}
+                source, data = "store", {name: f"store:{path}" for name, path in uploaded.items()}
+            job = client.submit_checkpoint(*subject, source=source, data=data, notes=notes, **options)
             jobs.append(job)
             bars.console.print(
                 f"  {checkpoint.model_id} at {checkpoint.fraction:g} is saved and submitted: job {job.id}"

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Fill a composed registry that holds nothing yet from a backup: deploy/restore.sh FOLDER [DUMP]
+# The newest dump unless one is named. Afterwards: docker compose up -d
+set -eu
+[ $# -ge 1 ] || { sed -n '2,3p' "$0" >&2; exit 2; }
+compose=${COMPOSE:-docker compose}
+folder=$(cd "$1" && pwd)
+dump=${2:-$(ls "$folder"/database/*Z.dump | sort | tail -n 1)}
+dump=$(cd "$(dirname "$dump")" && pwd)/$(basename "$dump")
+cd "$(dirname "$0")/.."
+
+[ -d secrets ] || { cp -Rp "$folder/secrets" . && mkdir -p sources && echo 'secrets/ is the one of the backup'; }
+$compose up -d postgres
+until $compose exec -T postgres pg_isready --quiet --username=blueprints --host=127.0.0.1; do sleep 1; done
+echo "database from $dump"
+$compose exec -T postgres pg_restore --username=blueprints --dbname=blueprints --single-transaction --exit-on-error \
+    --no-owner --no-privileges <"$dump"
+for part in blobs checkpoints; do
+    if [ -d "$folder/$part" ]; then
+        tar -C "$folder" -cf - "$part" | $compose run --rm --no-deps -T api tar -C /data/store -xf -
+    fi
+done
+$compose run --rm --no-deps -T migrate
+$compose run --rm --no-deps -T api python -m app verify
