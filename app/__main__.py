@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.log_lines import LogFormat, start_logging
+from gradient_blueprints.tracing import start_tracing
 
 
 def main() -> int:
@@ -28,7 +29,6 @@ def main() -> int:
     commands.add_parser("migrate", help="bring the database's schema up to date")
     commands.add_parser("relay", help="announce jobs to the broker and requeue what lost its worker")
 
-    arguments = parser.parse_args()
     backup = commands.add_parser("backup", help="add a backup to a folder; the registry may serve meanwhile")
     backup.add_argument("--keep", type=_count, default=30, help="database dumps to keep (default: %(default)s)")
     restore = commands.add_parser("restore", help="fill an empty database and the store from a backup, then verify")
@@ -39,6 +39,7 @@ def main() -> int:
         command.add_argument("folder", type=Path, help="the backup (docs/operating.md)")
         command.add_argument("--dump", type=Path, help="take this file of `pg_dump --format=custom`")
 
+    arguments = parser.parse_args()
     start_logging(LogFormat(os.environ.get("BLUEPRINTS_LOG_FORMAT", LogFormat.TEXT)))
     # Each command loads what it needs and no more, so that a supervisor stays small beside what it watches.
     match arguments.command:
@@ -63,13 +64,14 @@ def main() -> int:
             from app.relay import main as run_relay
             from app.settings import read_settings
 
+            start_tracing("gradient-blueprints-relay", os.environ)
             run_relay(read_settings())
-    return 0
-
         case "backup" | "restore" | "verify":
             from app.maintenance import run as run_maintenance
 
             return run_maintenance(arguments)
+    return 0
+
 
 def _serve(host: str, port: int, descriptor: int | None) -> int:
     import uvicorn
@@ -93,14 +95,14 @@ def _serve(host: str, port: int, descriptor: int | None) -> int:
     return 0 if server.started else 3
 
 
-def run() -> int:
-    """What cannot be configured is said without a traceback, which would tell the settings."""
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
 
 
+def run() -> int:
+    """What cannot be configured is said without a traceback, which would tell the settings."""
     try:
         return main()
     except ConfigurationError as error:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from uuid import UUID
+from functools import partial
 
 import anyio
 from celery import Celery
@@ -20,10 +20,12 @@ from celery import Celery
 from app.database import Sessions, create_engine, create_sessions
 from app.notifications import listen
 from app.registry import idempotency, job_parts, outbox, webhook_deliveries, webhooks
+from app.registry.outbox import Announcement
 from app.settings import Settings
 from app.webhook_sender import WebhookSender
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE
+from gradient_blueprints.tracing import current_traceparent, span
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,10 @@ POLL_SECONDS = 5.0  # a notification wakes the relay at once; this is for the on
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
 BROKER_TIMEOUT = 5.0
-
-
 BEAT_SECONDS = 5.0
 STUCK_SECONDS = 120.0  # well above what any step may take: statements and calls of the broker have their own limits
+
+
 def main(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; what was begun is finished or rolled back first."""
     if settings.broker_url is None:
@@ -80,9 +82,9 @@ class Relay:
         self._awake = asyncio.Event()
         self._webhooks_awake = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._begun: dict[str, float] = {}  # when each part began its last step
 
     async def run(self) -> None:
-        self._begun: dict[str, float] = {}  # when each part began its last step
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -99,9 +101,9 @@ class Relay:
                 self._repeat("relay", lambda: self._send(sessions), self._awake, POLL_SECONDS),
                 self._repeat("sweeper", lambda: self._sweep(sessions), None, self._settings.sweep_seconds),
                 self._repeat("webhooks", sender.begin_due, self._webhooks_awake, POLL_SECONDS),
+                self._beat(),
             )
         finally:
-                self._beat(),
             for listener in listeners:
                 listener.cancel()
             await asyncio.gather(*listeners, return_exceptions=True)
@@ -122,9 +124,9 @@ class Relay:
         """Run `step` until told to stop: again at once while it says there is more, backing off while it fails."""
         failures = 0
         while not self._stopping.is_set():
+            self._begun[name] = time.monotonic()
             if awake is not None:
                 awake.clear()
-            self._begun[name] = time.monotonic()
             try:
                 more = await step()
             except Exception as error:  # the database or the broker is away: any error is one to outlive
@@ -139,8 +141,6 @@ class Relay:
                 if not more:
                     await self._rest(awake, pause)
 
-    async def _rest(self, awake: asyncio.Event | None, seconds: float) -> None:
-        with suppress(TimeoutError):
     async def _beat(self) -> None:
         """Touch the heartbeat while no part is stuck in a step. One that fails and tries again is not stuck."""
         if (file := self._settings.heartbeat) is None:
@@ -150,6 +150,8 @@ class Relay:
                 await anyio.Path(file).touch()
             await self._rest(None, BEAT_SECONDS)
 
+    async def _rest(self, awake: asyncio.Event | None, seconds: float) -> None:
+        with suppress(TimeoutError):
             await asyncio.wait_for((awake or self._stopping).wait(), seconds)
 
     async def _send(self, sessions: Sessions) -> bool:
@@ -159,10 +161,18 @@ class Relay:
             raise failure
         return sent == outbox.BATCH
 
-    async def _publish(self, task: str, job_id: UUID) -> None:
-        await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: self._celery.send_task(task, [str(job_id)], queue=PROFILE_QUEUE, retry=False)
-        )
+    async def _publish(self, announcement: Announcement) -> None:
+        """The message's headers carry on the request's id and its trace; what is to be done is the job's id alone."""
+        job_id = str(announcement.job_id)
+        attributes = {"messaging.system": "celery", "blueprints.job_id": job_id}
+        with span("announce job", "producer", parent=announcement.trace_parent, attributes=attributes):
+            headers = {"request_id": announcement.request_id, "traceparent": current_traceparent()}
+            send = partial(
+                self._celery.send_task, announcement.task, [job_id], queue=PROFILE_QUEUE, retry=False, headers=headers
+            )
+            await asyncio.get_running_loop().run_in_executor(self._thread, send)
+        fields = {"job_id": job_id, "request_id": announcement.request_id}
+        logger.info("relay: announced a job", extra={"fields": fields})
 
     async def _sweep(self, sessions: Sessions) -> bool:
         async with sessions.begin() as session:

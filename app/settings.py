@@ -12,7 +12,7 @@ from sqlalchemy import make_url
 
 from gradient_blueprints.addresses import Network, read_network
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.log_lines import LogFormat
+from gradient_blueprints.log_lines import LogFormat, hide_secrets, passwords_in
 
 MEBIBYTE = 1 << 20
 
@@ -126,7 +126,10 @@ def read_settings() -> Settings:
         ]
         raise ConfigurationError("\n".join(faults)) from None  # never with the values, secrets among them
     url = make_url(settings.database_url)
-    if settings.database_password is None or url.password is not None:
-        return settings
-    url = url.set(password=settings.database_password.get_secret_value())
-    return settings.model_copy(update={"database_url": url.render_as_string(hide_password=False)})
+    if settings.database_password is not None and url.password is None:
+        url = url.set(password=settings.database_password.get_secret_value())
+        settings = settings.model_copy(update={"database_url": url.render_as_string(hide_password=False)})
+    secrets = (settings.database_password, settings.secret, settings.admin_key, settings.worker_key)
+    hide_secrets(secret.get_secret_value() for secret in secrets if secret is not None)
+    hide_secrets(passwords_in(settings.database_url, settings.broker_url))
+    return settings

@@ -8,13 +8,13 @@ import sys
 
 from pydantic import ValidationError
 
+from gradient_blueprints.log_lines import hide_secrets, passwords_in, start_logging
+from gradient_blueprints.tracing import start_tracing
 from worker.settings import WorkerSettings
 from worker.tasks import ARGUMENTS, create_worker
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         settings = WorkerSettings(_secrets_dir=os.environ.get("BLUEPRINTS_SECRETS_DIR"))
     except ValidationError as invalid:
@@ -22,6 +22,10 @@ def main() -> int:
             name = "BLUEPRINTS_" + "_".join(map(str, fault["loc"])).upper()
             print(f"{name}: {fault['msg']}", file=sys.stderr)
         return 2
+    start_logging(settings.log_format)
+    hide_secrets(key.get_secret_value() for key in (settings.api_key, settings.hub_token) if key is not None)
+    hide_secrets(passwords_in(settings.broker_url))
+    start_tracing("gradient-blueprints-worker", os.environ)
     if not settings.allowed_roots:
         logging.warning("BLUEPRINTS_ALLOWED_ROOTS is not set: every job that names a local path will fail")
     create_worker(settings).worker_main(list(ARGUMENTS))

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from queue import Empty
 from typing import Any, Literal
@@ -96,7 +97,9 @@ class Lease:
         self._over = threading.Event()
         self._every = min(claim.lease_seconds / 3, LONGEST_HEARTBEAT)
         self._client = _client(settings, timeout=max(1.0, claim.lease_seconds / 3))
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._renew,), name="lease", daemon=True
+        )  # with the ids that its lines are about
 
     def __enter__(self) -> Lease:
         self._thread.start()

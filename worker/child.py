@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextvars import copy_context
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
 
+from gradient_blueprints.log_lines import log_again
 from gradient_blueprints.models import NewJob
 
 logger = logging.getLogger(__name__)
@@ -104,8 +106,8 @@ class Child:
         assert self._process.stdout
         assert self._process.stderr
         self._readers = [
-            threading.Thread(target=self._hear, args=(self._process.stdout,), daemon=True),
-            threading.Thread(target=self._log, args=(self._process.stderr,), daemon=True),
+            threading.Thread(target=copy_context().run, args=(self._hear, self._process.stdout), daemon=True),
+            threading.Thread(target=copy_context().run, args=(self._log, self._process.stderr), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -163,6 +165,5 @@ class Child:
 
     def _log(self, stderr: IO[bytes]) -> None:
         for line in stderr:
-            text = line.decode("utf-8", "replace").rstrip()
-            self._errors.append(text.replace("\0", ""))
-            logger.info("[%d] %s", self.pid, text)
+            text = log_again(line.decode("utf-8", "replace").rstrip(), logger, {"process": self.pid})
+            self._errors.extend(text.replace("\0", "").splitlines())

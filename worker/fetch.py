@@ -6,7 +6,6 @@ does that, and has no keys. Sources that lie under an allowed root need no fetch
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from gradient_blueprints import Client
 from gradient_blueprints.cache import Cache
 from gradient_blueprints.errors import NotFound, PermissionDenied
 from gradient_blueprints.file_models import CheckpointFile
+from gradient_blueprints.log_lines import LogFormat, hide_secrets, start_logging
 from gradient_blueprints.models import NewJob, Progress, format_checkpoint
 from worker import buckets, hub
 from worker.child import Fetched, Fetching
@@ -36,8 +36,9 @@ Report = Callable[[Progress], None]
 
 def main() -> int:
     speaker = Speaker()
-    logging.basicConfig(level=logging.INFO)
+    start_logging(LogFormat.JSON)
     fetching = Fetching.model_validate_json(read_specification())
+    hide_secrets((fetching.api_key, fetching.hub_token))
     threading.Thread(target=end_with_parent, args=(fetching.folder,), daemon=True).start()
 
     def report(progress: Progress) -> None:

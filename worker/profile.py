@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gradient_blueprints.log_lines import LogFormat, start_logging
 from gradient_blueprints.models import Attachment, Blueprint, NewJob, Progress, Provenance
 from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.profiling.provenance import environment
@@ -45,7 +46,7 @@ Report = Callable[[Progress], None]
 
 def main() -> int:
     speaker = Speaker()
-    logging.basicConfig(level=logging.INFO)
+    start_logging(LogFormat.JSON)
     specification = Specification.model_validate_json(read_specification())
     threading.Thread(target=end_with_parent, args=(specification.folder,), daemon=True).start()
 

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gradient_blueprints.cache import default_folder
+from gradient_blueprints.log_lines import LogFormat
 
 GIBIBYTE = 1 << 30
 
@@ -47,6 +48,8 @@ class WorkerSettings(BaseSettings):
     heartbeat: Path | None = Field(
         None, description="file that is touched every few seconds while the worker hears the broker, for health checks"
     )
+
+    log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
 
     @field_validator("allowed_buckets", "allowed_hub", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextvars import copy_context
 from typing import Any
 
 from celery import Celery
@@ -11,7 +12,9 @@ from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 
 from gradient_blueprints.errors import Conflict
+from gradient_blueprints.log_lines import add_ids
 from gradient_blueprints.models import MAX_TIME_LIMIT, PROFILE_QUEUE, PROFILE_TASK
+from gradient_blueprints.tracing import span
 from worker.attempts import NotClaimed, work_on
 from worker.heartbeat import keep_heartbeat
 from worker.settings import WorkerSettings
@@ -69,10 +72,18 @@ def create_worker(settings: WorkerSettings) -> Celery:
 
     worker_shutting_down.connect(stop, weak=False)
 
-    @celery.task(name=PROFILE_TASK)  # type: ignore[untyped-decorator] # Celery has no types
-    def profile_checkpoint(job_id: str) -> None:
+    @celery.task(name=PROFILE_TASK, bind=True)  # type: ignore[untyped-decorator] # Celery has no types
+    def profile_checkpoint(task: Any, job_id: str) -> None:
+        def work() -> None:
+            add_ids(job_id=job_id, request_id=task.request.get("request_id"))
+            parent, attributes = task.request.get("traceparent"), {"blueprints.job_id": job_id}
+            with span("work on job", "consumer", parent=parent, attributes=attributes) as opened:
+                if opened is not None:
+                    add_ids(trace_id=f"{opened.get_span_context().trace_id:032x}")
+                work_on(job_id, settings, stopping)
+
         try:
-            work_on(job_id, settings, stopping)
+            copy_context().run(work)  # the thread goes on to other jobs
         except NotClaimed as undone:
             raise Reject(str(undone), requeue=True) from None
         except Conflict as lost:

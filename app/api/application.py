@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -35,6 +36,7 @@ from app.api.patience import Patience
 from app.api.rate_limits import RateLimits
 from app.api.ready_answers import FastFetches, ReadyAnswers
 from app.api.representations import DocumentCache
+from app.api.traced import TracedRequests
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
 from app.registry.current import ALIASED, NEWEST_OF_OWNER, CurrentVersions
@@ -49,6 +51,7 @@ from app.web import consensus as consensus_pages
 from app.web import errors as error_pages
 from app.web import jobs as job_pages
 from gradient_blueprints.models import Blueprint, Scope
+from gradient_blueprints.tracing import is_tracing, start_tracing
 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
@@ -79,6 +82,7 @@ ROUTERS: tuple[APIRouter, ...] = (
 
 def application() -> FastAPI:
     """The entry point of uvicorn's --factory: settings from the environment."""
+    start_tracing("gradient-blueprints-api", os.environ)
     return create_app(read_settings())
 
 
@@ -116,6 +120,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
+    if is_tracing():
+        app.add_middleware(TracedRequests)
     _describe_shared_schemas(app)
     return app
 

@@ -25,7 +25,9 @@ from app.registry.job_transitions import (
     with_parts,
 )
 from gradient_blueprints.errors import InvalidRequest, JobFinished, PermissionDenied
+from gradient_blueprints.log_lines import add_ids
 from gradient_blueprints.models import Job, JobEvent, JobPage, JobPart, JobState, NewJob, Scope
+from gradient_blueprints.tracing import current_traceparent
 
 
 def new_job_id() -> UUID:
@@ -46,7 +48,10 @@ async def submit_job(session: AsyncSession, caller: Caller, new: NewJob, *, max_
         request=new.model_dump(mode="json", exclude_none=True),
         state=JobState.QUEUED,
         max_attempts=max_attempts,
+        request_id=caller.request_id,
+        trace_parent=current_traceparent(),
     )
+    add_ids(job_id=str(job_id))
     session.add(row)
     await session.flush()
     await session.execute(

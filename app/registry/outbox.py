@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import delete, func, insert, select, tuple_, update
@@ -21,21 +22,36 @@ async def announce(session: AsyncSession, job_id: UUID, part: int) -> None:
     await session.execute(select(func.pg_notify(OUTBOX_CHANNEL, "")))
 
 
+@dataclass(frozen=True)
+class Announcement:
+    """What a message says, and where the job comes from."""
+
+    task: str
+    job_id: UUID
+    request_id: str | None
+    trace_parent: str | None
+
+
 async def send_waiting(
-    session: AsyncSession, send: Callable[[str, UUID], Awaitable[None]]
+    session: AsyncSession, send: Callable[[Announcement], Awaitable[None]]
 ) -> tuple[int, Exception | None]:
     """Send a batch of waiting messages, oldest first: how many the broker took, and what stopped it, if anything.
 
     Relays beside each other skip each other's rows. A relay that dies between sending and committing leaves a message
     to be sent twice; the second claim is refused, so that does no harm.
     """
-    oldest = select(tables.OutboxMessage).order_by(tables.OutboxMessage.id).limit(BATCH)
-    waiting = (await session.scalars(oldest.with_for_update(skip_locked=True))).all()
+    oldest = (
+        select(tables.OutboxMessage, tables.Job.request_id, tables.Job.trace_parent)
+        .join(tables.Job, tables.Job.id == tables.OutboxMessage.job_id)
+        .order_by(tables.OutboxMessage.id)
+        .limit(BATCH)
+    )
+    waiting = (await session.execute(oldest.with_for_update(of=tables.OutboxMessage, skip_locked=True))).all()
     sent: list[tables.OutboxMessage] = []
     failure: Exception | None = None
-    for message in waiting:
+    for message, request_id, trace_parent in waiting:
         try:
-            await send(message.task, message.job_id)
+            await send(Announcement(message.task, message.job_id, request_id, trace_parent))
         except Exception as error:  # noqa: BLE001, RUF100 - the broker's client raises what it likes; the caller reports it
             failure = error
             break

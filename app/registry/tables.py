@@ -276,6 +276,8 @@ class Job(Base):
     lease_token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing: rises with each claim of a part
     reason: Mapped[str | None]
     version_id: Mapped[int | None] = mapped_column(ForeignKey("versions.id"))
+    request_id: Mapped[str | None]  # of the request that submitted it
+    trace_parent: Mapped[str | None]  # likewise, as W3C Trace Context writes it
     created_at: Mapped[datetime] = _now()
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

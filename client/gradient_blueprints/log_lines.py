@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
+from urllib.parse import unquote
 
 HIDDEN = "***"
 _SHORTEST_SECRET = 8  # a shorter one would be found in every other line
@@ -41,7 +42,9 @@ def start_logging(form: LogFormat, level: int = logging.INFO) -> None:
 
 def hide_secrets(secrets: Iterable[str | None]) -> None:
     """Write *** for these from now on, wherever they come from: a key that a library names in its error, say."""
-    _secrets.update(secret for secret in secrets if secret is not None and len(secret) >= _SHORTEST_SECRET)
+    for secret in secrets:
+        if secret is not None and len(secret) >= _SHORTEST_SECRET:
+            _secrets.update((secret, _ENCODER.encode(secret)[1:-1], unquote(secret)))
 
 
 def passwords_in(*urls: str | None) -> list[str]:
@@ -52,6 +55,28 @@ def passwords_in(*urls: str | None) -> list[str]:
 def add_ids(**ids: str | None) -> None:
     """Write these beside every line from now on, within this task or thread."""
     _ids.set({**_ids.get(), **{name: value for name, value in ids.items() if value}})
+
+
+def log_again(line: str, logger: logging.Logger, fields: Mapping[str, Any]) -> str:
+    """Log what another process wrote to its stderr, and answer it as text.
+
+    A line of JSON (JsonLines) keeps its level, its logger, its fields and its exception; whatever else a process or a
+    library prints is a message of `logger`.
+    """
+    try:
+        told = json.loads(line)
+        level, name = logging.getLevelNamesMapping()[told.pop("level")], told.pop("logger")
+        message, exception = str(told.pop("message")), str(told.pop("exception", ""))
+        del told["time"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        logger.info("%s", line, extra={"fields": fields})
+        return line
+    again = logging.getLogger(name)
+    if again.isEnabledFor(level):
+        record = again.makeRecord(name, level, "", 0, "%s", (message,), None)
+        record.fields, record.exc_text = {**told, **fields}, exception
+        again.handle(record)
+    return f"{message}\n{exception}"
 
 
 class JsonLines(logging.Formatter):

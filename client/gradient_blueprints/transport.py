@@ -36,6 +36,7 @@ from gradient_blueprints.errors import (
     UnexpectedAnswer,
     error_from_problem,
 )
+from gradient_blueprints.tracing import current_traceparent
 
 if TYPE_CHECKING:
     import httpx2
@@ -363,6 +364,8 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
 
     request = send.request
     headers = dict(request.headers)
+    if (parent := current_traceparent()) is not None:  # the caller's own trace, or that of a worker
+        headers.setdefault("traceparent", parent)
     left = wait = max(0.001, send.deadline - time.monotonic())
     if request.file is not None:
         headers["Content-Length"] = str(request.file.size)
