@@ -8,9 +8,11 @@ from inspect import isawaitable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import RedirectResponse
 
 from app.web.rendering import render
-from gradient_blueprints.errors import PROBLEM_MEDIA_TYPE
+from app.web.session import login_path
+from gradient_blueprints.errors import PROBLEM_MEDIA_TYPE, Unauthenticated
 
 _KEPT = ("retry-after", "allow", "connection", "x-request-id")
 
@@ -31,6 +33,8 @@ def _in_words(handler: Callable[[Request, Any], Any]) -> Callable[[Request, Any]
         answered: Response = await given if isawaitable(given := handler(request, error)) else given
         if answered.headers.get("content-type") != PROBLEM_MEDIA_TYPE or not wants_page(request):
             return answered
+        if answered.status_code == Unauthenticated.status and request.method in ("GET", "HEAD"):
+            return RedirectResponse(login_path(request), 303)
         problem = json.loads(bytes(answered.body))
         headers = {name: answered.headers[name] for name in _KEPT if name in answered.headers}
         return render(request, "error.html", status=answered.status_code, headers=headers, problem=problem)
