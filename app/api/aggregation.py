@@ -102,8 +102,8 @@ async def _rendered(values: AsyncIterator[Consensus] | AsyncIterator[Course]) ->
 async def lines_as_json(lines: AsyncIterator[str], member: str) -> AsyncIterator[str]:
     """One JSON object with the lines in an array."""
     separator = f'{{"{member}":['
-    async for line in lines:
-        yield separator + line
+    async for some in lines:
+        yield separator + some.replace("\n", ",")  # JSON texts hold no line feed themselves
         separator = ","
     yield "]}" if separator == "," else separator + "]}"
 
@@ -154,9 +154,10 @@ async def _written(
     yield out.getvalue()
 
 
-def _table_cells(line: str) -> Iterable[Mapping[str, object]]:
-    row = json.loads(line)
-    return [{name: _cell(row.get(name, False)) for name in _KEYS} | layer_cells(row["layer"])]
+def _table_cells(lines: str) -> Iterable[Mapping[str, object]]:
+    for line in lines.split("\n"):
+        row = json.loads(line)
+        yield {name: _cell(row.get(name, False)) for name in _KEYS} | layer_cells(row["layer"])
 
 
 _CONSENSUS_COLUMNS = [

@@ -1,7 +1,7 @@
 """Many blueprints as one table, as one consensus per checkpoint, or as one course over training.
 
 Selecting, rolling up, centring and ranking happen in SQL; what comes back is read from a server-side cursor, so that
-memory holds one row of the table, or one layer's labs and one checkpoint's layers of a consensus.
+memory holds a few documents of the table, or one layer's labs and one checkpoint's layers of a consensus.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gradient_blueprints.statistics_models import (
     Source,
 )
 
-_ROWS_AT_ONCE = 500
+_DOCUMENTS_AT_ONCE = 4
 _LAYERS_AT_ONCE = 50  # each holds what every lab says
 _MOST_OPEN_COLUMNS = 1_000
 _DIGITS = 12  # the last digits of a logarithm differ between mathematical libraries; these do not
@@ -52,23 +52,37 @@ _SHOWN_MOVERS = 10
 
 # --- the table
 
-_TABLE = f"""
+# A row a document: its lines, put together from the text of its entries, which is never taken apart.
+TABLE = f"""
 WITH {CHOSEN},
 collisions AS (
-    SELECT c.checkpoint_id, l.layer_id
-    FROM chosen c JOIN layers l ON l.document_id = c.document_id
-    GROUP BY c.checkpoint_id, l.layer_id HAVING count(*) > 1
+    SELECT checkpoint_id, jsonb_object_agg(layer_id, true) AS layer_ids
+    FROM (
+        SELECT c.checkpoint_id, l.layer_id
+        FROM chosen c JOIN layers l ON l.document_id = c.document_id
+        WHERE c.checkpoint_id IN (SELECT checkpoint_id FROM chosen GROUP BY checkpoint_id HAVING count(*) > 1)
+        GROUP BY c.checkpoint_id, l.layer_id HAVING count(*) > 1
+    ) repeated
+    GROUP BY checkpoint_id
 )
-SELECT (jsonb_build_object(
-           'model_id', c.model_id, 'training_checkpoint', c.fraction, 'version', c.number, 'lab', c.lab,
-           'digest', 'sha256:' || encode(c.digest, 'hex'), 'layer', layer.entry,
-           'collision', (c.checkpoint_id, layer.entry ->> 'id') IN (SELECT checkpoint_id, layer_id FROM collisions)
-       ) || CASE WHEN c.yanked THEN jsonb_build_object('yanked', true) ELSE jsonb_build_object() END)::text AS line
+SELECT lines.joined AS lines
 FROM chosen c
 JOIN documents d ON d.id = c.document_id
-CROSS JOIN LATERAL jsonb_array_elements(convert_from(d.body, 'UTF8')::jsonb -> 'layers')
-    WITH ORDINALITY AS layer (entry, position)
-ORDER BY c.model_id, c.fraction, c.number, layer.position
+LEFT JOIN collisions x ON x.checkpoint_id = c.checkpoint_id
+CROSS JOIN LATERAL (
+    SELECT '{{' || '"model_id":' || to_json(c.model_id) || ',"training_checkpoint":' || trim_scale(c.fraction)
+        || ',"version":' || c.number || ',"lab":' || to_json(c.lab)
+        || ',"digest":"sha256:' || encode(c.digest, 'hex') || '"'
+        || CASE WHEN c.yanked THEN ',"yanked":' || c.yanked ELSE '' END || ',"layer":' AS head
+) told
+CROSS JOIN LATERAL (
+    SELECT string_agg(
+        told.head || layer.entry || ',"collision":' || coalesce(x.layer_ids ? (layer.entry ->> 'id'), false) || '}}',
+        E'\n' ORDER BY layer.position
+    ) AS joined
+    FROM json_array_elements(convert_from(d.body, 'UTF8')::json -> 'layers') WITH ORDINALITY AS layer (entry, position)
+) lines
+ORDER BY c.model_id, c.fraction, c.number
 """  # noqa: S608 - put together from constants
 
 _OPEN_COLUMNS = f"""
@@ -88,10 +102,13 @@ LIMIT {_MOST_OPEN_COLUMNS + 1}
 
 
 async def table_lines(session: AsyncSession, wanted: Aggregation) -> AsyncIterator[str]:
-    """Rows as JSON text (TableRow), by model, checkpoint and version, the layers in the order of their document."""
-    rows = await session.stream(text(_TABLE), parameters(wanted), execution_options={"yield_per": _ROWS_AT_ONCE})
+    """The rows (TableRow), by model, checkpoint and version, the layers in the order of their document.
+
+    Each value is the lines of one document: JSON texts with a line feed between them, and none within.
+    """
+    rows = await session.stream(text(TABLE), parameters(wanted), execution_options={"yield_per": _DOCUMENTS_AT_ONCE})
     async for row in rows:
-        yield row.line
+        yield row.lines
 
 
 async def open_columns(session: AsyncSession, wanted: Aggregation) -> dict[str, list[str]]:
@@ -170,14 +187,14 @@ centres AS MATERIALIZED (
 )
 """  # noqa: S608 - put together from constants
 
-_CENTRES = f"""
+CENTRES = f"""
 {_RELATIVE}
 SELECT v.lab, v.number, v.digest, c.centre, a.lab_id IS NOT NULL AS able, (SELECT count(*) FROM core) AS core
 FROM voices v LEFT JOIN able a USING (lab_id) LEFT JOIN centres c USING (lab_id)
 ORDER BY v.lab
 """  # noqa: S608 - put together from constants
 
-_LAYERS = f"""
+LAYERS_OF_A_CHECKPOINT = f"""
 {_RELATIVE},
 placed AS (
     SELECT r.layer_id, r.lab_id, r.norm, r.low, r.high, r.kind, r.depth, r.parts, c.centre,
@@ -230,11 +247,11 @@ async def consensuses(session: AsyncSession, wanted: Aggregation) -> AsyncIterat
 
 async def _consensus(session: AsyncSession, wanted: Aggregation, group: Row[Any]) -> Consensus:
     values = parameters(wanted, group.checkpoint_id)
-    voices = (await session.execute(text(_CENTRES), values)).all()
+    voices = (await session.execute(text(CENTRES), values)).all()
     centres = {voice.lab: float(voice.centre) for voice in voices if voice.centre is not None}
     scale = float(np.median(list(centres.values()))) if centres else 0.0
     gathered = _Gathered(scale)
-    rows = await session.stream(text(_LAYERS), values, execution_options={"yield_per": _LAYERS_AT_ONCE})
+    rows = await session.stream(text(LAYERS_OF_A_CHECKPOINT), values, execution_options={"yield_per": _LAYERS_AT_ONCE})
     async for row in rows:
         gathered.add(row)
     return Consensus(
