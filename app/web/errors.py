@@ -33,7 +33,8 @@ def _in_words(handler: Callable[[Request, Any], Any]) -> Callable[[Request, Any]
         answered: Response = await given if isawaitable(given := handler(request, error)) else given
         if answered.headers.get("content-type") != PROBLEM_MEDIA_TYPE or not wants_page(request):
             return answered
-        if answered.status_code == Unauthenticated.status and request.method in ("GET", "HEAD"):
+        is_page = hasattr(request.state, "viewer")  # app.web.session looked for one; elsewhere a login would not help
+        if answered.status_code == Unauthenticated.status and is_page and request.method in ("GET", "HEAD"):
             return RedirectResponse(login_path(request), 303)
         problem = json.loads(bytes(answered.body))
         headers = {name: answered.headers[name] for name in _KEPT if name in answered.headers}
