@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, make and git.
-.PHONY: help install venv torch demo up test browser lint bench evidence torture lock secrets
+.PHONY: help install venv torch demo up test browser lint audit bench evidence torture lock secrets
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -20,7 +20,7 @@ help:
 	@echo 'make up        serve on port $(PORT), data in $(DATA_DIR); or: make up PORT=9000 DATA_DIR=/srv/registry'
 	@echo 'make secrets   the files in secrets/ that docker-compose.yml needs'
 	@echo 'make test      every test, against real servers that it starts itself'
-	@echo 'make lint      ruff, mypy and the import contracts'
+	@echo 'make lint      ruff, mypy, the import contracts and the audit of dependencies'
 	@echo 'make bench     the benchmarks'
 	@echo 'make evidence  what selection is worth: runs what is missing (hours), writes docs/evidence.md'
 	@echo 'make torture   kills, cuts and a full store while clients work, then a check; or: make torture SEED=7 SECONDS=600'
@@ -75,6 +75,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PYTHON) -m tests.dependency_audit
+
+# The pinned dependencies against the published advisories; needs a network, and says so loudly without one.
+audit: $(INSTALLED)
+	$(PYTHON) -m tests.dependency_audit
 
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks
