@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -219,6 +221,26 @@ async def list_runs(
     rows = (await session.execute(query.order_by(tables.Run.id.desc()).limit(limit + 1))).all()
     page, following = paging.split_page(rows, limit, lambda found: (found[0].id,))
     return RunPage(runs=tuple(_as_wire(*found) for found in page), next=following)
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    task: str
+    runs: int
+    finished: int
+    newest: datetime
+
+
+async def list_tasks(session: AsyncSession, *, limit: int) -> list[TaskSummary]:
+    """What there are runs of, the task of the newest run first."""
+    newest = func.max(tables.Run.created_at)
+    rows = await session.execute(
+        select(tables.Run.task, func.count(), func.count(tables.Run.finished_at), newest)
+        .group_by(tables.Run.task)
+        .order_by(newest.desc(), tables.Run.task)
+        .limit(limit)
+    )
+    return [TaskSummary(*row) for row in rows]
 
 
 _DESCRIPTION = (

@@ -61,6 +61,11 @@ READ = {
     "GET /v1/runs/{run_id}/points",
     "GET /v1/runs/{run_id}/model-card",
     "GET /v1/leaderboard",
+    "GET /leaderboard",
+    "GET /leaderboard/plots/{number}.svg",
+    "GET /runs",
+    "GET /runs/{run_id}",
+    "GET /runs/{run_id}/curve.svg",
 }
 NEEDS: dict[str, set[Scope]] = {
     "POST /v1/blueprints": {Scope.PUBLISH},
@@ -120,6 +125,7 @@ PATH_VALUES = {
     "model_id": "tiny",
     "checkpoint": "0.8",
     "version": "1",
+    "number": "0",
     "name": "stable",
     "digest": "sha256:" + "0" * 64,
     "key_id": "999999",
