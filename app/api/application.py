@@ -50,6 +50,8 @@ from app.web import comparison as comparison_pages
 from app.web import consensus as consensus_pages
 from app.web import errors as error_pages
 from app.web import jobs as job_pages
+from app.web import leaderboard as leaderboard_pages
+from app.web import runs as run_pages
 from gradient_blueprints.models import Blueprint, Scope
 from gradient_blueprints.tracing import is_tracing, start_tracing
 
@@ -77,6 +79,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     account.router,
     admin.router,
     job_pages.router,
+    leaderboard_pages.router,
+    run_pages.router,
 )
 
 
