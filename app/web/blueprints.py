@@ -21,6 +21,7 @@ from app.web.drawings import Bar
 from app.web.layer_tables import Column, Order, Ordered, arrange, domain_columns
 from app.web.rendering import render
 from app.web.session import Viewer
+from gradient_blueprints.errors import NotFound
 from gradient_blueprints.models import Blueprint, Layer, format_checkpoint
 
 router = APIRouter(include_in_schema=False)
@@ -150,16 +151,17 @@ def _summary(blueprint: Blueprint) -> dict[str, Any]:
     """What the pictures show, in words and numbers."""
     layers = sorted(blueprint.layers, key=lambda layer: -layer.gradient_norm)
     top = layers[: max(1, len(layers) // 10)]
-    squares = sum(layer.gradient_norm**2 for layer in layers)
+    unit = layers[0].gradient_norm  # squares of the norms themselves may leave float64
+    squares = [(layer.gradient_norm / unit) ** 2 for layer in layers] if unit > 0 else []
     counts = [layer.parameters for layer in layers]
     return {
         "parameters": None if None in counts else sum(count or 0 for count in counts),
         "top": len(top),
-        "top_share": sum(layer.gradient_norm**2 for layer in top) / squares if squares > 0 else None,
+        "top_share": sum(squares[: len(top)]) / sum(squares) if squares else None,
         "largest": layers[0],
         "smallest": layers[-1],
         "intervals": sum(layer.gradient_norm_ci is not None for layer in layers),
-        "has_heatmap": any(layer.kind is not None and layer.depth is not None for layer in layers),
+        "has_heatmap": any(map(_has_cell, layers)),
         "has_retained_mass": any(layer.retained_mass for layer in layers),
         "drawn": min(len(layers), drawings.MOST_POINTS),
     }
@@ -215,14 +217,22 @@ async def draw(
                     drawings.largest(map(_bar, range(len(layers)), layers)), "gradient norm", narrow=narrow
                 )
             case "heatmap.svg":
-                return drawings.draw_heatmap(tuple(map(_bar, range(len(layers)), layers)), narrow=narrow)
+                placed = [(position, layer) for position, layer in enumerate(layers) if _has_cell(layer)]
+                if not placed:
+                    raise NotFound("No layer of this blueprint has both a kind and a depth.")
+                return drawings.draw_heatmap(tuple(_bar(*pair) for pair in placed), narrow=narrow)
             case "retained-mass.svg":
                 curves = tuple((layer.kind, layer.retained_mass) for layer in layers if layer.retained_mass)
+                if not curves:
+                    raise NotFound("No layer of this blueprint says what its largest coordinates retain.")
                 return drawings.draw_retained_mass(curves, narrow=narrow)
 
     return await pictures.answer(drawn, cache_control=representations.immutable(settings))
 
 
+def _has_cell(layer: Layer) -> bool:
+    return layer.kind is not None and layer.depth is not None
+
+
 def _bar(position: int, layer: Layer) -> Bar:
-    low, high = layer.gradient_norm_ci or (None, None)
-    return Bar(layer.kind, layer.depth, position, layer.gradient_norm, low, high)
+    return Bar.of(position, layer, layer.gradient_norm_ci)

@@ -12,6 +12,7 @@ from app.registry.paging import MAX_LIMIT
 from app.web import drawings, pictures
 from app.web.rendering import render
 from app.web.session import Viewer
+from gradient_blueprints.errors import NotFound
 from gradient_blueprints.models import ModelId
 
 router = APIRouter(include_in_schema=False)
@@ -41,6 +42,8 @@ async def draw_evidence(
     """Verdicts by week, and the alarms."""
     told = await evidence.summarize(session, model_id)
     weeks = tuple(await evidence.count_by_week(session, model_id, weeks=_WEEKS_DRAWN))
+    if not weeks:
+        raise NotFound(f"No adapter has let the registry keep a check of {model_id}.")
     alarms = tuple((event.at.date().toordinal(), event.kind) for event in told.events[:_EVENTS_SHOWN])
     return await pictures.answer(
         lambda: drawings.draw_evidence(weeks, alarms, narrow=narrow), cache_control="private, no-cache"

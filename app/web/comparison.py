@@ -65,8 +65,8 @@ def _drawn(found: Comparison, *, narrow: bool) -> bytes:
     both.sort(key=lambda layer: -(layer.base or 0))
     changes: tuple[Change, ...] = tuple(
         (
-            layer.base or 0,
-            layer.other or 0,
+            drawings.drawable(layer.base or 0),
+            drawings.drawable(layer.other or 0),
             "entered" if layer.id in entered else "left" if layer.id in left else "stays",
         )
         for layer in both[: drawings.MOST_POINTS]

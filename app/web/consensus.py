@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from decimal import Decimal
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from app.registry import aggregation, blueprints, catalog
 from app.web import drawings, pictures
 from app.web.drawings import Bar
 from app.web.layer_tables import Column, Ordered, arrange
-from app.web.rendering import render
+from app.web.rendering import exponential, render
 from app.web.session import Viewer
 from gradient_blueprints.models import ModelId
 from gradient_blueprints.statistics_models import AggregateResult, Aggregation, Consensus, ConsensusLayer
@@ -29,11 +29,12 @@ def _interval(layer: ConsensusLayer) -> tuple[float, float] | None:
     """One spread of the labs to either side, on the logarithm."""
     if layer.spread is None or not layer.gradient_norm:
         return None
-    return layer.gradient_norm * math.exp(-layer.spread), layer.gradient_norm * math.exp(layer.spread)
+    factor = exponential(layer.spread)
+    return layer.gradient_norm / factor, min(layer.gradient_norm * factor, sys.float_info.max)
 
 
 def _spread_factor(layer: ConsensusLayer) -> float | None:
-    return None if layer.spread is None else math.exp(layer.spread)
+    return None if layer.spread is None else exponential(layer.spread)
 
 
 _COLUMNS = [
@@ -90,8 +91,7 @@ async def draw_consensus(
 
     def drawn() -> bytes:
         bars = drawings.largest(
-            Bar(layer.kind, layer.depth, position, layer.gradient_norm, *(_interval(layer) or (None, None)))
-            for position, layer in enumerate(consensus.layers)
+            Bar.of(position, layer, _interval(layer)) for position, layer in enumerate(consensus.layers)
         )
         return drawings.draw_norms(bars, "consensus norm", narrow=narrow)
 

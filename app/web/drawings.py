@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from app.registry.evidence import Week
 from app.web.pictures import (
@@ -29,7 +29,8 @@ from app.web.pictures import (
     shades,
     to_svg,
 )
-from gradient_blueprints.models import LayerKind
+from gradient_blueprints.models import Layer, LayerKind
+from gradient_blueprints.statistics_models import ConsensusLayer
 
 MOST_POINTS = 1_500
 """Points of a figure: of a larger document the largest layers are drawn."""
@@ -40,7 +41,7 @@ _KINDS = [*LayerKind, None]
 
 @dataclass(frozen=True)
 class Bar:
-    """One layer: where it stands, its norm, and the interval around it if there is one."""
+    """One layer: where it stands, its norm, and the interval around it if there is one; all drawable."""
 
     kind: str | None
     depth: int | None
@@ -48,6 +49,16 @@ class Bar:
     norm: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def of(cls, position: int, layer: Layer | ConsensusLayer, interval: tuple[float, float] | None) -> Bar:
+        low, high = map(drawable, interval) if interval else (None, None)
+        return cls(layer.kind, layer.depth, position, drawable(layer.gradient_norm), low, high)
+
+
+def drawable(value: float) -> float:
+    """Beyond these bounds the arithmetic of axes leaves float64; the tables have the value as it is."""
+    return min(max(value, 1e-100), 1e100) if value > 0 else 0.0
 
 
 def largest(bars: Iterable[Bar]) -> tuple[Bar, ...]:
@@ -57,7 +68,7 @@ def largest(bars: Iterable[Bar]) -> tuple[Bar, ...]:
 @lru_cache(_REMEMBERED)
 def draw_norms(bars: tuple[Bar, ...], label: str, *, narrow: bool) -> bytes:
     """Norms with their intervals over depth, a marker and a colour for each kind."""
-    figure = empty_figure(NARROW if narrow else WIDE, height=3.1)
+    figure = empty_figure(NARROW if narrow else WIDE, height=3.6)
     axes = figure.subplots()
     places = _places(bars)
     kinds = [kind for kind in _KINDS if any(bar.kind == kind for bar in bars)]
@@ -74,8 +85,8 @@ def draw_norms(bars: tuple[Bar, ...], label: str, *, narrow: bool) -> bytes:
             fmt=kind_marker(kind),
             color=kind_colour(kind),
             markersize=3.4,
-            elinewidth=1,
-            capsize=1.6,
+            elinewidth=1.1,
+            capsize=2,
             label=kind_name(kind),
         )
     _scale(axes, [bar.norm for bar in bars])
@@ -106,8 +117,9 @@ def kind_name(kind: str | None) -> str:
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the values spread far; zeros keep it linear, as a logarithm has no place for them."""
-    if values and min(values) > 0 and max(values) / min(values) >= _LOGARITHMIC_FROM:
+    if values and 0 < min(values) <= max(values) / _LOGARITHMIC_FROM:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if min(values) > max(values) / 1_000 else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -128,7 +140,7 @@ def draw_heatmap(bars: tuple[Bar, ...], *, narrow: bool) -> bytes:
     figure = empty_figure(NARROW if narrow else WIDE, height=0.95 + 0.32 * len(kinds) + (0.45 if narrow else 0))
     axes = figure.subplots()
     positive = grid[grid > 0]
-    spread_far = positive.size and positive.max() / positive.min() >= _LOGARITHMIC_FROM
+    spread_far = positive.size and positive.min() <= positive.max() / _LOGARITHMIC_FROM
     norm = LogNorm(positive.min(), positive.max()) if spread_far else Normalize(0, np.nanmax(grid) or 1)
     mesh = axes.pcolormesh(
         np.arange(depths.start, depths.stop + 1) - 0.5,
@@ -195,22 +207,17 @@ def draw_evidence(weeks: tuple[Week, ...], events: tuple[tuple[float, str], ...]
     axes = figure.subplots()
     days = np.array([week.monday.toordinal() + 3 for week in weeks])
     bottom = np.zeros(len(weeks))
-    for name, colour, hatch in (("fresh", GOOD, ""), ("indeterminate", UNCLEAR, ""), ("stale", BAD, "")):
+    for name, colour in (("fresh", GOOD), ("indeterminate", UNCLEAR), ("stale", BAD)):
         heights = np.array([getattr(week, name) for week in weeks])
-        axes.bar(days, heights, width=5.6, bottom=bottom, color=colour, label=name, hatch=hatch)
+        axes.bar(days, heights, width=5.6, bottom=bottom, color=colour, label=name)
         bottom += heights
     top = float(bottom.max())
     for day, kind in events:
         if days[0] - 7 <= day <= days[-1] + 7:
             axes.axvline(day, color=INK, linewidth=1, linestyle="--" if kind == "raised" else ":")
-            axes.annotate(
-                f" {kind}",
-                (day, top * 1.12),
-                color=INK,
-                fontsize=8,
-                ha="left" if day < days[-1] else "right",
-                va="center",
-            )
+            if not narrow:
+                side = "left" if day < days[-1] else "right"
+                axes.annotate(f" {kind} ", (day, top * 1.12), color=INK, fontsize=8, ha=side, va="center")
     axes.set_ylim(0, top * 1.22)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     step = max(1, len(weeks) // (4 if narrow else 8))

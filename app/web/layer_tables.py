@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Query
 
 ROWS_ON_A_PAGE = 250
+INTERVAL_WIDTH = 180
 _DIGITS = re.compile(r"(\d+)")
 Interval = tuple[float, float]
 
@@ -52,7 +53,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to 0…100, logarithmic when they allow it."""
+    """From values to pixels of the drawn intervals, logarithmic where the values spread far."""
 
     low: float
     high: float
@@ -62,7 +63,8 @@ class Scale:
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(max(value, self.low))
-        return round(2 + 96 * (value - low) / (high - low), 1) if high > low else 50.0
+        share = (value - low) / (high - low) if high > low else 0.5
+        return round(3 + (INTERVAL_WIDTH - 6) * share, 1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _scale(column: Column, rows: Iterable[Any]) -> Scale | None:
     values = [value for value in values if value > 0]
     if not values:
         return None
-    return Scale(min(values), max(values), logarithmic=max(values) / min(values) > 20)
+    return Scale(min(values), max(values), logarithmic=min(values) < max(values) / 20)
 
 
 def domain_columns(names: Iterable[str], value: Callable[[Any, str], float | None], *, most: int) -> list[Column]:

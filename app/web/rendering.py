@@ -67,6 +67,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         number=number,
+        signed=signed,
         count=count,
         percent=percent,
         size=size,
@@ -74,7 +75,7 @@ def _environment() -> Environment:
         moment=moment,
         checkpoint=format_checkpoint,
         plain=plain,
-        exponential=math.exp,
+        exponential=exponential,
     )
     environment.filters.update(second=second, duration=duration)
     environment.globals.update(asset=assets.address, model_path=model_path, version_path=version_path, with_query=query)
@@ -125,6 +126,20 @@ def number(value: float | None, digits: int = 3) -> str:
     else:
         text = f"{value:,.{max(0, digits - 1 - exponent)}f}"
     return text.replace("-", "−")
+
+
+def exponential(value: float) -> float:
+    """e^value, at most about the largest float64."""
+    return math.exp(min(value, 709.0))
+
+
+def signed(value: float | None) -> str:
+    """
+    >>> signed(36), signed(-0.01234), signed(0)
+    ('+36', '−0.0123', '0')
+    """
+    text = f"{value:,}".replace("-", "−") if isinstance(value, int) else number(value)
+    return f"+{text}" if value is not None and value > 0 else text
 
 
 def count(value: int | None) -> str:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Response, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Response, sync_playwright
 
 from app.web.rendering import CONTENT_SECURITY_POLICY
+from gradient_blueprints import Client
+from gradient_blueprints.models import Publication
+from tests.conftest import Server, fresh_database, make_settings, serving
 from tests.web import browser as browsers
+from tests.web.seeding import seed
 
 # As root Chromium refuses to start in its sandbox; the rest keeps it from looking for updates.
 _FLAGS = [
@@ -40,6 +47,33 @@ def browser(template_database: str) -> Iterator[Browser]:
         started.close()
 
 
+@pytest.fixture(scope="package")
+def registry(postgres_url: str, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with what tests/web/seeding.py publishes, for all tests of the package: who publishes more, under names
+    of its own."""
+    with fresh_database(postgres_url, template_database) as url:
+        settings = make_settings(url, tmp_path_factory.mktemp("registry"))
+        with serving(settings) as server:
+            seed(server, blocks=8)
+            yield server
+
+
+@pytest.fixture
+def publish(registry: Server, tmp_path: Path) -> Callable[..., Publication]:
+    """`publish("lab-a", document)`, into the registry that the package shares."""
+
+    def publish_as(lab: str, document: dict[str, Any]) -> Publication:
+        with Client(registry.url, api_key=_key(registry, lab), cache=tmp_path / lab) as client:
+            return client.publish_blueprint(document)
+
+    return publish_as
+
+
+@cache
+def _key(registry: Server, lab: str) -> str:
+    return registry.key(lab)
+
+
 @dataclass
 class Visitor:
     """A page in the browser, and what went wrong in it.
@@ -64,6 +98,10 @@ class Visitor:
         found = Axe().run(self.page)
         assert found.violations_count == 0, found.generate_report()
 
+    def note_failure(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the page was left before its pictures had come
+            self.faults.append(f"failed: {request.url} {request.failure}")
+
     def overflow(self) -> int:
         """By how many CSS pixels the page is wider than its window."""
         width: int = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -87,7 +125,7 @@ def open_visitor(browser: Browser) -> Iterator[Callable[..., Visitor]]:
         page = visitor.page
         page.on("console", lambda message: visitor.faults.append(f"console {message.type}: {message.text}"))
         page.on("pageerror", lambda error: visitor.faults.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: visitor.faults.append(f"failed: {request.url} {request.failure}"))
+        page.on("requestfailed", lambda request: visitor.note_failure(request))
         page.on(
             "request", lambda request: visitor.faults.append(request.url) if not request.url.startswith(url) else None
         )

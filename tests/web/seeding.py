@@ -13,8 +13,6 @@ from tests.conftest import Server, execute
 
 MODEL = "northwind/atlas-1b"
 CHECKPOINTS = (0.2, 0.4, 0.6, 0.8, 1.0)
-DEPTH = 30
-LAYERS = DEPTH * 4 + 2
 PARTS = (
     ("self_attn", "attention", 8_850_000, 0.9),
     ("mlp", "feed_forward", 26_500_000, 1.4),
@@ -24,12 +22,14 @@ PARTS = (
 _SHARES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
-def profile(checkpoint: float, *, seed: int, scale: float = 1.0, noise: float = 0.08) -> dict[str, Any]:
-    """A document of 122 layers with all that a profiler can measure; `seed` and `scale` tell the labs apart."""
+def profile(
+    checkpoint: float, blocks: int = 30, *, seed: int, scale: float = 1.0, noise: float = 0.08
+) -> dict[str, Any]:
+    """Four layers a block and two more, with all that a profiler can measure; `seed` and `scale` tell labs apart."""
     rng = random.Random(seed)
     layers = [_layer("model.embed_tokens", "embedding", None, 98_000_000, 2.1 * scale, rng, noise)]
-    for depth in range(DEPTH):
-        early, late = math.exp(-depth / 5), math.exp((depth - DEPTH) / 4)
+    for depth in range(blocks):
+        early, late = math.exp(-depth / 5), math.exp((depth - blocks) / 4)
         for name, kind, parameters, size in PARTS:
             norm = size * scale * (0.25 + early * (1.4 - checkpoint) + late * checkpoint + 0.15 * math.sin(depth))
             layers.append(_layer(f"model.layers.{depth}.{name}", kind, depth, parameters, norm, rng, noise))
@@ -82,7 +82,7 @@ def _layer(
     }
 
 
-def seed(server: Server) -> None:
+def seed(server: Server, *, blocks: int = 30) -> None:
     """Publish through the SDK, and write the evidence of past days as no client can."""
     with tempfile.TemporaryDirectory() as folder:
 
@@ -91,10 +91,10 @@ def seed(server: Server) -> None:
 
         with client("northwind") as owner, client("blue-harbour") as second, client("tundra.ai") as third:
             for index, checkpoint in enumerate(CHECKPOINTS):
-                owner.publish_blueprint(profile(checkpoint, seed=index))
-            second.publish_blueprint(profile(0.8, seed=50, scale=3.1, noise=0.15))
-            third.publish_blueprint(profile(0.8, seed=51, scale=0.4, noise=0.3))
-            owner.publish_blueprint(profile(0.8, seed=52))
+                owner.publish_blueprint(profile(checkpoint, blocks, seed=index))
+            second.publish_blueprint(profile(0.8, blocks, seed=50, scale=3.1, noise=0.15))
+            third.publish_blueprint(profile(0.8, blocks, seed=51, scale=0.4, noise=0.3))
+            owner.publish_blueprint(profile(0.8, blocks, seed=52))
             owner.yank_version(MODEL, 0.8, 1, reason="profiled with the wrong tokenizer; use version 4")
             owner.set_alias(MODEL, "stable", 0.8, 4)
             owner.set_alias(MODEL, "latest", 1.0, 1)
