@@ -18,8 +18,22 @@ from gradient_blueprints.errors import MalformedRequest
 router = APIRouter(tags=["aliases"])
 _ALIASES = "/v1/models/{model_id:model}/aliases"
 
-IfMatch = Annotated[str | None, Header(alias="If-Match", description='the revision last seen, such as "3"')]
-IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="`*`: only when there is none yet")]
+IfMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-Match",
+        description='the revision last seen, such as "3"',
+        json_schema_extra={"pattern": '^"[1-9][0-9]{0,8}"$'},
+    ),
+]
+IfNoneMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-None-Match",
+        description="`*`: only when there is none yet",
+        json_schema_extra={"pattern": r"^\*$"},
+    ),
+]
 
 
 def _revision(if_match: str | None) -> int | None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import anyio
 from fastapi import APIRouter, FastAPI
@@ -24,6 +23,7 @@ from app.api import (
     jobs,
     layer_selection,
     metrics,
+    openapi,
     problems,
     runs,
     shard_states,
@@ -52,7 +52,7 @@ from app.web import errors as error_pages
 from app.web import jobs as job_pages
 from app.web import leaderboard as leaderboard_pages
 from app.web import runs as run_pages
-from gradient_blueprints.models import Blueprint, Scope
+from gradient_blueprints.models import Scope
 from gradient_blueprints.tracing import is_tracing, start_tracing
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -126,7 +126,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
     if is_tracing():
         app.add_middleware(TracedRequests)
-    _describe_shared_schemas(app)
+    openapi.describe(app, ROUTERS, public_reads=settings.public_reads)
     return app
 
 
@@ -153,21 +153,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         watching.cancel()
         await engine.dispose()
-
-
-def _describe_shared_schemas(app: FastAPI) -> None:
-    """Add to the OpenAPI document the schemas that routes name by reference because they read and write raw bytes."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            schemas = document["components"]["schemas"]
-            for model in (Blueprint, problems.Problem):
-                described = model.model_json_schema(ref_template="#/components/schemas/{model}")
-                for name, definition in described.pop("$defs", {}).items():
-                    schemas.setdefault(name, definition)
-                schemas[model.__name__] = described
-        return app.openapi_schema or {}
-
-    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend its OpenAPI

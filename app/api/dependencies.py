@@ -109,7 +109,15 @@ Uploader = Annotated[Caller, Depends(requires(Scope.PUBLISH, Scope.WORK))]
 Admin = Annotated[Caller, Depends(requires(Scope.ADMIN))]
 
 
-def _checkpoint(checkpoint: Annotated[str, Path(examples=["0.8"], max_length=32)]) -> Decimal:
+_CHECKPOINT_PATH = Path(
+    examples=["0.8"],
+    max_length=32,
+    # As documented; other spellings of the same number, such as 0.80 and 8e-1, are read too.
+    json_schema_extra={"pattern": r"^(1(\.0{1,4})?|0\.[0-9]{0,3}[1-9])$"},
+)
+
+
+def _checkpoint(checkpoint: Annotated[str, _CHECKPOINT_PATH]) -> Decimal:
     return checkpoint_of(checkpoint, "/path/checkpoint")
 
 

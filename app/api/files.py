@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
@@ -30,7 +30,14 @@ from app.registry.file_store import FileStore
 from app.registry.paging import DEFAULT_LIMIT
 from gradient_blueprints.canonical import MAX_SAFE_INTEGER
 from gradient_blueprints.errors import CheckpointFileNotFound, InvalidRequest, MalformedRequest
-from gradient_blueprints.file_models import CheckpointFile, CheckpointFilePage, FilePath
+from gradient_blueprints.file_models import (
+    FILE_PATH_PATTERN,
+    FILE_SUFFIXES,
+    LONGEST_FILE_PATH,
+    CheckpointFile,
+    CheckpointFilePage,
+    FilePath,
+)
 from gradient_blueprints.models import LAB_NAME_PATTERN, Scope
 
 SWEEP_SECONDS = 3_600.0
@@ -91,7 +98,13 @@ _READ: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _file_path(path: str) -> str:
+_FILE_PATH = Path(
+    max_length=LONGEST_FILE_PATH,
+    json_schema_extra={"pattern": f"^{FILE_PATH_PATTERN}({'|'.join(map(re.escape, FILE_SUFFIXES))})$"},
+)
+
+
+def _file_path(path: Annotated[str, _FILE_PATH]) -> str:
     try:
         return _PATHS.validate_python(path)
     except ValidationError as invalid:
@@ -181,7 +194,13 @@ async def upload_file(
     settings: CurrentSettings,
     caller: Writer,
     address: OwnAddress,
-    repr_digest: Annotated[str, Header(description="SHA-256 of the whole file: `sha-256=:BASE64:`")],
+    repr_digest: Annotated[
+        str,
+        Header(
+            description="SHA-256 of the whole file: `sha-256=:BASE64:`",
+            json_schema_extra={"pattern": "^sha-256=:[A-Za-z0-9+/]{43}=:$"},
+        ),
+    ],
     upload_offset: ByteCount = 0,
     upload_length: OptionalByteCount = None,
     content_length: OptionalByteCount = None,
@@ -239,7 +258,13 @@ def _keep(running: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
     task.add_done_callback(ended)
 
 
-@router.head(_FILE, responses=_READ | {204: {"description": "Not complete yet; Upload-Offset says how much is there"}})
+_INSPECTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Complete"},
+    204: {"description": "Not complete yet; Upload-Offset says how much is there"},
+}
+
+
+@router.head(_FILE, response_class=Response, responses=_INSPECTED | documented(404))
 async def inspect_file(session: Session, address: AddressOfAny) -> Response:
     """How much of a file is there: where an upload goes on."""
     file = files.as_wire(await files.find(session, address), address.lab)

@@ -146,7 +146,22 @@ async def _visible(session: Session, caller: AnyKey, job_id: UUID) -> UUID:
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events named `job`, each a JobEvent; comments keep the connection alive",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {
+                        "id": {"type": "string"},
+                        "event": {"const": "job"},
+                        "data": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "contentSchema": {"$ref": "#/components/schemas/JobEvent"},
+                        },
+                    },
+                }
+            }
+        },
     }
 }
 

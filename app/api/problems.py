@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app import database_errors
 from gradient_blueprints.errors import (
@@ -26,6 +28,8 @@ from gradient_blueprints.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 class Place(BaseModel):
@@ -82,13 +86,25 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     """What the framework itself refuses: unknown paths, wrong methods, bodies it cannot read."""
     assert isinstance(error, HTTPException)
     kind = ERRORS_BY_STATUS.get(error.status_code, InternalError)
+    headers = dict(error.headers or {})
     if error.status_code == 404:
         detail = f"There is nothing at {request.url.path}; /v1/openapi.json lists what there is."
     elif error.status_code == 405:
         detail = f"{request.method} is not possible at {request.url.path}."
+        headers["Allow"] = ", ".join(_possible_methods(request))
     else:
         detail = str(error.detail)
-    return render(kind(detail, headers=error.headers), _request_id(request))
+    return render(kind(detail, headers=headers), _request_id(request))
+
+
+def _possible_methods(request: Request) -> Iterator[str]:
+    """Of all routes of the path; the framework tells those of the first one alone."""
+    for method in _METHODS:
+        asked = dict(request.scope) | {"method": method}
+        if any(route.matches(asked)[0] is Match.FULL for route in request.app.router.routes):
+            yield method
+            if method == "GET":
+                yield "HEAD"  # app.api.gate answers it as the GET without its body
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -30,6 +30,11 @@ from gradient_blueprints.run_models import Resource
 
 router = APIRouter(tags=["runs"])
 
+
+class MarkdownResponse(PlainTextResponse):
+    media_type = "text/markdown"
+
+
 AtQuery = Annotated[
     str | None,
     Query(
@@ -107,10 +112,10 @@ async def list_points(
     return with_links(request, response, page)
 
 
-@router.get("/v1/runs/{run_id}/model-card", response_class=PlainTextResponse, responses=documented(404))
-async def get_model_card(session: Session, reader: Reader, run_id: UUID) -> Response:
+@router.get("/v1/runs/{run_id}/model-card", response_class=MarkdownResponse, responses=documented(404))
+async def get_model_card(session: Session, reader: Reader, run_id: UUID) -> MarkdownResponse:
     """What a finished run spent, with `co2_eq_emissions`, to paste into a Hugging Face model card."""
-    return Response(await runs.get_model_card(session, run_id), media_type="text/markdown; charset=utf-8")
+    return MarkdownResponse(await runs.get_model_card(session, run_id))
 
 
 @router.get("/v1/leaderboard", response_model_exclude_none=True, responses=documented())
