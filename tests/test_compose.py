@@ -1,0 +1,53 @@
+"""docker-compose.yml keeps what docs/operating.md promises; that it runs, `python -m deploy.rehearsal` shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.settings import Settings
+from worker.settings import WorkerSettings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+LASTING = sorted(SERVICES.keys() - {"migrate"})
+
+
+def test_the_gateway_alone_publishes_a_port() -> None:
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["gateway"]
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_a_service_starts_again_and_its_memory_and_its_logs_are_bounded(name: str) -> None:
+    service = SERVICES[name]
+    assert service["restart"] == "unless-stopped"
+    assert service["deploy"]["resources"]["limits"]["memory"]
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+    assert service["cap_drop"] == ["ALL"]
+
+
+def test_workers_share_no_network_with_the_database_and_hold_none_of_its_secrets() -> None:
+    for name in ("worker", "worker-gpu"):
+        assert set(SERVICES[name]["networks"]).isdisjoint(SERVICES["postgres"]["networks"])
+        assert [secret["source"] for secret in SERVICES[name]["secrets"]] == ["worker_key"]
+
+
+def test_only_settings_that_exist_are_set() -> None:
+    known = {f"BLUEPRINTS_{name.upper()}" for settings in (Settings, WorkerSettings) for name in settings.model_fields}
+    known |= {"BLUEPRINTS_SECRETS_DIR"}
+    named = {name for service in SERVICES.values() for name in service.get("environment", {})}
+    named |= set(re.findall(r"(BLUEPRINTS_\w+)=", (REPOSITORY / "Dockerfile").read_text()))
+    assert {name for name in named if name.startswith("BLUEPRINTS_")} - known == set()
+
+
+def test_every_image_is_a_target_of_the_dockerfile_and_every_secret_is_made() -> None:
+    targets = set(re.findall(r"^FROM .* AS ([\w-]+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE))
+    assert {service["build"]["target"] for service in SERVICES.values() if "build" in service} <= targets
+    made = re.search(r"for name in (.+); do \\\n.*secrets/", (REPOSITORY / "Makefile").read_text())
+    assert made is not None
+    assert set(made.group(1).split()) == COMPOSE["secrets"].keys()
