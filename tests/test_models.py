@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gradient_blueprints.models import Blueprint, format_checkpoint, parse_checkpoint
+from gradient_blueprints.models import Blueprint, ProfileOptions, format_checkpoint, parse_checkpoint
 from tests.documents import PAPER_EXAMPLE, paper_example
 
 numbers = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
@@ -154,3 +154,11 @@ def test_a_changed_copy_has_its_own_digest_and_layers() -> None:
     assert shorter.digest == Blueprint.from_dict(shorter.to_dict()).digest != blueprint.digest
     with pytest.raises(KeyError):
         shorter.layer("attn.0")
+
+
+@pytest.mark.parametrize("number", [True, "3"])
+@pytest.mark.parametrize("name", ["batches", "batch_size", "seed", "shards", "sequence_length", "time_limit"])
+def test_what_only_looks_like_a_number_is_no_option_of_a_job(name: str, number: object) -> None:
+    assert ProfileOptions.model_validate({name: 3})
+    with pytest.raises(ValidationError):
+        ProfileOptions.model_validate({name: number})

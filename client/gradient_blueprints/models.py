@@ -146,7 +146,9 @@ ModelId = Annotated[
 ]
 Checkpoint = Annotated[
     float,
-    Field(gt=0, le=1, description="fraction of training processed, at most 4 decimal places", examples=[0.8]),
+    Field(
+        strict=True, gt=0, le=1, description="fraction of training processed, at most 4 decimal places", examples=[0.8]
+    ),
     AfterValidator(_four_places),
 ]
 LabName = Annotated[str, StringConstraints(pattern=rf"^{LAB_NAME_PATTERN}$")]
@@ -157,12 +159,13 @@ LayerId = Annotated[
 ]
 Tag = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/ -]*$", min_length=1, max_length=64)]
 Text = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00]*$")]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+# Numbers of requests are strict: JSON's `true` and `"1"` are no numbers, as the schema says.
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen)]
 FrozenJson = Annotated[dict[Tag, JsonValue], AfterValidator(_frozen)]
-Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_SAFE_INTEGER)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
@@ -322,7 +325,7 @@ class Publication(Wire):
 
     model_id: ModelId
     training_checkpoint: Checkpoint
-    version: int = Field(ge=1)
+    version: int = Field(strict=True, ge=1)
     digest: Digest
     created: bool = Field(description="false when this lab had published the same bytes before")
     lab: LabName
@@ -599,7 +602,7 @@ class AliasTarget(Wire):
     """Body of `PUT .../aliases/{name}`."""
 
     training_checkpoint: Checkpoint
-    version: int = Field(ge=1)
+    version: int = Field(strict=True, ge=1)
 
 
 class YankReason(Wire):
@@ -747,22 +750,22 @@ class DataSource(Wire):
     packing: Literal["packed", "padded"] = Field(
         "packed", description="packed: documents follow one another; padded: one document a sequence, cut at its length"
     )
-    max_tokens: Annotated[int, Field(ge=2, le=MAX_SAFE_INTEGER)] | None = Field(
+    max_tokens: Annotated[int, Field(strict=True, ge=2, le=MAX_SAFE_INTEGER)] | None = Field(
         None, description="tokens to take at most, besides the limit by batches"
     )
 
 
 class ProfileOptions(Wire):
-    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 256
-    batch_size: Annotated[int, Field(ge=1, le=4_096)] = 4
-    batches: Annotated[int, Field(ge=1, le=100_000)] = Field(8, description="batches per domain")
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    sequence_length: Annotated[int, Field(strict=True, ge=2, le=131_072)] = 256
+    batch_size: Annotated[int, Field(strict=True, ge=1, le=4_096)] = 4
+    batches: Annotated[int, Field(strict=True, ge=1, le=100_000)] = Field(8, description="batches per domain")
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 0
     granularity: Literal["tensor", "submodule", "block"] = "submodule"
     statistic: Statistic = Statistic.MEAN
-    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = Field(
+    shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARDS)] = Field(
         1, description="parts that the batches are spread over, for as many workers at once"
     )
-    time_limit: Annotated[float, Field(gt=0, le=MAX_TIME_LIMIT)] = Field(
+    time_limit: Annotated[float, Field(strict=True, gt=0, le=MAX_TIME_LIMIT)] = Field(
         3_600, description="seconds of one attempt at a shard"
     )
 
@@ -847,7 +850,7 @@ class Claim(Wire):
 
 
 class Heartbeat(Wire):
-    lease_token: int
+    lease_token: int = Field(strict=True)
     progress: Progress | None = None
 
 
@@ -864,6 +867,6 @@ class JobOutcome(Wire):
     as asked.
     """
 
-    lease_token: int
+    lease_token: int = Field(strict=True)
     state: Literal["failed", "crashed", "cancelled", "queued"]
     reason: Annotated[str, StringConstraints(max_length=4_000, pattern=r"^[^\x00]*$")]

@@ -30,8 +30,8 @@ Task = Annotated[
 ]
 Goal = Literal["fall", "rise"]
 Said = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")]
-Step = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
-Bounded = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Step = Annotated[int, Field(strict=True, ge=0, le=MAX_SAFE_INTEGER)]
+Bounded = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
 Claimed = Annotated[dict[Resource, Bounded], Field(min_length=1)]
 
 
@@ -56,15 +56,17 @@ class NewRun(Wire):
     training_checkpoint: Checkpoint | None = Field(None, description="where it started from")
     blueprint: Digest | None = Field(None, description="the blueprint that was used")
     selection: ChosenPart | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)] | None = None
-    parameters: Annotated[int, Field(gt=0, le=MAX_SAFE_INTEGER)] | None = Field(
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SAFE_INTEGER)] | None = None
+    parameters: Annotated[int, Field(strict=True, gt=0, le=MAX_SAFE_INTEGER)] | None = Field(
         None, description="that multiply for each token: without embeddings that are looked up and experts at rest"
     )
     settings: Annotated[dict[Tag, Bounded | bool | Said], Field(max_length=64)] = Field(
         default_factory=dict, description="what else sets configurations apart, such as the learning rate"
     )
     callbacks: Annotated[tuple[Said, ...], Field(max_length=20)] = Field((), description="that may have ended it")
-    window: Annotated[int, Field(ge=1, le=1_000)] = Field(DEFAULT_WINDOW, description="points of the last window")
+    window: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(
+        DEFAULT_WINDOW, description="points of the last window"
+    )
 
 
 class ReportedPoint(Wire):
@@ -98,7 +100,7 @@ TallySoFar = Annotated[Tally, AfterValidator(_bounded)]
 class PointBatch(Wire):
     """Points `first`, `first` + 1, ... of a run, counted from 0."""
 
-    first: Annotated[int, Field(ge=0, lt=MAX_POINTS)]
+    first: Annotated[int, Field(strict=True, ge=0, lt=MAX_POINTS)]
     points: Annotated[tuple[ReportedPoint, ...], Field(min_length=1, max_length=MAX_BATCH), AfterValidator(_steps_rise)]
     tally: TallySoFar | None = Field(None, description="so far: hardware, and how each resource is read")
 

@@ -33,7 +33,7 @@ class Criterion(StrEnum):
 class SelectionBudget(Wire):
     """A fraction of the parameters, a number of them, or bytes of training memory (moments, gradients, indices)."""
 
-    amount: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    amount: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
     measure: BudgetMeasure = BudgetMeasure.FRACTION
 
     @model_validator(mode="after")
@@ -57,7 +57,9 @@ class SelectionRequest(Wire):
     groups: dict[str, tuple[LayerId, ...]] | None = Field(
         None, description="of a staleness check whose advice is coarsen"
     )
-    version: int | None = Field(None, ge=1, lt=2**31, description="of the blueprint; else the owner's newest")
+    version: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = Field(
+        None, description="of the blueprint; else the owner's newest"
+    )
     lab: LabName | None = None
 
 

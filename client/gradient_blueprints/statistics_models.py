@@ -54,7 +54,7 @@ class Aggregation(Wire):
     checkpoints: Annotated[tuple[Checkpoint, ...], Field(max_length=1_000)] = ()
     from_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or later")
     to_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or earlier")
-    versions: Literal["newest", "all"] | tuple[Annotated[int, Field(ge=1, lt=2**31)], ...] = Field(
+    versions: Literal["newest", "all"] | tuple[Annotated[int, Field(strict=True, ge=1, lt=2**31)], ...] = Field(
         "newest", description="each lab's newest that is not yanked, all that are not yanked, or these numbers"
     )
     labs: Annotated[tuple[LabName, ...], Field(max_length=1_000)] = ()
@@ -237,7 +237,7 @@ class LocalLayer(Wire):
     )
     value: NonNegative | None = Field(None, description="the value over the whole sample; else the batches' mean")
     interval: Interval | None = Field(None, description="95 % interval of `value`, when there are no batches")
-    parameters: int | None = Field(None, ge=0)
+    parameters: Annotated[int, Field(strict=True, ge=0)] | None = None
 
     @model_validator(mode="after")
     def _has_a_value(self) -> Self:
@@ -265,15 +265,19 @@ class StalenessRequest(Wire):
 
     local: LocalSample | None = None
     digest: Digest | None = None
-    version: int | None = Field(None, ge=1, lt=2**31, description="of the published blueprint; else the owner's newest")
+    version: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = Field(
+        None, description="of the published blueprint; else the owner's newest"
+    )
     lab: LabName | None = None
-    threshold: Annotated[float, Field(gt=0, lt=1)] = DEFAULT_THRESHOLD
-    top: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = Field(
+    threshold: Annotated[float, Field(strict=True, gt=0, lt=1)] = DEFAULT_THRESHOLD
+    top: Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)] | None = Field(
         None, description="size of the top in use; else a tenth of the matched layers"
     )
     domain: Tag = Field("general", description="what the local data are; evidence is counted per domain")
-    keep: bool = Field(False, description="consent: keep this check, in coarse numbers, as evidence (needs a key)")
-    offer_norms: bool = Field(False, description="consent: keep the local values too")
+    keep: bool = Field(
+        False, strict=True, description="consent: keep this check, in coarse numbers, as evidence (needs a key)"
+    )
+    offer_norms: bool = Field(False, strict=True, description="consent: keep the local values too")
 
     @model_validator(mode="after")
     def _one_other_side(self) -> Self:
