@@ -69,7 +69,6 @@ async def _keys_page(
         issued=issued,
         refusal=refusal,
         now=datetime.now(UTC),
-        here=f"{request.url.path}?{request.url.query}",
     )
 
 

@@ -18,8 +18,11 @@ class PlainBrowser(httpx2.Client):
         """The form of `page` that goes to `action`, with these fields."""
         shown = self.get(page).raise_for_status().text
         (form,) = re.findall(rf'<form[^>]* action="{re.escape(action)}".*?</form>', shown, re.DOTALL)
-        hidden = {name: html.unescape(value) for name, value in _HIDDEN.findall(form)}
-        return self.post(action, data=hidden | fields)
+        return self.post(action, data=hidden_fields(form) | fields)
 
     def log_in(self, key: str) -> httpx2.Response:
         return self.submit("/login", "/login", key=key)
+
+
+def hidden_fields(form: str) -> dict[str, str]:
+    return {name: html.unescape(value) for name, value in _HIDDEN.findall(form)}
