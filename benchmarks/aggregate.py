@@ -82,9 +82,9 @@ def psql(database_url: str, folder: Path, *statements: str) -> None:
         "-v",
         "ON_ERROR_STOP=1",
         "-f",
-        script,
+        str(script),
         "-o",
-        folder / "out",
+        str(folder / "out"),
     ]
     subprocess.run(command, check=True)
 
