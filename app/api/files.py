@@ -98,9 +98,11 @@ _READ: dict[int | str, dict[str, Any]] = {
 }
 
 
-_FILE_PATH = Path(
-    max_length=LONGEST_FILE_PATH,
-    json_schema_extra={"pattern": f"^{FILE_PATH_PATTERN}({'|'.join(map(re.escape, FILE_SUFFIXES))})$"},
+_FILE_PATH = Path(  # as documented; the check itself is FilePath's, which says more of what is wrong
+    json_schema_extra={
+        "maxLength": LONGEST_FILE_PATH,
+        "pattern": f"^{FILE_PATH_PATTERN}({'|'.join(map(re.escape, FILE_SUFFIXES))})$",
+    }
 )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from app.registry import audit, tables
 from app.registry.blueprints import digest_bytes
 from app.registry.callers import Caller
 from gradient_blueprints import models
-from gradient_blueprints.errors import BlobNotFound, DigestMismatch, PayloadTooLarge
+from gradient_blueprints.errors import BlobNotFound, DigestMismatch, PayloadTooLarge, ServiceUnavailable
 
 _LONGEST_UPLOAD = 86_400  # seconds
+
+logger = logging.getLogger(__name__)
 
 
 def blob_path(store: Path, digest: str) -> Path:
@@ -58,27 +61,42 @@ class Received:
 async def receiving(store: Path, chunks: AsyncIterator[bytes], *, max_bytes: int) -> AsyncIterator[Received]:
     """Write a body beside its place; the file is gone afterwards unless it was put there."""
     incoming = store / "incoming" / secrets.token_hex(16)
-    await anyio.Path(incoming.parent).mkdir(parents=True, exist_ok=True)
     hasher = hashlib.sha256()
     size = 0
     try:
-        async with await anyio.open_file(incoming, "xb") as file:
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > max_bytes:
-                    raise PayloadTooLarge(f"A file has at most {max_bytes} bytes here.")
-                hasher.update(chunk)
-                await file.write(chunk)
-            await file.flush()
-            await anyio.to_thread.run_sync(os.fsync, file.wrapped.fileno())
+        with _storing():
+            await anyio.Path(incoming.parent).mkdir(parents=True, exist_ok=True)
+            async with await anyio.open_file(incoming, "xb") as file:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > max_bytes:
+                        raise PayloadTooLarge(f"A file has at most {max_bytes} bytes here.")
+                    hasher.update(chunk)
+                    await file.write(chunk)
+                await file.flush()
+                await anyio.to_thread.run_sync(os.fsync, file.wrapped.fileno())
         yield Received(incoming, size, f"sha256:{hasher.hexdigest()}")
     finally:
-        await anyio.Path(incoming).unlink(missing_ok=True)
+        with suppress(OSError):  # what stays is dropped by remove_unfinished; the answer is about something else
+            await anyio.Path(incoming).unlink(missing_ok=True)
 
 
 async def put_in_place(incoming: Path, place: Path) -> None:
-    await anyio.Path(place.parent).mkdir(parents=True, exist_ok=True)
-    await anyio.to_thread.run_sync(_place, incoming, place)
+    with _storing():
+        await anyio.Path(place.parent).mkdir(parents=True, exist_ok=True)
+        await anyio.to_thread.run_sync(_place, incoming, place)
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """A store that is full or away is the operator's matter, and may be well again when the request is repeated."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("store: %s", error)
+        raise ServiceUnavailable(
+            "The store of attachments cannot take this now; try again later.", retry_after=5
+        ) from error
 
 
 def _place(incoming: Path, place: Path) -> None:
@@ -119,5 +137,6 @@ async def get_size(session: AsyncSession, digest: str) -> int:
 def remove_unfinished(store: Path) -> None:
     """Drop what uploads of a killed process left behind; a day is longer than any upload lasts."""
     for path in (store / "incoming").glob("*"):
-        if time.time() - path.stat().st_mtime > _LONGEST_UPLOAD:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just put it in place
+            if time.time() - path.stat().st_mtime > _LONGEST_UPLOAD:
+                path.unlink()

@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,7 +169,8 @@ class FolderStore:
         written: dict[str, float] = {}
         for path in (self._folder / "incoming").glob("*"):
             place = path.name.partition(".")[0]
-            written[place] = max(written.get(place, 0.0), path.stat().st_mtime)
+            with suppress(FileNotFoundError):  # its upload has just been completed
+                written[place] = max(written.get(place, 0.0), path.stat().st_mtime)
         return {place for place, moment in written.items() if time.time() - moment > older_than}
 
     def _file(self, place: str) -> Path:

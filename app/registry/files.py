@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -371,13 +372,19 @@ async def finish(
 
 
 async def delete_file(session: AsyncSession, store: FileStore, caller: Caller, address: Address) -> None:
-    """Remove a file, complete or not; who still writes it is refused from now on."""
+    """Remove a file, complete or not; who still writes it is refused from now on.
+
+    Its bytes go once the commit is certain: what is left of a death in between takes room, but no file that the
+    database knows is ever without its bytes.
+    """
     row = await _lock(session, address)
     if row is None:
         raise CheckpointFileNotFound(f"Lab {address.lab} has no file {address}.")
-    await _in_store(store.discard, row.place, row.upload)
     await session.delete(row)
     await audit.record(session, caller, "file.delete", str(address))
+    await session.commit()
+    with suppress(ServiceUnavailable):  # logged by then, and the file is gone for everybody
+        await _in_store(store.discard, row.place, row.upload)
 
 
 # --- clearing up

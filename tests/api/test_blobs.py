@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.registry.blobs import remove_unfinished
+from app.registry.file_store import FolderStore
 from app.settings import Settings
 from gradient_blueprints.canonical import digest_of
 from tests.conftest import Server, serving
@@ -151,3 +153,24 @@ def test_a_blueprint_names_attachments_that_are_there(publisher: httpx2.Client) 
     wrong = publisher.post("/v1/blueprints", json=paper_example(attachments=[attachment | {"size": 1}]))
     assert wrong.json()["errors"][0]["pointer"] == "/attachments/0/size"
     assert publisher.post("/v1/blueprints", json=document).status_code == 201
+
+
+def test_a_store_that_takes_nothing_says_so_and_takes_the_blob_once_it_can(
+    server: Server, publisher: httpx2.Client
+) -> None:
+    server.settings.store.mkdir(exist_ok=True)
+    in_the_way = server.settings.store / "incoming"
+    in_the_way.touch()
+    refused = publisher.put(PATH, content=CONTENT)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert "store of attachments" in refused.json()["detail"]
+    in_the_way.unlink()
+    assert publisher.put(PATH, content=CONTENT).status_code == 201
+
+
+def test_files_that_vanish_while_a_process_starts_do_not_keep_it_from_starting(tmp_path: Path) -> None:
+    """Another process puts an upload in place between the listing and the look; a link to nothing looks the same."""
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "incoming" / "gone").symlink_to(tmp_path / "nowhere")
+    remove_unfinished(tmp_path)
+    assert FolderStore(tmp_path).unfinished(0) == set()

@@ -163,6 +163,20 @@ def test_a_deleted_file_is_gone_from_the_store(server: Server, publisher: httpx2
     assert publisher.delete(PATH).json()["code"] == "checkpoint_file_not_found"
 
 
+def test_a_deletion_that_fails_to_commit_leaves_the_file_with_its_bytes(
+    server: Server, publisher: httpx2.Client
+) -> None:
+    put(publisher, CONTENT)
+    execute(
+        server.settings.database_url,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$",
+        "CREATE CONSTRAINT TRIGGER late AFTER DELETE ON checkpoint_files DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    assert publisher.delete(PATH).status_code == 500
+    assert publisher.get(PATH).content == CONTENT
+
+
 def test_of_two_that_write_the_same_file_the_later_goes_on_and_the_file_is_whole(
     server: Server, publisher: httpx2.Client
 ) -> None:
