@@ -9,6 +9,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 # The driver's, by what the server said; SQLAlchemy has no class of its own for most of them.
 _PASSING = (
     exceptions.PostgresConnectionError,  # the connection broke
+    exceptions.InvalidAuthorizationSpecificationError,  # an operator changes a password, or keeps us out for a while
     exceptions.OperatorInterventionError,  # the server starts, stops or recovers, or a time limit ended the statement
     exceptions.InsufficientResourcesError,  # too many connections, no memory, no room on the disk
     exceptions.TransactionRollbackError,  # a deadlock: one of the transactions had to go

@@ -17,6 +17,7 @@ from functools import partial
 import anyio
 from celery import Celery
 
+from app import relay_metrics
 from app.database import Sessions, create_engine, create_sessions
 from app.notifications import listen
 from app.registry import idempotency, job_parts, outbox, webhook_deliveries, webhooks
@@ -43,6 +44,8 @@ def main(settings: Settings) -> None:
         raise ConfigurationError(
             "The relay needs a broker: set BLUEPRINTS_BROKER_URL, such as redis://127.0.0.1:6379/0."
         )
+    if settings.relay_metrics is not None:
+        relay_metrics.serve_metrics(settings.relay_metrics)
     asyncio.run(Relay(settings, settings.broker_url).run())
 
 
@@ -131,6 +134,7 @@ class Relay:
                 more = await step()
             except Exception as error:  # the database or the broker is away: any error is one to outlive
                 failures += 1
+                relay_metrics.FAILURES.labels(name).inc()
                 wait = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1))
                 logger.warning("%s: %s; trying again in %.1f s", name, error or type(error).__name__, wait)
                 await self._rest(None, wait)
@@ -157,6 +161,7 @@ class Relay:
     async def _send(self, sessions: Sessions) -> bool:
         async with sessions.begin() as session:
             sent, failure = await outbox.send_waiting(session, self._publish)
+        relay_metrics.MESSAGES.inc(sent)
         if failure is not None:
             raise failure
         return sent == outbox.BATCH
@@ -182,6 +187,8 @@ class Relay:
         async with sessions.begin() as session:
             await idempotency.forget_old(session)
             await webhook_deliveries.forget_old(session)
+        relay_metrics.LEASE_LOSSES.inc(lost)
+        relay_metrics.ANNOUNCED_AGAIN.inc(again)
         if lost or again:
             logger.info("sweeper: ended %d lost attempts, announced %d parts again", lost, again)
         return max(lost, again) == job_parts.SWEEP_BATCH

@@ -108,6 +108,11 @@ class Settings(BaseSettings):
     heartbeat: Path | None = Field(
         None, description="file that the relay touches every few seconds while all its parts go on, for health checks"
     )
+    relay_metrics: str | None = Field(
+        None,
+        pattern=r"^\S+:\d+$",
+        description="`host:port` at which the relay answers Prometheus; the API does so at `/metrics`",
+    )
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
     log_requests: bool = Field(True, description="whether every request is logged, or failed ones alone")
 

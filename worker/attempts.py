@@ -6,7 +6,8 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from pathlib import Path
 from queue import Empty
@@ -29,10 +30,12 @@ from gradient_blueprints.errors import (
     UnexpectedAnswer,
 )
 from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Progress
+from gradient_blueprints.tracing import span
+from worker import metrics
 from worker.child import Child, Fetched, Fetching, Specification
 from worker.settings import WorkerSettings
 from worker.sources import needs_fetching
-from worker.speaking import FAILED, FINISHED, PROGRESS
+from worker.speaking import FAILED, FINISHED, MEMORY, PROGRESS
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +59,21 @@ def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) ->
             return
         logger.info("job %s: part %d, lease %d", job_id, claim.part, claim.lease_token)
         with (
+            _counted(),
             tempfile.TemporaryDirectory(prefix="blueprint-job-", ignore_cleanup_errors=True) as folder,
             Lease(settings, claim) as lease,
         ):
             Attempt(client, settings, claim, lease, Path(folder), stopping).run()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    metrics.BUSY.set(1)
+    try:
+        yield
+    finally:
+        metrics.BUSY.set(0)
+        metrics.DEVICE_MEMORY.clear()
 
 
 def _client(settings: WorkerSettings, timeout: float = 60.0) -> Client:
@@ -168,11 +182,13 @@ class Attempt:
                 self._hand_in(self._folder / result["state"])
 
     def _result_of(self, specification: Specification | Fetching) -> dict[str, Any] | None:
-        child = Child(specification)
-        try:
-            return self._watch(child)
-        finally:
-            child.stop()
+        name = "fetch sources" if isinstance(specification, Fetching) else "profile"
+        with span(name), ExitStack() as spans:
+            child = Child(specification)
+            try:
+                return self._watch(child, spans)
+            finally:
+                child.stop()
 
     def _fetching(self, job: NewJob, merges: bool) -> Fetching:
         settings = self._settings
@@ -206,14 +222,22 @@ class Attempt:
             max_text_bytes=self._settings.max_text_bytes,
         )
 
-    def _watch(self, child: Child) -> dict[str, Any] | None:
+    def _watch(self, child: Child, spans: ExitStack) -> dict[str, Any] | None:
         """What the process comes to; None when something else ended the attempt, which has been said by then."""
+        phase = ""
         memory = self._settings.max_memory_bytes
         while True:
             ended = child.ended()  # asked before listening: its last word is then heard
             kind, content = self._listen(child)
             if kind == PROGRESS:
-                self._lease.progress = Progress.model_validate(content)
+                self._lease.progress = progress = Progress.model_validate(content)
+                if progress.phase != phase:
+                    phase = progress.phase
+                    spans.close()
+                    spans.enter_context(span(phase))
+            elif kind == MEMORY:
+                device, taken = content
+                metrics.DEVICE_MEMORY.labels(device).set(taken)
             elif kind == FINISHED:
                 return dict(content)
             elif kind == FAILED:
@@ -223,6 +247,7 @@ class Attempt:
                 self._end("crashed", child.cause_of_death())
                 return None
             if self._lease.lost.is_set():
+                metrics.ATTEMPTS.labels("lost").inc()
                 return None
             if self._lease.cancelling.is_set():
                 child.stop()
@@ -269,7 +294,8 @@ class Attempt:
 
     def _deliver(self, say: Callable[[], object], what: str) -> None:
         try:
-            self._insist(say)
+            if self._insist(say):
+                metrics.ATTEMPTS.labels("succeeded").inc()
         except (LeaseLost, JobFinished):
             raise
         except Conflict:  # asked to cancel while the result was on its way
@@ -279,12 +305,16 @@ class Attempt:
 
     def _end(self, state: Literal["failed", "crashed", "cancelled", "queued"], reason: str) -> None:
         job = self._claim.job
+        metrics.ATTEMPTS.labels(state).inc()
         logger.info("job %s: %s: %s", job.id, state, reason)
         outcome = JobOutcome(lease_token=self._claim.lease_token, state=state, reason=reason[:4_000].replace("\0", ""))
         self._insist(lambda: self._client.end_job(job.id, outcome))
 
-    def _insist(self, say: Callable[[], object]) -> None:
-        """Say it until the registry has heard. Every word here can be said twice; the lease is kept up meanwhile."""
+    def _insist(self, say: Callable[[], object]) -> bool:
+        """Say it until the registry has heard, and tell whether it has.
+
+        Every word here can be said twice; the lease is kept up meanwhile.
+        """
         deadline = time.monotonic() + REPORT_SECONDS
         pause = 0.5
         while not self._lease.lost.is_set():
@@ -293,10 +323,11 @@ class Attempt:
             except PASSING as passing:
                 if time.monotonic() > deadline or self._stopping.is_set():
                     logger.error("job %s: the registry was not told: %s", self._claim.job.id, passing)
-                    return
+                    return False
                 logger.warning("job %s: the registry does not answer, trying again: %s", self._claim.job.id, passing)
                 self._stopping.wait(pause)
                 pause = min(LONGEST_PAUSE, pause * 2)
             else:
                 self._lease.release()
-                return
+                return True
+        return False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from gradient_blueprints.log_lines import LogFormat, start_logging
@@ -35,8 +36,10 @@ from worker.loading import (
     read_text,
 )
 from worker.sources import SourceRefused, file_digest, resolve_checkpoint, resolve_file
-from worker.speaking import FAILED, FINISHED, PROGRESS, Speaker, end_with_parent, read_specification
+from worker.speaking import FAILED, FINISHED, MEMORY, PROGRESS, Speaker, end_with_parent, read_specification
 from worker.texts import PackedText
+
+logger = logging.getLogger("worker.profile")  # not __name__, which is __main__ here
 
 FACTORS_FILE = "factors.safetensors"
 STATE_FILE = "state.safetensors"
@@ -52,7 +55,9 @@ def main() -> int:
 
     def report(progress: Progress) -> None:
         speaker.say(PROGRESS, progress.model_dump(exclude_none=True))
+        speaker.say(MEMORY, memory_in_use(specification.device))
 
+    logger.info("working on part %d with device %s", specification.part, specification.device)
     try:
         result = work(specification, report)
     except SourceRefused as refused:
@@ -65,6 +70,18 @@ def main() -> int:
     else:
         speaker.say(FINISHED, result)
     return 0
+
+
+def memory_in_use(wanted: str) -> tuple[str, int]:
+    """The device that does the work, and the bytes that this process has of its memory."""
+    device = choose_device(wanted)
+    match device.type:
+        case "cuda":
+            return str(device), torch.cuda.memory_reserved(device)
+        case "mps":
+            return str(device), torch.mps.driver_allocated_memory()
+        case _:
+            return str(device), int(psutil.Process().memory_info().rss)
 
 
 # --- the work

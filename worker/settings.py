@@ -49,6 +49,9 @@ class WorkerSettings(BaseSettings):
         None, description="file that is touched every few seconds while the worker hears the broker, for health checks"
     )
 
+    worker_metrics: str | None = Field(
+        None, pattern=r"^\S+:\d+$", description="`host:port` at which the worker answers Prometheus"
+    )
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines of the log as `text` or `json`")
 
     @field_validator("allowed_buckets", "allowed_hub", mode="before")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-PROGRESS, FAILED, FINISHED = "progress", "failed", "finished"
+PROGRESS, MEMORY, FAILED, FINISHED = "progress", "memory", "failed", "finished"
 
 
 class Speaker:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 VISIBILITY_TIMEOUT = MAX_TIME_LIMIT + 86_400
 
 ARGUMENTS = (
+    "--quiet",  # no banner among the lines of the log
     "worker",
     # One thread, because the work itself is done by a subprocess and the thread only watches over it. Celery's main
     # loop lives on beside it and hears signals at once; prefork would add a fork that gains nothing, and solo would

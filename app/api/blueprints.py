@@ -70,6 +70,7 @@ async def publish_blueprint(
         status, answer = answered
     else:
         publication = await blueprints.publish(session, caller, document)
+        request.app.state.metrics.publications.labels("lab", "yes" if publication.created else "no").inc()
         status, answer = (201 if publication.created else 200), publication.model_dump(mode="json", exclude_none=True)
         await repetition.finish(status, answer)
     return JSONResponse(answer, status, headers={"Location": f"/v1/blueprints/{document.digest}"})

@@ -10,6 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.api.problems import documented
+from app.database_errors import RAISED
 from gradient_blueprints.errors import ServiceUnavailable
 from gradient_blueprints.models import Blueprint
 
@@ -30,7 +31,7 @@ async def readyz(request: Request) -> dict[str, str]:
         with anyio.fail_after(_READY_SECONDS):
             async with request.app.state.sessions() as session:
                 await session.execute(text("SELECT version_num FROM alembic_version"))
-    except (SQLAlchemyError, OSError, TimeoutError) as error:
+    except (SQLAlchemyError, TimeoutError, *RAISED) as error:
         raise ServiceUnavailable(f"The database does not answer ({type(error).__name__}).", retry_after=1) from None
     return {"status": "ready"}
 

@@ -224,7 +224,9 @@ async def finish_job(
 ) -> models.Job:
     """Publish the blueprint under the job's lab and end the job, both or neither; safe to repeat."""
     document = await anyio.to_thread.run_sync(documents.parse_json, await request.body())
-    return await job_parts.finish_job(session, caller, job_id, lease_token, document)
+    finished = await job_parts.finish_job(session, caller, job_id, lease_token, document)
+    request.app.state.metrics.publications.labels("worker", "yes").inc()
+    return finished
 
 
 @router.post("/v1/jobs/{job_id}/outcome", response_model_exclude_none=True, responses=documented(404, 409))

@@ -47,6 +47,22 @@ class Metrics:
         self._jobs = Gauge(
             "blueprints_jobs", "Jobs by state, of the whole registry.", ("state",), registry=self.registry
         )
+        self.publications = Counter(
+            "blueprints_publications",
+            "Documents published, by whom, and whether that made a new version or found the same one there.",
+            ("source", "created"),
+            registry=self.registry,
+        )
+        self._outbox = Gauge(
+            "blueprints_outbox_messages",
+            "Messages that the relay has yet to hand to the broker, of the whole registry.",
+            registry=self.registry,
+        )
+        self._outbox_age = Gauge(
+            "blueprints_outbox_age_seconds",
+            "Age of the oldest of them, 0 when there is none: it grows while no relay or broker runs.",
+            registry=self.registry,
+        )
         self._queue_age = Gauge(
             "blueprints_job_queue_age_seconds",
             "Age of the job that waits longest, 0 when none waits.",
@@ -81,6 +97,8 @@ class Metrics:
         for state in JobState:
             self._jobs.labels(state).set(tally.by_state.get(state, 0))
         self._queue_age.set(tally.longest_wait)
+        self._outbox.set(tally.unsent)
+        self._outbox_age.set(tally.oldest_unsent)
 
 
 @router.get("/metrics", response_class=Response, responses=documented())

@@ -22,12 +22,11 @@ def log_request(scope: Scope, method: str, route: str, status: int, seconds: flo
     fields: dict[str, Any] = {
         "method": method,
         "path": path,
+        "route": route or None,
         "status": status,
         "seconds": round(seconds, 6),
         "address": client[0] if client else None,
     }
-    if route != path:
-        fields["route"] = route or None
     caller = scope["state"].get("caller")
     if caller is not None:
         fields |= {"lab": caller.lab, "key": caller.key_prefix}

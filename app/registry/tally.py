@@ -17,6 +17,10 @@ class JobTally:
     by_state: Mapping[str, int]
     longest_wait: float
     """Seconds since the oldest queued job was submitted, 0 when none waits."""
+    unsent: int
+    """Messages that the relay has yet to send."""
+    oldest_unsent: float
+    """Seconds since the oldest of them was written, 0 when there is none."""
 
 
 async def tally_jobs(session: AsyncSession) -> JobTally:
@@ -24,4 +28,6 @@ async def tally_jobs(session: AsyncSession) -> JobTally:
     counts = await session.execute(select(tables.Job.state, func.count().label("number")).group_by(tables.Job.state))
     waited = func.extract("epoch", func.clock_timestamp() - func.min(tables.Job.created_at))
     longest = await session.scalar(select(waited).where(tables.Job.state == JobState.QUEUED))
-    return JobTally({row.state: row.number for row in counts}, float(longest or 0))
+    age = func.extract("epoch", func.clock_timestamp() - func.min(tables.OutboxMessage.created_at))
+    unsent, oldest = (await session.execute(select(func.count(), age).select_from(tables.OutboxMessage))).one()
+    return JobTally({row.state: row.number for row in counts}, float(longest or 0), unsent, float(oldest or 0))

@@ -37,6 +37,7 @@ def start_logging(form: LogFormat, level: int = logging.INFO) -> None:
     # What no line shows need not be found out for every record.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
