@@ -43,7 +43,7 @@ from app.registry.current import ALIASED, NEWEST_OF_OWNER, CurrentVersions
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
-from app.web import account, admin, assets
+from app.web import account, admin, assets, reference
 from app.web import blueprints as blueprint_pages
 from app.web import catalog as catalog_pages
 from app.web import comparison as comparison_pages
@@ -81,6 +81,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     job_pages.router,
     leaderboard_pages.router,
     run_pages.router,
+    reference.router,
 )
 
 
@@ -95,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
         title="Gradient blueprint registry",
         version="1",
         openapi_url="/v1/openapi.json",
-        docs_url="/docs",
+        docs_url=None,  # app.web.reference: FastAPI's own page loads scripts from elsewhere
         redoc_url=None,
         lifespan=_lifespan,
     )

@@ -22,6 +22,7 @@ OPEN = {
     "GET /readyz",
     "GET /v1/schemas/blueprint-1.json",
     "GET /static/{tag}/{name}",
+    "GET /docs",
     "GET /login",
     "POST /login",
 }
