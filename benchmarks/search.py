@@ -24,9 +24,11 @@ WORDS = ("llama", "qwen", "gemma", "mistral", "phi", "falcon", "olmo", "smollm",
 # A model has a checkpoint of ten versions; its name begins with one of a hundred organisations.
 FILL = """
 INSERT INTO labs (name) VALUES ('everyone');
-INSERT INTO keys (lab_id, name, prefix, hash, scopes) SELECT id, '', '', 'key'::bytea, '{{}}' FROM labs WHERE name = 'everyone';
+INSERT INTO keys (lab_id, name, prefix, hash, scopes)
+    SELECT id, '', '', 'key'::bytea, '{{}}' FROM labs WHERE name = 'everyone';
 INSERT INTO models (name, lab_id)
-    SELECT 'org-' || lpad((g % 100)::text, 2, '0') || '/' || (ARRAY{words})[1 + g % 10] || '-' || lpad(g::text, 6, '0'), l.id
+    SELECT 'org-' || lpad((g % 100)::text, 2, '0') || '/' || (ARRAY{words})[1 + g % 10] || '-' || lpad(g::text, 6, '0'),
+           l.id
     FROM generate_series(1, {models}) g, labs l WHERE l.name = 'everyone';
 INSERT INTO checkpoints (model_id, fraction, last_version) SELECT id, 0.8, 10 FROM models;
 INSERT INTO documents (digest, checkpoint_id, body, size, layer_count, warnings)

@@ -25,6 +25,7 @@ from app.registry.agreement import (
     kendall_interval,
     mid_ranks,
     row_correlations,
+    row_kendalls,
     spearman,
     spearman_brown,
     spearman_interval,
@@ -311,13 +312,13 @@ def _errors(published: Sample, local: Sample, seed: int) -> _Errors:
         drawn = _draws(local, local.log_error, count, generator)
         own = np.full(count, _redrawn(local, local.log_error, generator))
     if published.log_error is None:
-        theirs, factor = np.broadcast_to(published.values, (count, n)), 1.0
+        theirs, factor = published.values[None, :], 1.0
     else:
         theirs = _draws(published, published.log_error, count, generator)
         factor = _redrawn(published, published.log_error, generator)
     rho = row_correlations(mid_ranks(theirs), mid_ranks(drawn))
     corrected = rho / np.maximum(own * factor, MIN_CEILING / 2)  # a floor, so that a halting resample has no say
-    tau = [kendall(theirs[index], drawn[index]) or 0.0 for index in range(min(count, _KENDALL_RESAMPLES))]
+    tau = np.nan_to_num(row_kendalls(theirs[:_KENDALL_RESAMPLES], drawn[:_KENDALL_RESAMPLES]))
     return _Errors(float(rho.std(ddof=1)), float(np.std(tau, ddof=1)), float(corrected.std(ddof=1)))
 
 

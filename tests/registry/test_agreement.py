@@ -18,6 +18,7 @@ from app.registry.agreement import (
     kendall_w,
     mid_ranks,
     rank_biased_overlap,
+    row_kendalls,
     spearman,
     spearman_brown,
     spearman_interval,
@@ -57,6 +58,19 @@ def test_spearman_of_the_textbook_example_of_intelligence_and_television() -> No
     intelligence = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110]
     hours = [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]
     assert spearman(intelligence, hours) == pytest.approx(-29 / 165)
+
+
+@pytest.mark.parametrize("length", [40, 1_600])  # compared each with each, and sorted
+def test_kendalls_tau_of_many_rows_is_that_of_each(length: int) -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.integers(0, 9, (3, length)).astype(float), draw.integers(0, 9, (3, length)).astype(float)
+    for rows in (x, x[:1]):
+        expected = [
+            stats.kendalltau(one, two).statistic for one, two in zip(np.broadcast_to(rows, y.shape), y, strict=True)
+        ]
+        assert row_kendalls(rows, y) == pytest.approx(expected, abs=1e-12)
+    y[1] = 5
+    assert np.isnan(row_kendalls(x, y)).tolist() == [False, True, False]
 
 
 def test_rank_correlations_of_kendalls_ten_boys() -> None:
