@@ -91,6 +91,7 @@ evidence: $(INSTALLED)
 
 torture: $(INSTALLED)
 	$(PYTHON) -m torture --seed $(SEED) --seconds $(SECONDS)
+	$(PYTHON) -m torture.contract --seed $(SEED)
 
 # For docker compose. The folder is closed and the files are not: the containers read them under another account.
 secrets:
