@@ -26,7 +26,6 @@ from pydantic import (
     PrivateAttr,
     StringConstraints,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -225,6 +224,18 @@ class TailFit(Wire):
     )
 
 
+def _ascending(pairs: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
+        raise PydanticCustomError("retained_mass_order", "the fractions of retained_mass must ascend strictly")
+    return pairs
+
+
+# A validator of the member, not of the layer: a layer without it pays nothing.
+RetainedMass = Annotated[
+    tuple[tuple[Share, Share], ...], Field(min_length=1, max_length=256), AfterValidator(_ascending)
+]
+
+
 class Layer(Wire):
     """One submodule. `id` and `gradient_norm` are required; the rest is as the profiler could measure it."""
 
@@ -246,17 +257,10 @@ class Layer(Wire):
     )
     spread: NonNegative | None = Field(None, description="trace of the per-example gradient covariance")
     first_order: float | None = Field(None, description="cross-validated first-order decrease of one Adam step")
-    retained_mass: tuple[tuple[Share, Share], ...] | None = Field(
-        None, min_length=1, max_length=256, description="[k, share of the sum of |g| kept by the top k], k ascending"
+    retained_mass: RetainedMass | None = Field(
+        None, description="[k, share of the sum of |g| kept by the top k], k ascending"
     )
     domain_norms: Weights | None = Field(None, description="gradient norm per domain")
-
-    @model_validator(mode="after")
-    def _ascending_retained_mass(self) -> Self:
-        ks = [k for k, _ in self.retained_mass or ()]
-        if any(later <= earlier for earlier, later in itertools.pairwise(ks)):
-            raise PydanticCustomError("retained_mass_order", "the fractions of retained_mass must ascend strictly")
-        return self
 
 
 class CostModel(Wire):
