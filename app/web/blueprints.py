@@ -161,7 +161,7 @@ def _summary(blueprint: Blueprint) -> dict[str, Any]:
         "largest": layers[0],
         "smallest": layers[-1],
         "intervals": sum(layer.gradient_norm_ci is not None for layer in layers),
-        "has_heatmap": any(map(_has_cell, layers)),
+        "has_heatmap": _has_heatmap(layers),
         "has_retained_mass": any(layer.retained_mass for layer in layers),
         "drawn": min(len(layers), drawings.MOST_POINTS),
     }
@@ -217,10 +217,9 @@ async def draw(
                     drawings.largest(map(_bar, range(len(layers)), layers)), "gradient norm", narrow=narrow
                 )
             case "heatmap.svg":
-                placed = [(position, layer) for position, layer in enumerate(layers) if _has_cell(layer)]
-                if not placed:
-                    raise NotFound("No layer of this blueprint has both a kind and a depth.")
-                return drawings.draw_heatmap(tuple(_bar(*pair) for pair in placed), narrow=narrow)
+                if not _has_heatmap(layers):
+                    raise NotFound("A heatmap needs layers with a kind and a depth, and not too many blocks.")
+                return drawings.draw_heatmap(tuple(map(_bar, range(len(layers)), layers)), narrow=narrow)
             case "retained-mass.svg":
                 curves = tuple((layer.kind, layer.retained_mass) for layer in layers if layer.retained_mass)
                 if not curves:
@@ -230,8 +229,9 @@ async def draw(
     return await pictures.answer(drawn, cache_control=representations.immutable(settings))
 
 
-def _has_cell(layer: Layer) -> bool:
-    return layer.kind is not None and layer.depth is not None
+def _has_heatmap(layers: Iterable[Layer]) -> bool:
+    blocks = {layer.depth for layer in layers if layer.kind is not None and layer.depth is not None}
+    return 0 < len(blocks) <= drawings.MOST_BLOCKS
 
 
 def _bar(position: int, layer: Layer) -> Bar:

@@ -34,6 +34,8 @@ from gradient_blueprints.statistics_models import ConsensusLayer
 
 MOST_POINTS = 1_500
 """Points of a figure: of a larger document the largest layers are drawn."""
+MOST_BLOCKS = 400
+"""Blocks of a heatmap; with more of them its cells could not be seen."""
 _REMEMBERED = 32
 _LOGARITHMIC_FROM = 20  # ratio of largest to smallest value
 _KINDS = [*LayerKind, None]
@@ -135,7 +137,7 @@ def draw_heatmap(bars: tuple[Bar, ...], *, narrow: bool) -> bytes:
             cell = (bar.kind, bar.depth)
             cells[cell] = math.hypot(cells.get(cell, 0.0), bar.norm)
     kinds = [kind for kind in LayerKind if any(name == kind for name, _ in cells)]
-    depths = range(min(depth for _, depth in cells), max(depth for _, depth in cells) + 1)
+    depths = sorted({depth for _, depth in cells})
     grid = np.array([[cells.get((kind, depth), math.nan) for depth in depths] for kind in kinds])
     figure = empty_figure(NARROW if narrow else WIDE, height=0.95 + 0.32 * len(kinds) + (0.45 if narrow else 0))
     axes = figure.subplots()
@@ -143,7 +145,7 @@ def draw_heatmap(bars: tuple[Bar, ...], *, narrow: bool) -> bytes:
     spread_far = positive.size and positive.min() <= positive.max() / _LOGARITHMIC_FROM
     norm = LogNorm(positive.min(), positive.max()) if spread_far else Normalize(0, np.nanmax(grid) or 1)
     mesh = axes.pcolormesh(
-        np.arange(depths.start, depths.stop + 1) - 0.5,
+        np.arange(len(depths) + 1) - 0.5,
         np.arange(len(kinds) + 1) - 0.5,
         np.ma.masked_invalid(grid) if not spread_far else np.ma.masked_where(~(grid > 0), grid),
         cmap=ListedColormap(shades()),
@@ -154,7 +156,8 @@ def draw_heatmap(bars: tuple[Bar, ...], *, narrow: bool) -> bytes:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("depth (block)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 15))
+    step = max(1, len(depths) // (6 if narrow else 15))
+    axes.set_xticks(range(0, len(depths), step), [str(depth) for depth in depths[::step]])
     bar = figure.colorbar(
         mesh,
         ax=axes,

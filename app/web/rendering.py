@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from functools import cache
@@ -13,6 +14,7 @@ from urllib.parse import urlencode
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from app.web import assets
 from gradient_blueprints.models import format_checkpoint
@@ -31,6 +33,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 )
 _TEMPLATES = Path(__file__).parent / "templates"
 _NOTHING = "–"
+_PART_ENDS = re.compile(r"(?<=[._/])")
 
 
 def render(
@@ -68,6 +71,7 @@ def _environment() -> Environment:
     environment.filters.update(
         number=number,
         signed=signed,
+        breakable=breakable,
         count=count,
         percent=percent,
         size=size,
@@ -119,12 +123,10 @@ def number(value: float | None, digits: int = 3) -> str:
         return _NOTHING
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if exponent < -4 or exponent > 6:
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        text = f"{mantissa}e{int(power)}"
-    else:
-        text = f"{value:,.{max(0, digits - 1 - exponent)}f}"
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power)  # of the rounded value: 99.96 has three digits before the point
+    plainly = -4 <= exponent <= 6
+    text = f"{value:,.{max(0, digits - 1 - exponent)}f}" if plainly else f"{mantissa}e{exponent}"
     return text.replace("-", "−")
 
 
@@ -174,6 +176,15 @@ def size(value: int) -> str:
     return f"{scaled:.1f} TiB"
 
 
+def breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line behind each of its parts.
+
+    >>> breakable("layers.0.a<b")
+    Markup('layers.<wbr>0.<wbr>a&lt;b')
+    """
+    return Markup("<wbr>").join(_PART_ENDS.split(name))
+
+
 def plain(value: object) -> str:
     """Any JSON value in words.
 
@@ -194,7 +205,7 @@ def plain(value: object) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return number(value, 4)
+            return f"{value:,.6g}"
         case _:
             return str(value)
 

@@ -154,6 +154,7 @@ def test_the_pictures_show_each_kind_and_change_with_the_colour_scheme(registry:
     assert {**shown, "norms": kinds | {"embedding"} | shown["norms"]} == shown
     assert kinds <= shown["heatmap"]
     assert "embedding" not in shown["heatmap"]  # it has no depth
+    assert {"0", "7"} <= shown["heatmap"]
     assert kinds | {"embedding"} <= shown["retained-mass"]
 
 

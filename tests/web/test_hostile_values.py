@@ -93,9 +93,8 @@ def test_what_users_write_stays_text(registry: Server, open_visitor: Callable[..
 
 EXTREMES = {
     "zeros": [0.0, 0.0],
-    "largest": [1.7976931348623157e308, 1e300, 0.0],
-    "smallest": [5e-324, 1e-310, 1.0],
-    "both": [5e-324, 1.7976931348623157e308],
+    "ends": [1.7976931348623157e308, 1e300, 0.0, 1.0, 1e-310, 5e-324],
+    "far-apart": [5e-324, 1.7976931348623157e308],
     "alone": [0.1],
 }
 
