@@ -76,12 +76,15 @@ def main() -> int:
 def _serve(host: str, port: int, descriptor: int | None) -> int:
     import uvicorn
 
+    from app.api.head_limit import HeadTimeLimit
+
     server = uvicorn.Server(
         uvicorn.Config(
             "app.api.application:application",
             factory=True,
             host=host,
             port=port,
+            http=HeadTimeLimit,
             log_config=None,  # our own, with a line a request of our own
             access_log=False,
             server_header=False,

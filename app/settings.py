@@ -54,7 +54,9 @@ class Settings(BaseSettings):
         7 * 86_400, gt=0, description="time after which an unfinished upload that nobody goes on with is removed"
     )
     max_body_bytes: int = Field(MEBIBYTE, gt=0, description="largest body of every other request")
-    body_seconds: float = Field(60, gt=0, description="time in which a request body other than a file must arrive")
+    body_seconds: float = Field(
+        60, gt=0, description="time in which a request body must arrive; of files, and of streamed answers, each piece"
+    )
     request_seconds: float = Field(
         60, gt=0, description="time in which the answer to a complete request must begin, except where files are sent"
     )

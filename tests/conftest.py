@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from sqlalchemy import make_url
 
 from app.api.application import create_app
+from app.api.head_limit import HeadTimeLimit
 from app.database import migrate
 from app.embedded import postgres, valkey
 from app.registry.keys import generate_secret
@@ -181,7 +182,13 @@ class Server:
 def serving(settings: Settings) -> Iterator[Server]:
     """Run the application in a thread of this process, over a real socket."""
     config = uvicorn.Config(
-        create_app(settings), host="127.0.0.1", port=0, log_level="warning", lifespan="on", proxy_headers=False
+        create_app(settings),
+        host="127.0.0.1",
+        port=0,
+        http=HeadTimeLimit,
+        log_level="warning",
+        lifespan="on",
+        proxy_headers=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -11,6 +11,7 @@ import secrets
 import time
 
 import anyio
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.metrics import Metrics
@@ -113,7 +114,7 @@ class Gate:
         if refusal is None:
             exchange.begin(has_body=length != b"0" or b"transfer-encoding" in headers)
             try:
-                with contextlib.suppress(ApiError):
+                with contextlib.suppress(ApiError, ClientDisconnect):
                     await self._app(scope, exchange.receive, exchange.send)
             except asyncio.CancelledError:
                 if not exchange.overdue:
@@ -215,7 +216,16 @@ class _Exchange:
             headers: list[RawHeader] = message["headers"]
             said = {name for name, _ in headers}
             message["headers"] = [*headers, *self._own, *(one for one in _DEFAULT_HEADERS if one[0] not in said)]
-        await self._send(message)
+            await self._send(message)
+        elif message.get("more_body", False):
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await self._send(message)
+            except TimeoutError:
+                logger.warning("a client took nothing of its answer for %g seconds", self._seconds)
+                raise ClientDisconnect from None
+        else:
+            await self._send(message)
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

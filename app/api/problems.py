@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from app import database_errors
@@ -132,7 +133,8 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     request_id = _request_id(request)
-    logger.error("request %s failed", request_id, exc_info=error)
+    if not isinstance(error, ClientDisconnect):  # whose answer nobody hears
+        logger.error("request %s failed", request_id, exc_info=error)
     return render(InternalError("The server failed; its log tells why under this request id."), request_id)
 
 

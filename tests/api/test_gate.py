@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import re
 import socket
 import threading
@@ -12,9 +14,12 @@ import asyncpg
 import httpx2
 import pytest
 
+from app.api.head_limit import HeadTimeLimit
 from app.settings import Settings
+from gradient_blueprints.models import Scope
 from tests.conftest import Server, execute, fresh_database, make_settings, serving
 from tests.documents import blueprint_document
+from tests.worker.conftest import wait_until
 
 SAFE = {
     "x-content-type-options": "nosniff",
@@ -160,11 +165,58 @@ def test_a_stream_of_events_outlives_the_time_for_an_answer(settings: Settings) 
 
 
 def test_a_slow_body_has_its_own_time_and_not_that_of_the_answer(settings: Settings) -> None:
-    with serving(settings.model_copy(update={"request_seconds": 0.3, "body_seconds": 30.0})) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /v1/aggregate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-            connection.sendall(b"Content-Length: 4\r\n\r\n{")
-            execute(settings.database_url, "SELECT pg_sleep(0.6)")
-            connection.sendall(b"}  ")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 422")
+    impatient = settings.model_copy(update={"request_seconds": 0.3, "body_seconds": 30.0})
+    with serving(impatient) as server, _connection(server) as connection:
+        connection.sendall(b"POST /v1/aggregate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: 4\r\n\r\n{")
+        execute(settings.database_url, "SELECT pg_sleep(0.6)")
+        connection.sendall(b"}  ")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 422")
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_given_up(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"body_seconds": 0.3})) as server:
+        content = bytes(24 << 20)
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        headers = {"Authorization": f"Bearer {server.key('lab-a', *Scope)}"}
+        httpx2.put(f"{server.url}/v1/blobs/{digest}", content=content, headers=headers).raise_for_status()
+        with _connection(server) as connection:
+            connection.sendall(f"GET /v1/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+            def is_over() -> bool:
+                told = httpx2.get(f"{server.url}/metrics", headers=headers).text
+                return 'blueprints_http_requests_total{method="GET",route="/v1/blobs/{digest}",status="200"}' in told
+
+            wait_until(is_over, what="the request is over although nobody reads its answer")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /livez HTTP/1.1\r\nHost:", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /l"]
+)
+def test_a_head_that_does_not_arrive_closes_the_connection(
+    server: Server, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeadTimeLimit, "head_seconds", 0.3)
+    with _connection(server) as connection:
+        connection.sendall(sent)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+        assert received.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+
+def test_a_connection_may_rest_between_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeadTimeLimit, "head_seconds", 0.2)
+    with _connection(server) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            execute(server.settings.database_url, "SELECT pg_sleep(0.4)")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def _connection(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
