@@ -206,6 +206,7 @@ class Attempt:
             allowed_buckets=settings.allowed_buckets,
             allowed_hub=settings.allowed_hub,
             hub_token=settings.hub_token and settings.hub_token.get_secret_value(),
+            networks=tuple(map(str, settings.source_networks)),
             max_model_bytes=settings.max_model_bytes,
             max_text_bytes=settings.max_text_bytes,
         )

@@ -7,7 +7,8 @@ are boto3's own, from the worker's environment; nothing in a source has a say in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worker.sources import SourceRefused, belongs_to_checkpoint, check_sizes
 
 SCHEME = "s3://"
 REFUSALS = {"403", "404", "AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey"}
+REDIRECTS = {"301", "302", "303", "307", "308", "PermanentRedirect", "TemporaryRedirect"}
 
 
 def fetch_folder(
@@ -30,10 +32,8 @@ def fetch_folder(
     s3 = _client()
     start = f"{prefix}/" if prefix else ""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start, Delimiter="/")
-    try:
+    with _answers(source):
         found = {entry["Key"][len(start) :]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
-    except ClientError as error:
-        raise _refused(source, error) from error
     wanted = {name: size for name, size in found.items() if belongs_to_checkpoint(name)}
     if not wanted:
         raise SourceRefused(f"{source!r} holds no checkpoint; give the prefix that a save_pretrained folder lies under")
@@ -52,10 +52,8 @@ def fetch_file(source: str, folder: Path, *, allowed: Sequence[str], max_bytes: 
     if not re.fullmatch(r"[\w.-]+", name) or name in {".", ".."}:
         raise SourceRefused(f"{source!r} names no file of letters, digits and ._-")
     s3 = _client()
-    try:
+    with _answers(source):
         size = int(s3.head_object(Bucket=bucket, Key=key)["ContentLength"])
-    except ClientError as error:
-        raise _refused(source, error) from error
     if size > max_bytes:
         raise SourceRefused(f"{source!r} has {size:,} bytes; this worker reads at most {max_bytes:,}")
     _download(s3, source, bucket, key, folder / name)
@@ -77,23 +75,45 @@ def _split(source: str, allowed: Sequence[str]) -> tuple[str, str]:
     return bucket, prefix
 
 
+def settle_operators_part() -> str:
+    """Find the credentials, wherever the operator keeps them, and tell the endpoint: before connections are guarded.
+
+    An instance's own are asked for at a metadata address, which no source may lead to.
+    """
+    client = _client()
+    boto3.DEFAULT_SESSION.get_credentials()
+    return str(client.meta.endpoint_url)
+
+
 def _client() -> Any:
+    """Of the process's one session, which looks for credentials once."""
     retries = {"mode": "standard", "total_max_attempts": 5}
-    return boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+    return boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
 
 
 def _download(s3: Any, source: str, bucket: str, key: str, target: Path) -> None:
     """In parts, several at a time, a part that broke off again by itself; all of the same version (If-Match)."""
-    try:
+    with _answers(source):
         s3.download_file(bucket, key, str(target))
-    except ClientError as error:
-        raise _refused(source, error) from error
 
 
-def _refused(source: str, error: ClientError) -> Exception:
+@contextmanager
+def _answers(source: str) -> Iterator[None]:
     """A refusal of the bucket is the job's fault; anything else may pass."""
-    code = str(error.response.get("Error", {}).get("Code"))
-    if code in REFUSALS:
-        return SourceRefused(f"{source!r} cannot be read ({code}): is the name right, and may this worker read it?")
-    passing: Exception = error
-    return passing
+    try:
+        yield
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code"))
+        if code in REFUSALS:
+            raise SourceRefused(
+                f"{source!r} cannot be read ({code}): is the name right, and may this worker read it?"
+            ) from error
+        if code in REDIRECTS:
+            raise _lies_elsewhere(source) from error
+        raise
+    except RecursionError as error:  # botocore asks who redirected it for the bucket's region, and is redirected
+        raise _lies_elsewhere(source) from error
+
+
+def _lies_elsewhere(source: str) -> SourceRefused:
+    return SourceRefused(f"{source!r} is said to lie elsewhere, and this worker does not follow there")

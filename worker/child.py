@@ -43,6 +43,7 @@ class Fetching(BaseModel):
     allowed_buckets: tuple[str, ...]
     allowed_hub: tuple[str, ...]
     hub_token: str | None
+    networks: tuple[str, ...] = ()  # private ones that sources may lie in
     max_model_bytes: int
     max_text_bytes: int
 
@@ -89,6 +90,7 @@ class Child:
             environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             module = "worker.profile"
         else:
+            environment |= {"HF_HUB_DISABLE_XET": "1"}  # it connects outside Python, where worker.guard does not see it
             module = "worker.fetch"
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
         self._process = subprocess.Popen(

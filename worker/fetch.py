@@ -11,8 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.request import getproxies
 
 from gradient_blueprints import Client
+from gradient_blueprints.addresses import read_network
 from gradient_blueprints.cache import Cache
 from gradient_blueprints.errors import NotFound, PermissionDenied
 from gradient_blueprints.file_models import CheckpointFile
@@ -20,6 +22,7 @@ from gradient_blueprints.log_lines import LogFormat, hide_secrets, start_logging
 from gradient_blueprints.models import NewJob, Progress, format_checkpoint
 from worker import buckets, hub
 from worker.child import Fetched, Fetching
+from worker.guard import ConnectionGuard
 from worker.sources import (
     SourceRefused,
     StoreSource,
@@ -44,13 +47,35 @@ def main() -> int:
     def report(progress: Progress) -> None:
         speaker.say(PROGRESS, progress.model_dump(exclude_none=True))
 
+    guard = guard_connections(fetching)
     try:
         fetched = fetch(fetching, report)
     except (SourceRefused, NotFound, PermissionDenied) as refused:
         speaker.say(FAILED, str(refused))
+    except Exception:
+        if guard.refused is None:
+            raise
+        speaker.say(
+            FAILED,
+            f"a source leads where this worker does not connect to: {guard.refused} "
+            "(its operator allows private networks with BLUEPRINTS_SOURCE_NETWORKS)",
+        )
     else:
         speaker.say(FINISHED, fetched.model_dump(mode="json"))
     return 0
+
+
+def guard_connections(fetching: Fetching) -> ConnectionGuard:
+    """From here on this process connects to public addresses and to what the operator has named alone."""
+    guard = ConnectionGuard(map(read_network, fetching.networks))
+    sources = [fetching.job.source, *(data.source for data in fetching.job.data.values())]
+    named = [fetching.url, os.environ.get("HF_ENDPOINT", ""), *getproxies().values()]
+    if fetching.allowed_buckets and any(source.startswith(buckets.SCHEME) for source in sources):
+        named.append(buckets.settle_operators_part())
+    for url in named:
+        guard.allow(url)
+    guard.put_up()
+    return guard
 
 
 def fetch(fetching: Fetching, report: Report) -> Fetched:

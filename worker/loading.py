@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradient_blueprints.models import NewJob
 from worker.sources import SourceRefused
 from worker.texts import PackedText, pack
+
+SPARE_PARAMETERS = 1_000
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -35,18 +40,35 @@ def load_tokenizer(view: Path, config: Any) -> Any:
         raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {one_line(error)}") from error
 
 
-def plan_model(config: Any) -> Any:
-    """The model of a configuration without its weights, which takes no memory."""
+def plan_model(config: Any, tensors: int | None = None) -> Any:
+    """The model of a configuration without its weights. It must not have many more parameters than there are `tensors`.
+
+    Each takes memory and time even without its weights, and a short config.json may ask for a billion.
+    """
+    most = math.inf if tensors is None else 2 * tensors + SPARE_PARAMETERS
+    registered = itertools.count(1)
+
+    def count(*_: object) -> None:
+        if next(registered) > most:
+            raise SourceRefused(
+                f"config.json asks for more than {most:,} parameters to be kept apart, and the weights hold {tensors:,}"
+            )
+
+    watching = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except SourceRefused:
+        raise
     except Exception as error:
         raise SourceRefused(f"config.json describes no causal language model: {one_line(error)}") from error
+    finally:
+        watching.remove()
 
 
-def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int) -> Any:
+def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int, tensors: int) -> Any:
     """In the stored dtype, but in float32 on a CPU, where half precision is slow and its sums are coarse."""
-    planned = plan_model(config)
+    planned = plan_model(config, tensors)
     size = sum(parameter.numel() for parameter in planned.parameters()) * 4
     if size > max_model_bytes:
         raise SourceRefused(
@@ -80,6 +102,9 @@ def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: i
         raise SourceRefused(
             f"the weights do not have the shapes that config.json asks for: {loading['mismatched_keys']}"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum(dtype=torch.float32).isfinite():  # NaN and infinity outlive a sum
+            raise SourceRefused(f"the weights hold NaN or infinite numbers, in {name!r}: this checkpoint is broken")
     return model.to(device).eval()
 
 

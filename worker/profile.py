@@ -161,7 +161,7 @@ def measure(specification: Specification, report: Report) -> Measured:
 
     report(Progress(phase="loading the model"))
     device = choose_device(specification.device)
-    model = load_model(view, config, device, specification.max_model_bytes)
+    model = load_model(view, config, device, specification.max_model_bytes, checkpoint.tensors)
     check_fit(model, job, packed)
 
     torch.manual_seed(options.seed)

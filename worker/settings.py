@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gradient_blueprints.addresses import Network, read_network
 from gradient_blueprints.cache import default_folder
 from gradient_blueprints.log_lines import LogFormat
 
@@ -31,6 +32,11 @@ class WorkerSettings(BaseSettings):
     )
     allowed_buckets: Commas = Field((), description="buckets, or `bucket/prefix`, that s3:// sources may name")
     allowed_hub: Commas = Field((), description="repositories that hf:// sources may name: `org/name`, `org/*`, `*`")
+    source_networks: Annotated[tuple[Network, ...], NoDecode] = Field(
+        (),
+        description="private networks that hf:// and s3:// sources may lead to, such as `10.0.0.0/8`, separated by "
+        "commas; the registry, HF_ENDPOINT, the S3 endpoint and proxies may be private anyway",
+    )
     hub_token: SecretStr | None = Field(None, description="token of the Hugging Face hub, for gated repositories")
     cache: Path | None = Field(
         None, description="folder of fetched checkpoints; `gradient-blueprints/worker` in the user's cache if unset"
@@ -58,6 +64,11 @@ class WorkerSettings(BaseSettings):
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("source_networks", mode="before")
+    @classmethod
+    def _read_networks(cls, value: object) -> object:
+        return tuple(map(read_network, filter(None, value.split(",")))) if isinstance(value, str) else value
 
     @property
     def cache_folder(self) -> Path:

@@ -47,6 +47,7 @@ REFUSED_MEMBERS = {
 }
 
 
+MANY_LAYERS = 1_000  # fewer cost nothing, however few tensors there are
 WEIGHTS_PATTERN = r"[\w.-]+\.safetensors"
 STORE = "store"
 
@@ -123,6 +124,7 @@ class CheckpointFiles:
     config: dict[str, Any]
     weights: dict[str, Path]  # by the name in the folder
     weight_bytes: int
+    tensors: int
     tokenizer: dict[str, Path]
     index: Path | None
 
@@ -189,14 +191,15 @@ def resolve_checkpoint(source: str, roots: Sequence[Path], *, max_model_bytes: i
         if _mentions(config, member):
             raise SourceRefused(f"the checkpoint {reason}")
     index, weights = _weight_files(folder, names, file, max_model_bytes)
-    sizes = [sum(check_safetensors(path).values()) for path in weights.values()]
+    sizes = [size for path in weights.values() for size in check_safetensors(path).values()]
     if sum(sizes) > max_model_bytes:
         raise SourceRefused(f"the weights have {sum(sizes):,} bytes; this worker takes at most {max_model_bytes:,}")
+    _check_layers(config, max(MANY_LAYERS, len(sizes)))
     tokenizer = {name: file(name, MAX_JSON_BYTES) for name in TOKENIZER_FILES if name in names}
     for name in tokenizer.keys() & set(TOKENIZER_JSON):
         if _mentions(read_json(tokenizer[name]), "auto_map", depth=2):
             raise SourceRefused(f"the tokenizer {REFUSED_MEMBERS['auto_map']}")
-    return CheckpointFiles(folder, config, weights, sum(sizes), tokenizer, index)
+    return CheckpointFiles(folder, config, weights, sum(sizes), len(sizes), tokenizer, index)
 
 
 def _weight_files(
@@ -240,6 +243,17 @@ def _mentions(value: Any, member: str, depth: int = 8) -> bool:
     if value.get(member):
         return True
     return any(_mentions(inner, member, depth - 1) for inner in value.values())
+
+
+def _check_layers(config: dict[str, Any], most: int, depth: int = 8) -> None:
+    """Some configurations make a list as long as this number when they are read."""
+    for member, value in config.items():
+        if isinstance(value, dict) and depth:
+            _check_layers(value, most, depth - 1)
+        elif re.search("layers?$", member) and isinstance(value, int | float) and value > most:
+            raise SourceRefused(
+                f"config.json asks for {value:,} ({member}), far more than the weights have tensors for"
+            )
 
 
 def check_safetensors(path: Path) -> dict[str, int]:

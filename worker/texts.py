@@ -25,6 +25,7 @@ from worker.sources import SourceRefused, file_digest
 
 PIECE_CHARACTERS = 16_384  # a plain file is shuffled in pieces of whole lines, so that its head is not all that is seen
 PARQUET_ROWS = 1_024  # read at a time
+MAX_GROUP_BYTES = 1 << 30  # of the text of a Parquet row group, unpacked
 SHORTEST = 2  # tokens of a sequence that predicts anything
 
 Format = Literal["text", "jsonl", "parquet"]
@@ -186,6 +187,7 @@ def _row_groups(path: Path, field: str, draw: random.Random) -> Iterator[Callabl
         order = list(range(file.num_row_groups))
         draw.shuffle(order)
         for group in order:
+            _check_unpacked(path, group, _unpacked_size(file.metadata.row_group(group), field))
             yield partial(_rows, path, file, group, field)
 
 
@@ -202,12 +204,54 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
         raise SourceRefused(f"{path.name!r} has no text in the column {field!r}, but {kind}: name another with field=")
 
 
+class Unpacked:
+    """The texts of a row group. A short file can name a long one a million times: it is unpacked and kept once."""
+
+    def __init__(self, path: Path, group: int) -> None:
+        self._path, self._group = path, group
+        self._known: dict[str, str] = {}
+        self._size = 0
+
+    def rows(self, column: pyarrow.Array) -> Iterator[str]:
+        """Those of a batch's rows that hold any."""
+        if isinstance(column, pyarrow.DictionaryArray):
+            words: dict[int, str | None] = {}
+            for index in column.indices.to_pylist():
+                if index is not None:
+                    if index not in words:
+                        words[index] = self._kept(column.dictionary[index].as_py())
+                    if (text := words[index]) is not None:
+                        yield text
+        else:
+            yield from filter(None, map(self._kept, column.to_pylist()))
+
+    def _kept(self, text: str | None) -> str | None:
+        if text is None or not text.strip():
+            return None
+        kept = self._known.setdefault(text, text)
+        if kept is text:
+            self._size += len(text)
+            _check_unpacked(self._path, self._group, self._size)
+        return kept
+
+
+def _unpacked_size(group: pyarrow.parquet.RowGroupMetaData, field: str) -> int:
+    columns = map(group.column, range(group.num_columns))
+    return next((column.total_uncompressed_size for column in columns if column.path_in_schema == field), 0)
+
+
+def _check_unpacked(path: Path, group: int, size: int) -> None:
+    if size > MAX_GROUP_BYTES:
+        raise SourceRefused(
+            f"{path.name!r}, row group {group}, has {size:,} bytes of text when unpacked; "
+            f"a worker reads at most {MAX_GROUP_BYTES:,}: write smaller row groups"
+        )
+
+
 def _rows(path: Path, file: pyarrow.parquet.ParquetFile, group: int, field: str) -> Iterator[str]:
     try:
+        unpacked = Unpacked(path, group)
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field]):
-            for value in batch.column(0):
-                text = value.as_py()
-                if text is not None and text.strip():
-                    yield text
+            yield from unpacked.rows(batch.column(0))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceRefused(f"{path.name!r}, row group {group}, cannot be read: {error}") from None

@@ -51,8 +51,8 @@ _NOT_PUBLIC_IPV6 = tuple(
 _TRANSLATED = IPv6Network("64:ff9b::/96")  # NAT64: the last four bytes are the IPv4 address that is meant (RFC 6052)
 
 
-class AddressRefused(OSError):
-    """A connection that is not made because of where it would go; for the code that wants it, a failing network."""
+class AddressRefused(Exception):
+    """A connection that is not made because of where it would go. Not an OSError: nobody is to try it again."""
 
 
 def check_address(address: str, allowed: Iterable[Network] = ()) -> None:
