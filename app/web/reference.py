@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,20 +12,22 @@ from fastapi import APIRouter, Request, Response
 
 from app.web.rendering import render
 from app.web.session import Visiting
+from gradient_blueprints.errors import PROBLEM_MEDIA_TYPE
 
 router = APIRouter(include_in_schema=False)
 
 _EVERYWHERE = frozenset({"400", "401", "403", "408", "413", "422", "429", "500", "503"})
 _LIMITS = {
-    "minimum": "at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-    "minLength": "characters, at least",
-    "maxLength": "characters, at most",
-    "minItems": "entries, at least",
-    "maxItems": "entries, at most",
-    "pattern": "matches",
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "minLength": "at least {} characters",
+    "maxLength": "at most {} characters",
+    "minItems": "at least {} entries",
+    "maxItems": "at most {} entries",
+    "pattern": "matches {}",
+    "default": "{} unless given",
 }
 
 
@@ -100,7 +102,7 @@ def _operation(method: str, path: str, told: Mapping[str, Any]) -> Operation:
     return Operation(
         method=method.upper(),
         path=path,
-        description=told.get("description") or told["summary"],
+        description=_prose(told.get("description") or told["summary"]),
         needs_key="no key" if not security else "key optional" if {} in security else "key",
         parameters=tuple(parameters),
         bodies=_contents(told.get("requestBody", {})),
@@ -116,6 +118,7 @@ def _contents(holder: Mapping[str, Any]) -> tuple[Member, ...]:
     return tuple(
         Member(media_type, _kind(form.get("schema") or form.get("itemSchema") or {}), True, "")
         for media_type, form in holder.get("content", {}).items()
+        if media_type != PROBLEM_MEDIA_TYPE  # which the page tells once
     )
 
 
@@ -127,7 +130,7 @@ def _schemas(document: Mapping[str, Any]) -> list[Schema]:
             Member(title, _kind(inner), title in required, _words(inner))
             for title, inner in schema.get("properties", {}).items()
         )
-        schemas.append(Schema(name, schema.get("description", ""), _kind(schema), properties))
+        schemas.append(Schema(name, _prose(schema.get("description", "")), _kind(schema), properties))
     return schemas
 
 
@@ -169,11 +172,16 @@ def _words(*sources: Mapping[str, Any]) -> str:
     """The description, the limits and the default."""
     described = next((source["description"] for source in sources if source.get("description")), "")
     schema = sources[-1]
-    limits = [f"{words} {_plain(schema[name])}" for name, words in _LIMITS.items() if name in schema]
-    if schema.get("default") is not None:
-        limits.append(f"unless given {_plain(schema['default'])}")
-    return re.sub(r"\s+", " ", "; ".join(filter(None, (described, *limits))))
+    limits = [words.format(_plain(schema[name])) for name, words in _LIMITS.items() if schema.get(name) is not None]
+    return _prose("; ".join(filter(None, (described, *limits))))
+
+
+def _prose(text: str) -> str:
+    """Docstrings are written for programmers: without the marks of code and the breaks of lines."""
+    return " ".join(text.replace("`", "").split())
 
 
 def _plain(value: object) -> str:
-    return f"{value:,.12g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,.12g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)
+    )
