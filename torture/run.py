@@ -51,17 +51,18 @@ class Run:
         return count(self.rules)
 
     def damaged(self) -> dict[str, int]:
-        """How many violations the checker finds beyond those of the run after each kind of damage, all undone."""
+        """How many violations more the checker finds after each kind of damage that can be done, all undone."""
 
         async def each() -> dict[str, int]:
             connection = await asyncpg.connect(self.system.database_url)
             store = self.system.store.path
             try:
                 undamaged = count(await check(connection, self.journal, store))
-                return {
-                    name: await damage_and_check(connection, statement, self.journal, store) - undamaged
+                found = {
+                    name: await damage_and_check(connection, statement, self.journal, store)
                     for name, statement in DAMAGES.items()
                 }
+                return {name: total - undamaged for name, total in found.items() if total is not None}
             finally:
                 await connection.close()
 

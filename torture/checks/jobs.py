@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from itertools import pairwise
 
 from torture.checks.rules import Record, Rule
-from torture.checks.snapshot import TERMINAL
+from torture.checks.snapshot import TERMINAL, content_of
 from torture.journal import Outcome
 from torture.schedule import StepKind
 
@@ -62,13 +61,12 @@ def ended(rule: Rule, record: Record) -> None:
 
 def one_result(rule: Rule, record: Record) -> None:
     """A job that succeeded has one version, of its lab and with its note; any other has none. No two share one."""
-    bodies = {row["id"]: row["body"] for row in record.database["documents"]}
+    notes = {row["id"]: content_of(row).get("provenance", {}).get("notes") for row in record.database["documents"]}
     versions = {row["id"]: row for row in record.database["versions"]}
     noted: Counter[tuple[str, str]] = Counter()
     for version in versions.values():
-        provenance = json.loads(bodies[version["document_id"]]).get("provenance", {})
-        if "notes" in provenance:
-            noted[version["lab"], provenance["notes"]] += 1
+        if (note := notes[version["document_id"]]) is not None:
+            noted[version["lab"], note] += 1
     taken: Counter[int] = Counter(row["version_id"] for row in record.database["jobs"] if row["version_id"])
     for job in record.database["jobs"]:
         name = f"job {job['id']}, {job['state']}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +77,14 @@ class Snapshot:
 async def take_snapshot(connection: asyncpg.Connection) -> Snapshot:
     """All of it as of one moment, when nothing else writes any more."""
     return Snapshot({name: [dict(row) for row in await connection.fetch(query)] for name, query in _QUERIES.items()})
+
+
+def content_of(document: Row) -> dict[str, Any]:
+    """What the bytes of a document say; nothing when they are not those of its digest."""
+    if hashlib.sha256(document["body"]).digest() != document["digest"]:
+        return {}
+    content: dict[str, Any] = json.loads(document["body"])
+    return content
 
 
 def text_of(digest: bytes) -> str:
