@@ -32,7 +32,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Touched by relay and worker while they do their work; how old it is says how they are.
 ENV BLUEPRINTS_HEARTBEAT=/tmp/heartbeat
 RUN useradd --system --uid 10001 --no-create-home --home-dir /tmp blueprints \
- && mkdir -p /data/store /data/cache /data/scratch && chown -R blueprints /data
+ && mkdir -p /data/store /data/cache && chown -R blueprints /data
 WORKDIR /srv/registry
 USER blueprints
 
@@ -51,11 +51,14 @@ FROM runtime AS worker
 COPY --from=worker-packages /opt/venv /opt/venv
 COPY client client
 COPY worker worker
-# A killed job's files must not outlive it: the scratch folder is this container's alone.
-ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources BLUEPRINTS_CACHE=/data/cache TMPDIR=/data/scratch
+ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources BLUEPRINTS_CACHE=/data/cache
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
   CMD find "$BLUEPRINTS_HEARTBEAT" -newermt '1 minute ago' | grep -q .
-CMD ["sh", "-c", "rm -rf /data/scratch/* && exec python -m worker"]
+# Scratch folders lie in the cache's volume, so that cached files get a second name there instead of a copy. What a killed
+# container left is removed by its next start, or by another's once it is older than any job may run.
+CMD ["sh", "-c", "export TMPDIR=/data/cache/scratch/$HOSTNAME && rm -rf $TMPDIR && mkdir -p $TMPDIR \
+  && find /data/cache/scratch -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} + \
+  && exec python -m worker"]
 
 FROM ${PYTHON} AS gateway
 RUN apt-get update && apt-get install -y --no-install-recommends haproxy && rm -rf /var/lib/apt/lists/*

@@ -24,6 +24,8 @@ def make_small_checkpoint(folder: Path) -> None:
     (folder / "general.txt").write_text(TEXT)
     (checkpoint,) = pretrain_gpt("small", TEXT, folder, SIZE, [1.0], lambda step, loss: None)
     checkpoint.folder.rename(folder / "checkpoint")
+    for file in (folder / "checkpoint").iterdir():
+        file.chmod(0o644)  # safetensors are written for their owner alone, and workers run as somebody else
 
 
 def document(number: int) -> dict[str, Any]:

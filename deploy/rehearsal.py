@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx2
+
 from deploy.clients import Clients, make_small_checkpoint
 from deploy.stack import REPOSITORY, Stack, check_out, say
 from gradient_blueprints import Client, Job, JobState
@@ -63,8 +65,7 @@ def _rehearse(previous: Stack, current: Stack, folder: Path) -> None:
     clients = Clients(url, key)
     clients.publish_some(20)
     make_small_checkpoint(current.folder / "sources" / "small")
-    with Client(url, api_key=key, cache=False) as lab:
-        waiting = _submit(lab, "waiting")
+    waiting = _submit(url, key, "waiting")
 
     say("it is upgraded in place to two APIs and two workers")
     started = time.monotonic()
@@ -110,7 +111,7 @@ def _rehearse(previous: Stack, current: Stack, folder: Path) -> None:
 def _kill_amid_a_job(stack: Stack, service: str, url: str, key: str) -> None:
     """A job is submitted, one container of the service killed, and the job still ends with a blueprint."""
     with Client(url, api_key=key, cache=False, timeout=10) as lab:
-        job = _submit(lab, f"killed-{service}-{time.time_ns()}", batches=60)
+        job = _submit(url, key, f"killed-{service}-{time.time_ns()}", batches=60)
         _wait(lab, job, JobState.RUNNING)
         started = time.monotonic()
         stack.kill(service)
@@ -120,18 +121,19 @@ def _kill_amid_a_job(stack: Stack, service: str, url: str, key: str) -> None:
         say(f"{service} killed: all healthy again after {healthy:.0f} s, its job done")
 
 
-def _submit(lab: Client, model_id: str, batches: int = 2) -> Job:
-    # As the previous release knows a request: fields that came later are left at their defaults and not sent.
+def _submit(url: str, key: str, model_id: str, batches: int = 2) -> Job:
+    """As every release understands it: the SDK of today sends fields that the previous one may not know."""
     sources = "/data/sources/small"
-    return lab.submit_checkpoint(
-        model_id,
-        1.0,
-        source=f"{sources}/checkpoint",
-        data={"general": f"{sources}/general.txt"},
-        batches=batches,
-        batch_size=2,
-        sequence_length=32,
-    )
+    request = {
+        "model_id": model_id,
+        "training_checkpoint": 1.0,
+        "source": f"{sources}/checkpoint",
+        "data": {"general": {"source": f"{sources}/general.txt"}},
+        "options": {"batches": batches, "batch_size": 2, "sequence_length": 32},
+    }
+    authorization = {"Authorization": f"Bearer {key}"}
+    answer = httpx2.post(f"{url}/v1/jobs", json=request, headers=authorization, timeout=30, trust_env=False)
+    return Job.model_validate(answer.raise_for_status().json())
 
 
 def _wait(lab: Client, job: Job, state: JobState) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradient_blueprints.models import NewJob
 from worker.sources import SourceRefused
-from worker.texts import PackedText, pack
+from worker.texts import PackedText, format_of, pack
 
 SPARE_PARAMETERS = 1_000
 
@@ -119,7 +119,8 @@ def read_text(job: NewJob, domain: str, path: Path, tokenizer: Any) -> PackedTex
         return pack(
             path,
             field=data.field,
-            text_format=data.format,
+            # By the name that the job gives: a cached file's own is its digest.
+            text_format=data.format or format_of(data.source),
             packing=data.packing,
             max_tokens=data.max_tokens,
             encode=encode,

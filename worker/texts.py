@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import pyarrow
@@ -111,11 +111,16 @@ def _pad(
 # --- documents
 
 
+def format_of(name: str) -> Format | None:
+    """What a file is by its name, which may be a whole source."""
+    return FORMATS.get(PurePosixPath(name).suffix.lower())
+
+
 def _shuffled(path: Path, text_format: Format | None, field: str, seed: int) -> Iterator[str]:
     """The documents of a file in an order that `seed` draws; of Parquet the row groups, and the rows within each."""
     draw = random.Random(seed)  # noqa: S311 - a sample, not a secret
     groups: Iterator[Callable[[], Iterator[str]]]
-    match text_format or FORMATS.get(path.suffix.lower()):
+    match text_format or format_of(path.name):
         case "text":
             groups = iter([partial(_pieces, path)])
         case "jsonl":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from gradient_blueprints import Blueprint
-from gradient_blueprints.models import NewJob, Progress
+from gradient_blueprints.models import DataSource, NewJob, Progress
 from worker.child import REPOSITORY, Specification
 from worker.profile import profile
 from worker.sources import SINGLE_FILE, SourceRefused
@@ -230,3 +230,15 @@ def test_the_process_ends_and_cleans_up_when_its_stdin_does(specify: Callable[..
             assert not specification.folder.exists()
         finally:
             process.kill()
+
+
+def test_a_text_is_read_as_its_name_says_whatever_it_is_linked_to(
+    specify: Callable[..., Specification], roots: Path, tmp_path: Path
+) -> None:
+    """As the cache links a file of the store from another file system, where it is called by its digest."""
+    shutil.copy(roots / "general.txt", tmp_path / "0a1b2c")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "0a1b2c")
+    specification = specify(batches=1)
+    data = {"general": DataSource(source=str(tmp_path / "linked.txt"))}
+    specification.job = specification.job.model_copy(update={"data": data})
+    assert profile(specification, lambda progress: None).layers
