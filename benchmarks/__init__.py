@@ -1,0 +1,1 @@
+"""Speed, as ratios against references of the same run (benchmarks/README.md)."""
