@@ -6,10 +6,12 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from app.settings import Settings
+from gradient_blueprints.errors import ConfigurationError
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 Sessions = async_sessionmaker[AsyncSession]
@@ -53,4 +55,9 @@ def alembic_config(database_url: str) -> Config:
 
 def migrate(database_url: str, revision: str = "head") -> None:
     """Bring the schema to `revision`; of several processes at once one does it, the others wait (migrations/env.py)."""
-    command.upgrade(alembic_config(database_url), revision)
+    try:
+        command.upgrade(alembic_config(database_url), revision)
+    except CommandError as error:  # a revision that this release does not know
+        raise ConfigurationError(
+            f"The database belongs to a later release ({error}). Run that release, or restore a backup from before it."
+        ) from None

@@ -67,6 +67,12 @@ def test_two_servers_starting_at_once_migrate_once(postgres_url: str, empty_data
     migrate(empty_database_url)  # and there is nothing left to do
 
 
+def test_the_database_of_a_later_release_is_refused_in_words(database_url: str) -> None:
+    execute(database_url, "UPDATE alembic_version SET version_num = '9999_later'")
+    with pytest.raises(ConfigurationError, match="belongs to a later release .*9999_later"):
+        migrate(database_url)
+
+
 def test_readiness_follows_the_database(server_folder: Path, tmp_path: Path) -> None:
     folder = server_folder / "postgres"
     database = postgres.start(folder, durable=False)
