@@ -69,7 +69,7 @@ def test_two_servers_starting_at_once_migrate_once(postgres_url: str, empty_data
 
 def test_the_database_of_a_later_release_is_refused_in_words(database_url: str) -> None:
     execute(database_url, "UPDATE alembic_version SET version_num = '9999_later'")
-    with pytest.raises(ConfigurationError, match="belongs to a later release .*9999_later"):
+    with pytest.raises(ConfigurationError, match=r"belongs to a later release .*9999_later"):
         migrate(database_url)
 
 
