@@ -9,10 +9,12 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /srv/registry
 RUN python3 -m venv --upgrade-deps /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir -p client/gradient_blueprints && touch client/gradient_blueprints/__init__.py
+COPY constraints.txt LICENSE ./
+# Stand-ins for our own files, so that a change of these installs nothing anew.
+RUN mkdir -p client/gradient_blueprints && touch client/gradient_blueprints/__init__.py README.md
 
 FROM packages AS server-packages
+COPY pyproject.toml ./
 RUN pip install -c constraints.txt -e . --group server && pip uninstall --yes setuptools pip \
  && cd /opt/venv/lib/python3.11/site-packages && find numpy scipy matplotlib -type d -name tests -exec rm -rf {} +
 
@@ -25,6 +27,7 @@ RUN pip install -c constraints.txt "$TORCH" \
  || { [ "${TORCH%+cpu}" != "$TORCH" ] && pip install "$UV" \
  && uv pip install -c constraints.txt --python /opt/venv/bin/python --torch-backend=cpu "${TORCH%+cpu}" \
  && pip uninstall --yes uv; }
+COPY pyproject.toml ./
 RUN pip install -c constraints.txt -e '.[torch]' --group worker && pip uninstall --yes setuptools pip
 
 FROM ${PYTHON} AS runtime
