@@ -40,7 +40,7 @@ def test_the_number_of_queries_does_not_grow(registry: Server, publish: Callable
         counts = {}
         with httpx2.Client(base_url=registry.url) as http:
             for path in (
-                "/",
+                "/?q=tiny",
                 "/models/tiny",
                 "/models/tiny/checkpoints/0.8",
                 "/models/tiny/compare?base=0.5@1&other=0.8@1",
@@ -54,5 +54,7 @@ def test_the_number_of_queries_does_not_grow(registry: Server, publish: Callable
     fill(1, [0.5, 0.8])
     small = cost()
     fill(4, [0.3, 0.5, 0.7, 0.8, 0.9])
+    for number in range(3):
+        publish("lab-0", blueprint_document(f"tiny-{number}"))
     assert cost() == small
     assert max(small.values()) <= 16
