@@ -99,19 +99,31 @@ def test_a_job_whose_worker_is_killed_is_done_by_another_once_within_two_leases(
     assert not orphan.is_running(), "the killed worker's process goes on"
 
 
-def test_a_job_submitted_while_the_broker_is_down_runs_when_it_is_back(
-    lab: Client, submit: Submit, processes: Processes, broker: Broker
+def test_a_job_submitted_while_the_broker_is_down_runs_when_it_is_back_and_heartbeats_tell_so(
+    lab: Client, submit: Submit, processes: Processes, broker: Broker, tmp_path: Path
 ) -> None:
-    processes.relay()
-    processes.worker()
-    time.sleep(2)
+    of_relay, of_worker = tmp_path / "relay-heartbeat", tmp_path / "worker-heartbeat"
+    processes.relay(BLUEPRINTS_HEARTBEAT=str(of_relay))
+    processes.worker(BLUEPRINTS_HEARTBEAT=str(of_worker))
+    for file in (of_relay, of_worker):
+        wait_until(file.exists, what=f"{file.name} begins")
+        file.unlink()
+        wait_until(file.exists, what=f"{file.name} goes on")
+
     broker.stop()
+    wait_until(lambda: "Trying again in 2.00 seconds" in processes.logs(), what="the worker misses the broker")
+    for file in (of_relay, of_worker):
+        file.unlink()
     job = submit()
     assert job.state is JobState.QUEUED
-    time.sleep(2)
+    wait_until(of_relay.exists, what="the relay, which tries again, is well")
+    wait_until(lambda: "Trying again in 4.00 seconds" in processes.logs(), what="a heartbeat's time is over")
+    assert not of_worker.exists()
     assert lab.get_job(job.id).state is JobState.QUEUED
+
     broker.start()
     assert lab.wait_for_job(job.id, 60).state is JobState.SUCCEEDED
+    assert of_worker.exists()
 
 
 def test_a_job_whose_message_the_broker_lost_runs_all_the_same(
