@@ -79,14 +79,6 @@ def test_guessing_keys_counts_for_the_address(settings: Settings) -> None:
         assert answers == [401] * 5 + [429]
 
 
-def test_the_client_waits_as_long_as_it_is_told_and_gets_its_answer(settings: Settings) -> None:
-    with limited(settings, address_requests_per_minute=60) as (server, http):
-        while http.get("/v1/models").status_code == 200:
-            pass
-        with Client(server.url, cache=False) as client:
-            assert list(client.list_models()) == []
-
-
 def test_a_write_that_was_refused_for_its_quota_is_sent_again(settings: Settings) -> None:
     """Also one that must not be done twice: a refusal is the promise that it was not done."""
     with limited(settings, key_requests_per_minute=60) as (server, http):
@@ -98,22 +90,20 @@ def test_a_write_that_was_refused_for_its_quota_is_sent_again(settings: Settings
 
 
 @pytest.mark.parametrize(
-    ("proxies", "forwarded", "refused"),
+    ("proxies", "forwarded", "statuses"),
     [
-        ("", ["1.1.1.1", "2.2.2.2", "3.3.3.3"], True),  # nobody is believed
-        ("127.0.0.0/8", ["1.1.1.1", "2.2.2.2", "3.3.3.3"], False),
-        ("127.0.0.1", ["9.9.9.9, 1.1.1.1", "8.8.8.8, 1.1.1.1", "7.7.7.7, 1.1.1.1"], True),  # made up by the client
-        ("127.0.0.1, 10.0.0.0/8", ["1.1.1.1, 10.0.0.7", "2.2.2.2, 10.0.0.7", "3.3.3.3, 10.0.0.7"], False),
-        ("127.0.0.1", ["2001:db8::1", "2001:db8::2", "2001:db8:0:0:ffff::3"], True),  # one network
-        ("127.0.0.1", ["2001:db8:0:1::1", "2001:db8:0:2::1", "2001:db8:0:3::1"], False),
+        ("", ["1.1.1.1", "2.2.2.2", "3.3.3.3"], [200, 200, 429]),  # nobody is believed
+        ("127.0.0.0/8, 10.0.0.0/8", ["1.1.1.1, 10.0.0.7", "2.2.2.2, 10.0.0.7", "3.3.3.3"], [200, 200, 200]),
+        ("127.0.0.1", ["9.9.9.9, 1.1.1.1", "8.8.8.8, 1.1.1.1", "7.7.7.7, 1.1.1.1"], [200, 200, 429]),  # made up
+        ("127.0.0.1", ["2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "2001:db8::3"], [200, 200, 200, 429]),  # /64
     ],
 )
 def test_the_address_is_what_trusted_proxies_say(
-    settings: Settings, proxies: str, forwarded: list[str], refused: bool
+    settings: Settings, proxies: str, forwarded: list[str], statuses: list[int]
 ) -> None:
     with limited(settings, address_requests_per_minute=2, trusted_proxies=proxies) as (_, http):
         answers = [http.get("/v1/models", headers={"X-Forwarded-For": given}).status_code for given in forwarded]
-        assert answers == [200, 200, 429 if refused else 200]
+        assert answers == statuses
 
 
 def test_without_limits_nothing_is_counted(settings: Settings) -> None:

@@ -7,17 +7,15 @@ from collections.abc import Callable
 from html import unescape
 
 import httpx2
-import pytest
 
 from tests.conftest import Server
 from tests.web.conftest import Visitor
 
 
-@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_is_accessible_loads_nothing_from_elsewhere_and_opens_what_a_link_names(
-    registry: Server, open_visitor: Callable[..., Visitor], width: int
+    registry: Server, open_visitor: Callable[..., Visitor]
 ) -> None:
-    visitor = open_visitor(registry.url, width=width, dark=width < 1000)
+    visitor = open_visitor(registry.url, width=390, dark=True)
     page = visitor.visit("/docs")
     page.locator("summary", has_text="POST /v1/jobs").first.click()
     page.get_by_role("link", name="NewJob").first.click()
