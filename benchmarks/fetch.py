@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 
 from benchmarks.registry import CHECKPOINT, MODEL, document, registry, serving
 from benchmarks.results import Ratio, interleaved, publish, ratios
@@ -18,9 +19,16 @@ from gradient_blueprints import Client
 CONNECTIONS = (16, 64)
 
 
-def requests_per_second(url: str, connections: int, seconds: int, *headers: str) -> float:
+def need_wrk() -> None:
+    if shutil.which("wrk") is None:
+        raise SystemExit("This needs wrk, a load generator: apt-get install wrk, or brew install wrk.")
+
+
+def requests_per_second(url: str, connections: int, seconds: int, *headers: str, script: Path | None = None) -> float:
+    """Of wrk, on one thread; `script` is Lua that makes its requests."""
     given = [part for header in headers for part in ("-H", header)]
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *given, url]
+    given += ["-s", str(script)] if script else []
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "--latency", *given, url]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if "Non-2xx" in told or "Socket errors" in told:
         raise SystemExit(f"{' '.join(command)}:\n{told}")
@@ -34,8 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3)
     arguments = parser.parse_args()
-    if shutil.which("wrk") is None:
-        raise SystemExit("This needs wrk, a load generator: apt-get install wrk, or brew install wrk.")
+    need_wrk()
     with registry() as served:
         with Client(served.url, api_key=served.key, cache=False) as client:
             digest = client.publish_blueprint(document()).digest
