@@ -82,7 +82,8 @@ audit: $(INSTALLED)
 	$(PYTHON) -m tests.dependency_audit
 
 bench: $(INSTALLED)
-	$(PYTHON) -m benchmarks
+	$(PIP) install -q $(CONSTRAINTS) --group bench
+	$(PYTHON) -m benchmarks --write
 
 # Stopped and continued at any moment; `$(PYTHON) -m evidence status` says how far it is.
 evidence: $(INSTALLED)
