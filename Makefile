@@ -107,7 +107,7 @@ secrets:
 # (+cpu) is the machine's matter and left out.
 lock:
 	@$(MAKE) --no-print-directory venv torch VENV=.venv-lock CONSTRAINTS=
-	.venv-lock/bin/python -m pip install -q -e '.[torch,cli]' --group dev
+	.venv-lock/bin/python -m pip install -q -e '.[torch,cli]' --group dev --group bench
 	{ echo '# Written by `make lock`; the versions that `make install` takes.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//'; \
 	  echo 'async-timeout==$(ASYNC_TIMEOUT)  # of redis, before Python 3.11.3'; } > constraints.txt
