@@ -86,6 +86,7 @@ OfLab = Annotated[
 ]
 ByteCount = Annotated[int, Header(ge=0, le=MAX_SAFE_INTEGER)]
 OptionalByteCount = Annotated[int | None, Header(ge=0, le=MAX_SAFE_INTEGER)]
+FramedByteCount = Annotated[int | None, Header(ge=0, le=MAX_SAFE_INTEGER, include_in_schema=False)]  # HTTP's own
 
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _UPLOADED: dict[int | str, dict[str, Any]] = {
@@ -205,7 +206,7 @@ async def upload_file(
     ],
     upload_offset: ByteCount = 0,
     upload_length: OptionalByteCount = None,
-    content_length: OptionalByteCount = None,
+    content_length: FramedByteCount = None,
 ) -> Response:
     """Begin a file, or go on with it at the offset that HEAD tells; `Upload-Length` is the size of all of it.
 
