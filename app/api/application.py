@@ -140,7 +140,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
     app.state.newest_of_owner = CurrentVersions(engine, NEWEST_OF_OWNER)
     app.state.aliased = CurrentVersions(engine, ALIASED)
-    watching = asyncio.create_task(app.state.patience.watch())
+    running = [
+        asyncio.create_task(work())
+        for work in (app.state.patience.watch, app.state.newest_of_owner.run, app.state.aliased.run)
+    ]
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)
         async with app.state.sessions() as session:
@@ -152,5 +155,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await session.commit()
         yield
     finally:
-        watching.cancel()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)  # they give their connections back
         await engine.dispose()

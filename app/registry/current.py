@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -47,45 +47,47 @@ class CurrentVersions:
     def __init__(self, engine: AsyncEngine, query: str) -> None:
         self._engine = engine
         self._query = query
-        self._waiting: dict[Name, asyncio.Future[int | None]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._asked: dict[Name, list[asyncio.Future[int | None]]] = {}
+        self._wake = asyncio.Event()
 
     async def version_id(self, name: Name) -> int | None:
         """None where there is none, or where it could not be found out: whoever asks then goes the longer way."""
-        future = self._waiting.get(name)
-        if future is None:
-            future = self._waiting[name] = asyncio.get_running_loop().create_future()
-            if self._task is None:
-                self._task = asyncio.create_task(self._answer())
-        return await asyncio.shield(future)  # one client's leaving is not the others' end
+        future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(name, []).append(future)
+        self._wake.set()
+        return await future
 
-    async def _answer(self) -> None:
+    async def run(self) -> None:
+        """Answer until cancelled, over one connection for as long as it lasts."""
+        while True:
+            await self._wake.wait()
+            try:
+                async with self._engine.connect() as connection:
+                    # The driver itself: each query is a transaction of its own, with a snapshot of its own.
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    assert driver is not None
+                    while True:
+                        await self._answer(driver)
+                        await self._wake.wait()
+            except Exception as error:  # whatever it is, the longer way meets it too and answers for it
+                logger.info("cannot look up current versions: %s", error)
+                self._wake.clear()
+                asked, self._asked = self._asked, {}
+                _give(asked, {})
+
+    async def _answer(self, driver: Any) -> None:
+        self._wake.clear()
+        asked, self._asked = self._asked, {}
+        found: dict[int, int] = {}
         try:
-            async with self._engine.connect() as connection:
-                # The driver itself: each query is a transaction of its own, with a snapshot of its own.
-                driver = (await connection.get_raw_connection()).driver_connection
-                assert driver is not None
-                while self._waiting:
-                    asked, self._waiting = self._waiting, {}
-                    try:
-                        rows = await driver.fetch(self._query, *_columns(list(asked)))
-                    except BaseException:
-                        _give(asked, {})
-                        raise
-                    _give(asked, {row["place"]: row["id"] for row in rows})
-        except Exception as error:
-            logger.info("cannot look up current versions: %s", error)
+            rows = await driver.fetch(self._query, [model for model, _ in asked], [name for _, name in asked])
+            found = {row["place"]: row["id"] for row in rows}
         finally:
-            self._task = None
-            _give(self._waiting, {})
-            self._waiting = {}
+            _give(asked, found)
 
 
-def _columns(names: Sequence[Name]) -> tuple[list[str], list[Decimal | str]]:
-    return [model for model, _ in names], [name for _, name in names]
-
-
-def _give(asked: dict[Name, asyncio.Future[int | None]], found: dict[int, int]) -> None:
-    for place, future in enumerate(asked.values()):
-        if not future.done():
-            future.set_result(found.get(place))
+def _give(asked: dict[Name, list[asyncio.Future[int | None]]], found: dict[int, int]) -> None:
+    for place, futures in enumerate(asked.values()):
+        for future in futures:
+            if not future.done():  # it is when its client has left
+                future.set_result(found.get(place))
