@@ -58,6 +58,17 @@ def registry(postgres_url: str, template_database: str, tmp_path_factory: pytest
             yield server
 
 
+@pytest.fixture(scope="module")
+def empty_registry(
+    postgres_url: str, template_database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server without any data, for the tests of one module."""
+    with fresh_database(postgres_url, template_database) as url:
+        settings = make_settings(url, tmp_path_factory.mktemp("empty_registry"))
+        with serving(settings) as server:
+            yield server
+
+
 @pytest.fixture
 def publish(registry: Server, tmp_path: Path) -> Callable[..., Publication]:
     """`publish("lab-a", document)`, into the registry that the package shares."""

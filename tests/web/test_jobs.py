@@ -16,6 +16,11 @@ from tests.web.plain import PlainBrowser, hidden_fields
 
 
 @pytest.fixture
+def server(empty_registry: Server) -> Server:
+    return empty_registry
+
+
+@pytest.fixture
 def lab(make_client: Callable[..., Client]) -> Client:
     return make_client("lab-a", Scope.PROFILE, Scope.READ)
 
@@ -34,12 +39,13 @@ def log_in(visitor: Visitor, key: str) -> None:
 def test_a_job_is_followed_to_its_blueprint_without_loading_the_page_again(
     server: Server, open_visitor: Callable[..., Visitor], lab: Client, worker: Client
 ) -> None:
-    job = submit(lab, shards=2)
+    job = submit(lab, model_id="followed", shards=2)
     visitor = open_visitor(server.url)
     log_in(visitor, server.key("lab-a", Scope.READ))
     visitor.page.get_by_role("link", name="Jobs").click()
+    expect(visitor.page).to_have_title("Jobs · Gradient blueprints")
     visitor.check()
-    visitor.page.get_by_role("link", name="tiny at 0.8").click()
+    visitor.page.get_by_role("link", name="followed at 0.8").click()
     page = visitor.page
     page.get_by_text("This page follows the job").wait_for()
     page.evaluate("window.loadedOnce = true")
@@ -107,7 +113,8 @@ def test_each_lab_sees_its_own_jobs_and_an_administrator_all(
         plain.log_in(server.key("lab-a", Scope.PROFILE))
         assert "other at 0.8" not in plain.get("/jobs").text
         for path in (f"/jobs/{theirs.id}", f"/jobs/{theirs.id}/events"):
-            assert plain.get(path).status_code == 404
+            with plain.stream("GET", path) as answer:
+                assert answer.status_code == 404
         assert (
             plain.post(f"/jobs/{theirs.id}/cancel", data=hidden_fields(plain.get("/account").text)).status_code == 404
         )

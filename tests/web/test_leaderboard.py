@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import httpx2
 import pytest
+from playwright.sync_api import expect
 
 from app.web import leaderboard_pictures
 from gradient_blueprints.record_models import Leaderboard
@@ -16,6 +17,11 @@ from tests.api.test_runs import begin, points, tally
 from tests.conftest import Server
 from tests.web.conftest import Visitor
 from tests.web.plain import PlainBrowser
+
+
+@pytest.fixture
+def server(empty_registry: Server) -> Server:
+    return empty_registry
 
 
 @pytest.fixture
@@ -34,30 +40,30 @@ def ranking(page: str) -> list[tuple[str, str]]:
 
 
 def test_the_board_is_that_of_the_api_at_any_place(publisher: httpx2.Client, plain: PlainBrowser) -> None:
-    report(publisher, (1, 9.0), (4, 5.0), **configured(0.1), seed=0)
-    report(publisher, (1, 9.0), (4, 5.5), **configured(0.1), seed=1)
-    report(publisher, (1, 8.0), (2, 7.0), **configured(0.2))
-    begin(publisher)
-    page = plain.get("/leaderboard?task=code/loss&resource=seconds").raise_for_status().text
+    report(publisher, (1, 9.0), (4, 5.0), task="rank/loss", **configured(0.1), seed=0)
+    report(publisher, (1, 9.0), (4, 5.5), task="rank/loss", **configured(0.1), seed=1)
+    report(publisher, (1, 8.0), (2, 7.0), task="rank/loss", **configured(0.2))
+    begin(publisher, task="rank/loss")
+    page = plain.get("/leaderboard?task=rank/loss&resource=seconds").raise_for_status().text
     assert ranking(page) == [("0.1", "5.250"), ("0.2", "7.000")]
     assert "Ranked by eval_loss at 4.000 seconds" in page
     assert "1 not finished" in page
-    at_two = plain.get("/leaderboard?task=code/loss&resource=seconds&axis=gamma&value=2").text
+    at_two = plain.get("/leaderboard?task=rank/loss&resource=seconds&axis=gamma&value=2").text
     assert ranking(at_two) == [("0.2", "7.000"), ("0.1", "7.750")]
-    reached = plain.get("/leaderboard?task=code/loss&resource=seconds&axis=psi&value=7&metric=").text
+    reached = plain.get("/leaderboard?task=rank/loss&resource=seconds&axis=psi&value=7&metric=").text
     assert ranking(reached) == [("0.2", "2.000"), ("0.1", "2.607")]
     for number, (rate, value) in enumerate(ranking(reached)):
-        entry = board(publisher, at="psi:7")["groups"][0]["entries"][number]
+        entry = board(publisher, task="rank/loss", at="psi:7")["groups"][0]["entries"][number]
         assert (entry["settings"]["rate"], round(entry["value"], 3)) == (float(rate), float(value))
-    assert plain.get("/leaderboard?task=code/loss&axis=psi&value=x").status_code == 422
-    assert "tells its tokens" in plain.get("/leaderboard?task=code/loss&resource=tokens").text
+    assert plain.get("/leaderboard?task=rank/loss&axis=psi&value=x").status_code == 422
+    assert "tells its tokens" in plain.get("/leaderboard?task=rank/loss&resource=tokens").text
 
 
 def test_runs_are_filtered_and_lead_to_their_page(publisher: httpx2.Client, plain: PlainBrowser) -> None:
-    mine = report(publisher, (1, 9.0), (4, 5.0))
+    mine = report(publisher, (1, 9.0), (4, 5.0), task="list/loss")
     other = begin(publisher, task="law/accuracy").rpartition("/")[2]
     assert {mine, other} <= set(re.findall(r'href="/runs/([\w-]{36})"', plain.get("/runs").text))
-    for query in ("task=code/loss", "model=tiny&task=code/loss&lab=lab-a"):
+    for query in ("task=list/loss", "model=tiny&task=list/loss&lab=lab-a"):
         assert re.findall(r'href="/runs/([\w-]{36})"', plain.get(f"/runs?{query}").text) == [mine]
     assert "No runs of this kind" in plain.get("/runs?lab=nobody").text
     assert plain.get(f"/runs/{other}").status_code == 200  # begun, without a point
@@ -66,16 +72,18 @@ def test_runs_are_filtered_and_lead_to_their_page(publisher: httpx2.Client, plai
     assert plain.get("/leaderboard/plots/0.svg?task=nothing").status_code == 404
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "phone, dark"])
 def test_the_pages_are_accessible_and_their_plots_are_drawn(
-    server: Server, publisher: httpx2.Client, open_visitor: Callable[..., Visitor], width: int, dark: bool
+    server: Server, publisher: httpx2.Client, open_visitor: Callable[..., Visitor]
 ) -> None:
     for rate in (0.1, 0.2):
-        run = report(publisher, *[(float(step), 9 - rate * step) for step in range(1, 40)], **configured(rate))
-    visitor = open_visitor(server.url, width=width, dark=dark)
+        run = report(
+            publisher, *[(float(step), 9 - rate * step) for step in range(1, 40)], task="look/loss", **configured(rate)
+        )
+    visitor = open_visitor(server.url, width=390, dark=True)
     page = visitor.visit("/leaderboard")
     visitor.check()
-    page.get_by_role("link", name="code/loss", exact=True).click()
+    page.get_by_role("link", name="look/loss", exact=True).click()
+    expect(page).to_have_title("Leaderboard of look/loss · Gradient blueprints")
     page.get_by_label("Resource").select_option("seconds")
     page.get_by_role("button", name="Rank").click()
     plot = page.get_by_role("img", name="eval_loss over seconds of 2 runs")
@@ -89,14 +97,15 @@ def test_the_pages_are_accessible_and_their_plots_are_drawn(
     visitor.check()
     assert visitor.overflow() == 0
     page.get_by_label("Pages").get_by_role("link", name="Runs").click()
+    expect(page).to_have_title("Runs · Gradient blueprints")
     visitor.check()
     assert visitor.overflow() == 0
 
 
 def test_a_plot_names_the_best_entries_and_its_axes(publisher: httpx2.Client) -> None:
     for rate in range(1, 8):
-        report(publisher, (1, 9.0), (2, 8.0 - rate / 10), **configured(rate))
-    answer = Leaderboard.model_validate(board(publisher))
+        report(publisher, (1, 9.0), (2, 8.0 - rate / 10), task="plot/loss", **configured(rate))
+    answer = Leaderboard.model_validate(board(publisher, task="plot/loss"))
     svg = leaderboard_pictures.draw_group(answer, answer.groups[0], narrow=False).decode()
     assert [f"{rank}. tiny" in svg for rank in (1, 5, 6)] == [True, True, False]
     assert ">seconds<" in svg
@@ -105,13 +114,13 @@ def test_a_plot_names_the_best_entries_and_its_axes(publisher: httpx2.Client) ->
 
 
 def test_a_long_curve_and_one_that_spent_nothing_are_drawn(publisher: httpx2.Client, plain: PlainBrowser) -> None:
-    path = begin(publisher)
+    path = begin(publisher, task="long/loss")
     for first in range(0, 3_000, 1_000):
         pairs = [(float(number), 9 - number / 1_000) for number in range(first, first + 1_000)]
         publisher.post(f"{path}/points", json=points(*pairs, first=first)).raise_for_status()
     svg = plain.get(f"/runs/{path.rpartition('/')[2]}/curve.svg?resource=seconds").raise_for_status()
     assert svg.headers["content-type"] == "image/svg+xml"
     assert len(svg.content) < 60_000
-    idle = report(publisher, (0, 9.0), given=tally(seconds=0.0))
+    idle = report(publisher, (0, 9.0), task="long/loss", given=tally(seconds=0.0))
     assert plain.get(f"/runs/{idle}/curve.svg?resource=seconds&narrow=true").status_code == 200
-    assert plain.get("/leaderboard/plots/0.svg?task=code/loss&resource=seconds").status_code == 200
+    assert plain.get("/leaderboard/plots/0.svg?task=long/loss&resource=seconds").status_code == 200
