@@ -37,8 +37,13 @@ def log_in(page: Page, key: str) -> None:
 
 def test_a_lab_and_its_key_are_made_used_and_revoked(server: Server, open_visitor: Callable[..., Visitor]) -> None:
     visitor = open_visitor(server.url, width=390, dark=True)
-    page = visitor.visit("/admin/labs")
+    page = visitor.visit("/account")
+    visitor.check()
     log_in(page, server.admin_key)
+    page.get_by_role("button", name="Log out").wait_for()
+    visitor.check()
+    assert visitor.overflow() == 0
+    visitor.visit("/admin/labs")
     visitor.check()
     page.get_by_label("Name of a new lab").fill("lab-a")
     page.get_by_role("button", name="Create the lab").click()

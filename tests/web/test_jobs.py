@@ -85,9 +85,10 @@ def test_a_job_is_cancelled_by_a_button(server: Server, open_visitor: Callable[.
     job = submit(lab)
     visitor = open_visitor(server.url, width=390, dark=True)
     log_in(visitor, server.key("lab-a", Scope.PROFILE))
-    page = visitor.visit(f"/jobs/{job.id}")
-    visitor.check()
-    assert visitor.overflow() == 0
+    for path in ("/jobs", f"/jobs/{job.id}"):
+        page = visitor.visit(path)
+        visitor.check()
+        assert visitor.overflow() == 0
     page.get_by_role("button", name="Cancel the job").click()
     expect(page.locator("#progress > .state")).to_contain_text("cancelled")
     expect(page.get_by_role("button", name="Cancel the job")).to_have_count(0)
