@@ -29,7 +29,7 @@ def make_small_checkpoint(folder: Path) -> None:
 
 
 def document(number: int) -> dict[str, Any]:
-    layer = {"id": "attn.0", "gradient_norm": 0.05, "alpha": 1.5, "gamma": 0.4, "k_star": 0.2, "domain_tags": {}}
+    layer = {"id": "attn.0", "gradient_norm": 0.05, "alpha": 1.5, "gamma": 0.4, "k_star": 0.2}
     return {"model_id": MODEL, "training_checkpoint": CHECKPOINT, "layers": [layer], "extra": {"number": number}}
 
 
@@ -57,13 +57,17 @@ class Clients:
         for thread in self._threads:
             thread.start()
 
+    def raise_failure(self) -> None:
+        """What a client should never have met."""
+        if self._failures:
+            raise self._failures[0]
+
     def stop(self) -> str:
-        """What was done; raises what a client should never have met."""
+        """What was done."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
-        if self._failures:
-            raise self._failures[0]
+        self.raise_failure()
         return (
             f"{len(self._published)} documents acknowledged, {self._fetched} fetches, "
             f"{self._refused} calls told after all retries that nobody answers"
@@ -71,19 +75,19 @@ class Clients:
 
     def check(self) -> int:
         """Everything that was acknowledged is there, to the byte, under numbers without a gap; how many that are."""
-        for digest in self._published:
-            self._expect(f"/v1/blueprints/{digest}", digest)
-        self._expect(f"/v1/blobs/{self._blob}", self._blob)
+        headers = {"Authorization": f"Bearer {self._key}"}
+        with httpx2.Client(base_url=self._url, headers=headers, timeout=30, trust_env=False) as http:
+            for path, digest in [
+                *((f"/v1/blueprints/{digest}", digest) for digest in self._published),
+                (f"/v1/blobs/{self._blob}", self._blob),
+            ]:
+                content = http.get(path).raise_for_status().content
+                assert f"sha256:{hashlib.sha256(content).hexdigest()}" == digest, f"{path} has other bytes"
         with Client(self._url, api_key=self._key, cache=False) as client:
             numbers = [version.version for version in client.list_versions(MODEL, CHECKPOINT)]
         assert sorted(numbers) == list(range(1, len(numbers) + 1)), "version numbers have a gap"
         assert len(numbers) >= len(self._published)
         return len(self._published)
-
-    def _expect(self, path: str, digest: str) -> None:
-        headers = {"Authorization": f"Bearer {self._key}"}
-        answer = httpx2.get(self._url + path, headers=headers, timeout=30, trust_env=False).raise_for_status()
-        assert f"sha256:{hashlib.sha256(answer.content).hexdigest()}" == digest, f"{path} has other bytes"
 
     def _publish(self) -> None:
         with Client(self._url, api_key=self._key, cache=False) as client:
@@ -94,7 +98,7 @@ class Clients:
                 except (ServiceUnavailable, ConnectionFailed):
                     self._refused += 1
                     continue  # with the same document: it may have been stored
-                except Exception as error:  # told by stop()
+                except Exception as error:  # told by raise_failure()
                     self._failures.append(error)
                     return
                 number += 1
@@ -108,7 +112,7 @@ class Clients:
                 except (ServiceUnavailable, ConnectionFailed):
                     self._refused += 1
                     continue
-                except Exception as error:  # told by stop()
+                except Exception as error:  # told by raise_failure()
                     self._failures.append(error)
                     return
                 self._fetched += 1

@@ -63,15 +63,17 @@ class Stack:
     def containers(self, service: str) -> list[str]:
         return self._output(*self._compose, "ps", "-q", service).split()
 
-    def kill(self, service: str) -> None:
-        """End one container of a service as a crash would: from outside, without Docker being asked."""
-        container = self.containers(service)[0]
-        restarts = self._inspect("{{.RestartCount}}", container)
-        os.kill(int(self._inspect("{{.State.Pid}}", container)), signal.SIGKILL)
+    def kill(self, service: str, *, every: bool = False) -> None:
+        """End the first container of a service, or all, as a crash would: from outside, without Docker being asked."""
+        killed = self.containers(service)[: None if every else 1]
+        restarts = {container: self._inspect("{{.RestartCount}}", container) for container in killed}
+        for container in killed:
+            os.kill(int(self._inspect("{{.State.Pid}}", container)), signal.SIGKILL)
         deadline = time.monotonic() + READY_SECONDS
-        while self._inspect("{{.RestartCount}}", container) == restarts:
-            assert time.monotonic() < deadline, f"{service} was not started again"
-            time.sleep(0.1)
+        for container in killed:
+            while self._inspect("{{.RestartCount}}", container) == restarts[container]:
+                assert time.monotonic() < deadline, f"{service} was not started again"
+                time.sleep(0.1)
 
     def wait_until_ready(self) -> tuple[str, str]:
         """Where the registry is, and its admin key."""

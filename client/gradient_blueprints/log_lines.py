@@ -39,6 +39,7 @@ def start_logging(form: LogFormat, level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
 
 
 def hide_secrets(secrets: Iterable[str | None]) -> None:
