@@ -28,6 +28,7 @@ class StepKind(StrEnum):
     PUBLISH_ATTACHED = "publish with attachment"
     PUBLISH_INVALID = "publish what is refused"
     FETCH_NEWEST = "fetch newest"
+    FETCH_PUBLIC = "fetch newest without a key"
     FETCH_DIGEST = "fetch by digest"
     LIST_VERSIONS = "list versions"
     YANK = "yank"
@@ -46,6 +47,7 @@ WEIGHTS: dict[StepKind, int] = {
     StepKind.PUBLISH_ATTACHED: 8,
     StepKind.PUBLISH_INVALID: 3,
     StepKind.FETCH_NEWEST: 18,
+    StepKind.FETCH_PUBLIC: 12,
     StepKind.FETCH_DIGEST: 8,
     StepKind.LIST_VERSIONS: 4,
     StepKind.YANK: 7,
@@ -102,6 +104,7 @@ class Scale:
     relays: int = 2
     workers: int = 2
     jobs: int = 4  # of each client
+    sharded: float = 0.25  # share of the jobs that are done in two shards and a merge
     gap: float = 2.5  # seconds between two faults, on average
     lease: float = 4.0  # seconds
 

@@ -12,7 +12,8 @@ from torture.journal import Outcome
 from torture.run import performed
 from torture.schedule import FaultKind, Scale, make_schedule
 
-SCHEDULE = make_schedule(seed=5, seconds=15, scale=Scale(clients=3, relays=1, workers=1, jobs=1, gap=1.3, lease=3.0))
+SMALL = Scale(clients=2, relays=1, workers=1, jobs=1, sharded=0, gap=1.0, lease=3.0)
+SCHEDULE = make_schedule(seed=2692, seconds=13, scale=SMALL)  # a seed with every kind of fault
 
 
 def test_what_was_promised_holds_after_kills_cuts_and_a_full_store(
@@ -25,7 +26,9 @@ def test_what_was_promised_holds_after_kills_cuts_and_a_full_store(
         told = capsys.readouterr().out
         assert run.violations == 0, told
         assert run.faults.total() >= 6, told
-        assert {FaultKind.KILL_API, FaultKind.KILL_POSTGRES} <= set(run.faults), told
+        assert {FaultKind.KILL_API, FaultKind.KILL_WORKER, FaultKind.KILL_POSTGRES, FaultKind.WIPE_BROKER} <= set(
+            run.faults
+        )
         acknowledged = [operation for operation in run.journal if operation.outcome is Outcome.ACKNOWLEDGED]
         assert len(acknowledged) > 10, told
         found = run.damaged()

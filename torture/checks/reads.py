@@ -10,6 +10,7 @@ from torture.journal import Operation, Outcome
 from torture.schedule import StepKind
 
 Place = tuple[str, float]
+FETCHES = (StepKind.FETCH_NEWEST, StepKind.FETCH_PUBLIC)
 
 
 def answers(rule: Rule, record: Record) -> None:
@@ -23,7 +24,7 @@ def answers(rule: Rule, record: Record) -> None:
         if operation.outcome is not Outcome.ACKNOWLEDGED:
             continue
         asked, told = operation.arguments, operation.answer
-        if operation.kind == StepKind.FETCH_NEWEST:
+        if operation.kind in FETCHES:
             stored = versions.get((asked["model"], asked["checkpoint"], told["version"]))
             rule.expect(stored == (told["digest"], asked["lab"]), f"{operation}: told {told}, stored {stored}")
         elif operation.kind == StepKind.FETCH_DIGEST:
@@ -76,7 +77,7 @@ def own_writes(rule: Rule, record: Record) -> None:
         if "model" not in asked or "checkpoint" not in asked:
             continue
         state = seen.setdefault((operation.client, (asked["model"], asked["checkpoint"])), _Seen())
-        if operation.kind == StepKind.FETCH_NEWEST:
+        if operation.kind in FETCHES:
             told = operation.answer.get("version")
             if operation.outcome is Outcome.ACKNOWLEDGED or _says_none(operation):
                 rule.expect(state.fits(told), f"{operation}: told {told}, known {state}")
