@@ -20,6 +20,7 @@ import pytest
 from app.embedded import postgres, valkey
 from app.embedded.processes import end_left_behind, left_behind
 from app.registry.keys import generate_secret
+from tests.documents import PAPER_EXAMPLE
 from tests.embedded.conftest import REPOSITORY, Up
 
 RunUp = Callable[..., Up]
@@ -84,6 +85,29 @@ def test_the_worker_may_work_and_knows_neither_database_nor_admin_key(running: U
     assert environment["BLUEPRINTS_URL"] == running.url
     assert environment["BLUEPRINTS_ALLOWED_ROOTS"] == str(running.data_dir / "sources")
     assert environment["BLUEPRINTS_API_KEY"] not in running.output
+
+
+def test_a_backup_of_the_running_service_becomes_another_data_directory(running: Up, private_folder: Path) -> None:
+    assert running.post("/v1/blueprints", PAPER_EXAMPLE).status_code == 201
+    backup, restored = private_folder / "backup", private_folder / "restored"
+
+    def run(*arguments: str | Path) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("BLUEPRINTS_")}
+        command = [sys.executable, "-m", "app", *map(str, arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("backup", backup, "--data-dir", running.data_dir).startswith(f"backed up to {backup}/database/")
+    assert running.get("/readyz").status_code == 200
+    # Without `up` a command runs the database for as long as it needs it.
+    found = run("restore", backup, "--data-dir", restored)
+    assert found.startswith("1 documents")
+    assert found.splitlines()[1:] == ["1 versions: 0 faults", "0 attachments: 0 faults", "0 checkpoint files: 0 faults"]
+    assert not (restored / "postgres" / "data" / "postmaster.pid").exists()
+    for name in ("admin.key", "secret"):
+        assert (restored / name).read_text() == (running.data_dir / name).read_text()
+        assert stat.S_IMODE((restored / name).stat().st_mode) == 0o600
 
 
 def test_a_second_up_on_the_same_directory_is_told_who_holds_it(running: Up, run_up: RunUp) -> None:
