@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode
 
 from fastapi import Depends, Request, Response
 
@@ -135,8 +135,9 @@ def _check_origin(request: Request) -> None:
 
     The host is compared and not the scheme, which a proxy that ends TLS may not pass on.
     """
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    if site is None and origin is not None and urlsplit(origin).netloc == request.headers.get("host"):
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
+    host = request.headers.get("host")
+    if site is None and host and origin in (f"https://{host}", f"http://{host}"):
         return
     if site != "same-origin":
         raise PermissionDenied("Forms are taken from the pages of this registry alone.")

@@ -223,6 +223,7 @@ def test_a_form_that_does_not_come_from_here_is_refused_even_with_its_token(
         {"Origin": "null"},
         {"Origin": "https://elsewhere.example"},
         {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://["},  # no browser says so, and no server may stumble over it
         own | {"Sec-Fetch-Site": "cross-site"},
         own | {"Sec-Fetch-Site": "same-site"},
         own | {"Sec-Fetch-Site": "none"},
