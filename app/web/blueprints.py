@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,7 +17,7 @@ from app.registry.versions import get_version
 from app.web import drawings, pictures
 from app.web.drawings import Bar
 from app.web.layer_tables import Column, Order, Ordered, arrange, domain_columns
-from app.web.rendering import render
+from app.web.rendering import in_thread, render
 from app.web.session import Viewer
 from gradient_blueprints.errors import NotFound
 from gradient_blueprints.models import Blueprint, Layer, format_checkpoint
@@ -126,7 +124,7 @@ async def _page(request: Request, session: AsyncSession, found: Found, order: Or
             public=request.app.state.settings.public_reads,
         )
 
-    return await anyio.to_thread.run_sync(rendered)  # a large document takes a while to parse and to write out
+    return await in_thread(session, rendered)  # a large document takes a while to parse and to write out
 
 
 def _by_code(warnings: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -181,12 +179,12 @@ async def download(
     """The bytes to keep, for who has a browser and no key at hand."""
     found = await blueprints.resolve_digest(session, digest)
     stored = await blueprints.read_stored(session, found.document_id)
-    media_type = CSV if form == "csv" else JSON
-    body = await anyio.to_thread.run_sync(representations.encode, stored.body, Representation(media_type, "identity"))
+    representation = Representation(CSV if form == "csv" else JSON, "identity")
+    body = await in_thread(session, lambda: representations.encode(stored.body, representation))
     name = f"{found.model_id.replace('/', '-')}-{format_checkpoint(found.checkpoint)}-v{found.version}.{form}"
     return Response(
         body,
-        media_type=media_type,
+        media_type=representation.media_type,
         headers={
             "Content-Disposition": f'attachment; filename="{name}"',
             "Cache-Control": representations.immutable(settings),
@@ -226,7 +224,7 @@ async def draw(
                     raise NotFound("No layer of this blueprint says what its largest coordinates retain.")
                 return drawings.draw_retained_mass(curves, narrow=narrow)
 
-    return await pictures.answer(drawn, cache_control=representations.immutable(settings))
+    return await pictures.answer(session, drawn, cache_control=representations.immutable(settings))
 
 
 def _has_heatmap(layers: Iterable[Layer]) -> bool:

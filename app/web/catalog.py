@@ -46,7 +46,7 @@ async def draw_evidence(
         raise NotFound(f"No adapter has let the registry keep a check of {model_id}.")
     alarms = tuple((event.at.date().toordinal(), event.kind) for event in told.events[:_EVENTS_SHOWN])
     return await pictures.answer(
-        lambda: drawings.draw_evidence(weeks, alarms, narrow=narrow), cache_control="private, no-cache"
+        session, lambda: drawings.draw_evidence(weeks, alarms, narrow=narrow), cache_control="private, no-cache"
     )
 
 

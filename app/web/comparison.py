@@ -5,8 +5,6 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.catalog import SIDE, side_of
@@ -15,7 +13,7 @@ from app.registry import catalog, comparison, publications
 from app.web import drawings, pictures
 from app.web.drawings import Change
 from app.web.layer_tables import Column, Ordered, arrange
-from app.web.rendering import render
+from app.web.rendering import in_thread, render
 from app.web.session import Viewer
 from gradient_blueprints.models import MAX_LAYERS, Comparison, LayerChange, ModelId, VersionSummary, format_checkpoint
 
@@ -52,7 +50,7 @@ async def draw_comparison(
     narrow: bool = False,
 ) -> Response:
     found = await comparison.compare(session, model_id, *_sides(base, other), top=top)
-    return await pictures.answer(lambda: _drawn(found, narrow=narrow), cache_control="private, no-cache")
+    return await pictures.answer(session, lambda: _drawn(found, narrow=narrow), cache_control="private, no-cache")
 
 
 def _sides(base: str, other: str) -> tuple[tuple[Decimal, int | None], tuple[Decimal, int | None]]:
@@ -110,4 +108,4 @@ async def comparison_page(
             table=arrange("layers", _COLUMNS, found.layers, order, first=("rank_change", True)) if found else None,
         )
 
-    return await anyio.to_thread.run_sync(rendered)
+    return await in_thread(session, rendered)

@@ -6,8 +6,6 @@ import sys
 from decimal import Decimal
 from typing import Annotated
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,7 +15,7 @@ from app.registry import aggregation, blueprints, catalog
 from app.web import drawings, pictures
 from app.web.drawings import Bar
 from app.web.layer_tables import Column, Ordered, arrange
-from app.web.rendering import exponential, render
+from app.web.rendering import exponential, in_thread, render
 from app.web.session import Viewer
 from gradient_blueprints.models import ModelId
 from gradient_blueprints.statistics_models import AggregateResult, Aggregation, Consensus, ConsensusLayer
@@ -95,7 +93,7 @@ async def draw_consensus(
         )
         return drawings.draw_norms(bars, "consensus norm", narrow=narrow)
 
-    return await pictures.answer(drawn, cache_control="private, no-cache")
+    return await pictures.answer(session, drawn, cache_control="private, no-cache")
 
 
 @router.get("/models/{model_id:model}/checkpoints/{checkpoint}/consensus")
@@ -118,4 +116,4 @@ async def consensus_page(
             table=arrange("layers", _COLUMNS, consensus.layers, order, first=("gradient_norm", True)),
         )
 
-    return await anyio.to_thread.run_sync(rendered)
+    return await in_thread(session, rendered)

@@ -60,6 +60,7 @@ async def leaderboard_plot(
     if number >= len(board.groups):
         raise NotFound("The leaderboard has no such group.")
     return await pictures.answer(
+        session,
         lambda: leaderboard_pictures.draw_group(board, board.groups[number], narrow=narrow),
         cache_control="private, max-age=60",
     )

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
 import matplotlib
 from fastapi import Response
 from matplotlib.figure import Figure
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.web.rendering import in_thread
 
 INK, QUIET, LINE = "#1d2227", "#5b6571", "#dfe2e5"
 GOOD, BAD, UNCLEAR = "#2c8a50", "#b5382f", "#a3abb3"
@@ -133,9 +135,9 @@ def to_svg(figure: Figure) -> bytes:
 _drawing = anyio.CapacityLimiter(1)
 
 
-async def answer(draw: Callable[[], bytes], *, cache_control: str) -> Response:
+async def answer(session: AsyncSession, draw: Callable[[], bytes], *, cache_control: str) -> Response:
     """Draw in a thread, and answer with a policy under which the file can do nothing when it is opened by itself."""
-    body = await anyio.to_thread.run_sync(draw, limiter=_drawing)
+    body = await in_thread(session, draw, limiter=_drawing)
     return Response(
         body,
         media_type="image/svg+xml",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
+import anyio
+import anyio.to_thread
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.web import assets
 from gradient_blueprints.models import format_checkpoint
@@ -34,6 +37,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 _TEMPLATES = Path(__file__).parent / "templates"
 _NOTHING = "–"
 _PART_ENDS = re.compile(r"(?<=[._/])")
+Made = TypeVar("Made")
 
 
 def render(
@@ -57,6 +61,14 @@ def render(
             **(headers or {}),
         },
     )
+
+
+async def in_thread(
+    session: AsyncSession, make: Callable[[], Made], *, limiter: anyio.CapacityLimiter | None = None
+) -> Made:
+    """What takes long to make of what was read. The database's connection goes back before: there are few of them."""
+    await session.commit()
+    return await anyio.to_thread.run_sync(make, limiter=limiter)
 
 
 @cache

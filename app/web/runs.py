@@ -63,6 +63,7 @@ async def run_curve(
     if not curve:
         raise NotFound(f"Run {run_id} has told nothing of {resource}.")
     return await pictures.answer(
+        session,
         lambda: leaderboard_pictures.draw_curve(curve, resource, run.metric, narrow=narrow),
         cache_control="no-cache" if run.finished_at is None else "private, max-age=3600",
     )
