@@ -165,10 +165,10 @@ def count(value: int | None) -> str:
         return _NOTHING
     if value < 1_000_000:
         return f"{value:,}"
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value >= 10 * scale else f"{value / scale:.2f} {unit}"
-    raise AssertionError("a million is covered")
+    mantissa, _, power = f"{value:.2e}".partition("e")  # of the rounded value: 999,600,000 is 1.00 B
+    unit = min(int(power) // 3, 4)
+    shift = int(power) - 3 * unit
+    return f"{float(mantissa) * 10**shift:,.{max(0, 2 - shift)}f} {' MBT'[unit - 1]}"
 
 
 def percent(value: float | None) -> str:

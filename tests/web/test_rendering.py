@@ -33,11 +33,16 @@ def test_numbers_keep_three_digits_whatever_their_size(value: float | None, text
 
 
 def test_counts_and_shares_are_short() -> None:
-    assert [count(None), count(999_999), count(1_000_000), count(28_311_552), count(7 * 10**12)] == [
-        "–",
+    assert count(None) == "–"
+    counts = (999_999, 1_000_000, 9_996_000, 28_311_552, 999_499_999, 999_500_000, 7 * 10**12, 2**53)
+    assert list(map(count, counts)) == [
         "999,999",
         "1.00 M",
+        "10.0 M",
         "28.3 M",
+        "999 M",
+        "1.00 B",
         "7.00 T",
+        "9,010 T",
     ]
     assert [percent(None), percent(0.0049), percent(1.0)] == ["–", "0%", "100%"]
