@@ -113,6 +113,7 @@ async def consensus_page(
             "consensus.html",
             consensus=consensus,
             disputed=disputed[:5],
+            public=request.app.state.settings.public_reads,
             table=arrange("layers", _COLUMNS, consensus.layers, order, first=("gradient_norm", True)),
         )
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
+from app.settings import Settings
 from gradient_blueprints import Client
 from gradient_blueprints.models import Publication
-from tests.conftest import Server
+from tests.conftest import Server, serving
 from tests.documents import blueprint_document
 from tests.web.conftest import Visitor
 from tests.web.seeding import MODEL
@@ -27,6 +28,15 @@ def test_the_page_shows_estimates_and_where_the_labs_disagree(
     disputed = [layer.id for layer in sorted(consensus.layers, key=lambda layer: -(layer.spread or 0))]
     assert page.locator("#layers tbody th").all_inner_texts() == disputed
     assert page.locator("main p code").all_inner_texts() == disputed[:5]
+
+
+def test_where_reads_are_closed_the_lines_to_copy_have_a_place_for_the_key(settings: Settings) -> None:
+    with serving(settings.model_copy(update={"public_reads": False})) as server:
+        key = {"Authorization": f"Bearer {server.key('lab-a')}"}
+        with httpx2.Client(base_url=server.url, headers=key, timeout=60) as http:
+            http.post("/v1/blueprints", json=blueprint_document("tiny", 0.5)).raise_for_status()
+            for path in ("/models/tiny/checkpoints/0.5", "/models/tiny/checkpoints/0.5/consensus"):
+                assert f'Client("{server.url}", api_key=' in http.get(path).text
 
 
 def test_a_single_lab_has_nobody_to_disagree_with(registry: Server) -> None:
