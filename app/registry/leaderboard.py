@@ -54,7 +54,7 @@ class Candidate:
 async def rank(
     session: AsyncSession, task: str, resource: Resource, *, at: At | None, metric: str | None
 ) -> Leaderboard:
-    """Without `metric`, that of most finished runs; without `at`, at the least Γ that a run of the group spent."""
+    """Without `metric`, that of most finished runs; without `at`, at the median of what a group's runs spent."""
     found = (
         await session.execute(
             select(
