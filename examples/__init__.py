@@ -1,0 +1,1 @@
+"""Measurements that the documents name, each a command: `python -m examples.NAME`."""
