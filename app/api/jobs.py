@@ -27,7 +27,7 @@ from app.api.dependencies import (
 from app.api.pages import with_links
 from app.api.problems import documented
 from app.notifications import listen
-from app.registry import documents, job_parts, job_transitions, jobs
+from app.registry import documents, job_parts, job_transitions, jobs, keys
 from app.registry.callers import Caller
 from app.registry.idempotency import IdempotentRequest
 from app.registry.paging import DEFAULT_LIMIT
@@ -169,24 +169,27 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 @router.get("/v1/jobs/{job_id}/events", response_class=EventSourceResponse, responses=_EVENTS | documented(404))
 async def watch_job(
     request: Request,
+    caller: AnyKey,
     visible: Annotated[UUID, Depends(_visible)],
     last_event_id: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=MAX_SAFE_INTEGER)] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """What happened to a job and what happens, from its first event or the one after Last-Event-ID, to its end."""
-    async with aclosing(follow_job(request.app.state, visible, last_event_id)) as told:
+    async with aclosing(follow_job(request.app.state, caller, visible, last_event_id)) as told:
         async for events in told:
             for event in events:
                 yield ServerSentEvent(id=str(event.id), event="job", raw_data=event.model_dump_json(exclude_none=True))
 
 
-async def follow_job(state: State, job_id: UUID, after: int) -> AsyncGenerator[list[models.JobEvent]]:
-    """The events of a job with ids above `after`, and further ones as they happen, until it has ended."""
+async def follow_job(state: State, caller: Caller, job_id: UUID, after: int) -> AsyncGenerator[list[models.JobEvent]]:
+    """The events of a job with ids above `after`, and further ones as they happen, until it or the key has ended."""
     async with state.event_streams.waiting(job_id) as changed:
         while True:
             changed.clear()  # before reading, so that what happens while reading is read next
             async with state.sessions() as session:
                 ended = await jobs.has_ended(session, job_id)  # before reading: no event comes after it
                 events = await jobs.list_events(session, job_id, after=after)
+                if not await keys.is_valid(session, caller):
+                    return
             if events:
                 after = events[-1].id
                 yield events

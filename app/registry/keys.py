@@ -86,6 +86,12 @@ def caller_of(key: tables.Key, lab: str, *, request_id: str | None) -> Caller:
     )
 
 
+async def is_valid(session: AsyncSession, caller: Caller) -> bool:
+    """Whether the caller's key has been neither revoked nor expired since: for answers that go on for long."""
+    live = tables.Key.revoked_at.is_(None) & (tables.Key.expires_at.is_(None) | (tables.Key.expires_at > func.now()))
+    return await session.scalar(select(tables.Key.id).where(tables.Key.id == caller.key_id, live)) is not None
+
+
 async def mark_used(session: AsyncSession, key_id: int) -> None:
     await session.execute(update(tables.Key).where(tables.Key.id == key_id).values(last_used_at=func.now()))
 

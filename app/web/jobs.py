@@ -68,12 +68,13 @@ async def watch_job(
     request: Request,
     settings: CurrentSettings,
     visitor: Visiting,
+    caller: Member,
     visible: Annotated[UUID, Depends(_visible)],
     after: EventId = 0,
     last_event_id: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=MAX_SAFE_INTEGER)] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """The part of the page that changes, rendered anew whenever something happened, as long as the session is open."""
-    async with aclosing(follow_job(request.app.state, visible, max(after, last_event_id))) as told:
+    async with aclosing(follow_job(request.app.state, caller, visible, max(after, last_event_id))) as told:
         async for events in told:
             if not await is_open(request, settings, visitor):
                 return

@@ -225,3 +225,18 @@ class TestManyStreams:
         for watcher in watchers:
             watcher.join(20)
         assert ended == [JobState.SUCCEEDED] * 12
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/{}/events", "/jobs/{}/events"])
+def test_a_stream_tells_nothing_more_once_its_key_was_revoked(
+    server: Server, lab: Client, worker: Client, admin: Client, path: str
+) -> None:
+    job = submit(lab)
+    key = {"Authorization": f"Bearer {server.key('lab-a', Scope.READ)}"}
+    with httpx2.stream("GET", server.url + path.format(job.id), headers=key, timeout=60) as stream:
+        lines = stream.iter_lines()
+        while not next(lines).startswith("id:"):
+            pass
+        admin.revoke_key(max(one.id for one in admin.list_keys()))
+        worker.claim_job(job.id)
+        assert not any("running" in line for line in lines)
