@@ -46,8 +46,7 @@ async def list_labs_of(session: AsyncSession, model_id: str, *, limit: int) -> l
         .limit(limit)
     )
     return [
-        LabShare(row.name, row.versions, row.checkpoints, row.latest, row.owner)
-        for row in await session.execute(query)
+        LabShare(row.name, row.versions, row.checkpoints, row.latest, row.owner) for row in await session.execute(query)
     ]
 
 
