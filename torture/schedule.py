@@ -56,7 +56,7 @@ WEIGHTS: dict[StepKind, int] = {
     StepKind.AGGREGATE: 4,
     StepKind.UPLOAD_FILE: 5,
     StepKind.DELETE_FILE: 2,
-    StepKind.CANCEL_JOB: 1,
+    StepKind.CANCEL_JOB: 4,
 }
 
 CUTS = (0, 1, 150, 600, 2_000, 8_000)

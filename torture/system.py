@@ -32,7 +32,7 @@ from torture.schedule import Scale
 REPOSITORY = Path(__file__).parents[1]
 LOOK_SECONDS = 0.1
 RESTART_SECONDS = 0.5  # pause before what ended by itself is started again, as a supervisor would
-STORE_MEBIBYTES = 48
+STORE_MEBIBYTES = 256  # far more than a run stores; the rest is filled up
 QUOTA = 4 << 20  # bytes of one lab's files, where no store of limited size can be mounted
 MOST_ATTEMPTS = 25  # at a job: faults come faster here than in any year, and a crashed job would hide what is lost
 

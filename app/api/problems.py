@@ -133,7 +133,10 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     request_id = _request_id(request)
-    if not isinstance(error, ClientDisconnect):  # whose answer nobody hears
+    if isinstance(error, RuntimeError) and error.__cause__ and database_errors.passes(error.__cause__):
+        # The framework's word for an error within a streamed answer, too late for another: the client sees it cut.
+        logger.warning("the answer to request %s broke off: %s", request_id, type(error.__cause__).__name__)
+    elif not isinstance(error, ClientDisconnect):  # whose answer nobody hears
         logger.error("request %s failed", request_id, exc_info=error)
     return render(InternalError("The server failed; its log tells why under this request id."), request_id)
 
