@@ -89,8 +89,12 @@ def test_one_trace_leads_from_the_caller_through_api_and_relay_to_the_worker(ser
     assert profile.parent_id == worked.span_id
     phases = {span.name for span in spans.values() if span.parent_id == profile.span_id}
     assert {"checking sources", "loading the model", "profiling"} <= phases
-    names = {span.name for span in spans.values() if span.service == "gradient-blueprints-api"}
-    assert {"POST /v1/jobs/{job_id}/claim", "POST /v1/jobs/{job_id}/result"} <= names  # what the worker called
+
+    def calls_of_the_worker() -> bool:
+        names = {span.name for span in trace().values() if span.service == "gradient-blueprints-api"}
+        return {"POST /v1/jobs/{job_id}/claim", "POST /v1/jobs/{job_id}/result"} <= names
+
+    wait_until(calls_of_the_worker, what="the API's spans have arrived")  # each process sends its own, in batches
     traced = {line.get("trace_id") for line in about(service.logs("worker"), job)}
     assert traced == {CALLERS_TRACE}
 

@@ -38,7 +38,7 @@ def test_leaving_one_out_is_the_median_of_the_others(logs: list[float], seed: in
         slow = weighted_median(np.array(logs)[others], weight[others])
         if slow != fast[index]:  # rounding of the sums may move a half that falls between two values
             assert min(logs) <= fast[index] <= max(logs)
-            assert len(set(weight.tolist())) > 1
+            assert any(weight != 1)  # sums of ones are exact
 
 
 def test_a_sure_lab_weighs_more_but_at_most_twice_as_much_as_an_unsure_one() -> None:
