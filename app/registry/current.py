@@ -33,6 +33,8 @@ WHERE NOT EXISTS (SELECT FROM yanks y WHERE y.version_id = a.version_id)
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 5.0
+
 Name = tuple[str, Decimal | str]
 """A model, and its checkpoint or alias."""
 
@@ -62,13 +64,19 @@ class CurrentVersions:
         while True:
             await self._wake.wait()
             try:
-                async with self._engine.connect() as connection:
+                async with asyncio.timeout(_PATIENCE_SECONDS):
+                    connection = await self._engine.connect()
+                try:
                     # The driver itself: each query is a transaction of its own, with a snapshot of its own.
                     driver = (await connection.get_raw_connection()).driver_connection
-                    assert driver is not None
                     while True:
                         await self._answer(driver)
                         await self._wake.wait()
+                except Exception:
+                    await connection.invalidate()
+                    raise
+                finally:
+                    await connection.close()
             except Exception as error:  # whatever it is, the longer way meets it too and answers for it
                 logger.info("cannot look up current versions: %s", error)
                 self._wake.clear()
@@ -79,8 +87,10 @@ class CurrentVersions:
         self._wake.clear()
         asked, self._asked = self._asked, {}
         found: dict[int, int] = {}
+        models, names = [model for model, _ in asked], [name for _, name in asked]
         try:
-            rows = await driver.fetch(self._query, [model for model, _ in asked], [name for _, name in asked])
+            # With a limit of our own: a connection whose other end has gone without a word would hold all of them up.
+            rows = await driver.fetch(self._query, models, names, timeout=_PATIENCE_SECONDS)
             found = {row["place"]: row["id"] for row in rows}
         finally:
             _give(asked, found)
