@@ -23,9 +23,9 @@ REPOSITORY = Path(__file__).parent.parent
 PAGE = REPOSITORY / "docs" / "performance.md"
 BEGIN, END = "<!-- written by `make bench` -->\n", "<!-- end -->\n"
 ALL = {
-    "fetch": ["--rounds", "7"],
+    "fetch": [],
     "peer": [],
-    "publish": ["--rounds", "7"],
+    "publish": [],
     "aggregate": [],
     "staleness": [],
     "search": [],

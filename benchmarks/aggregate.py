@@ -1,6 +1,6 @@
 """Aggregating 1,000 blueprints of 288 layers, as table and as consensus.
 
-python -m benchmarks.aggregate [--rounds 5] [--labs 1000]
+python -m benchmarks.aggregate [--rounds 3] [--labs 1000]
 
 The references: the same SQL in psql, written to a file; and the paper's function (appendix A.2, its `return` moved out
 of the loop) over the same documents as files in the page cache. The service's answer is read from its socket and
@@ -91,7 +91,7 @@ def psql(database_url: str, folder: Path, *statements: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--labs", type=int, default=1_000)
     arguments = parser.parse_args()
     with registry({"BLUEPRINTS_STATEMENT_SECONDS": "600", "BLUEPRINTS_REQUEST_SECONDS": "600"}) as served:

@@ -1,6 +1,6 @@
 """Fetches beside a bare application that returns the same bytes: requests per second under wrk.
 
-python -m benchmarks.fetch [--rounds 5] [--seconds 3]
+python -m benchmarks.fetch [--rounds 3] [--seconds 3]
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def requests_per_second(url: str, connections: int, seconds: int, *headers: str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
     arguments = parser.parse_args()
     need_wrk()
@@ -49,7 +49,7 @@ def main() -> None:
         by_digest = f"{served.url}/v1/blueprints/{digest}"
         newest = f"{served.url}/v1/models/{MODEL}/checkpoints/{CHECKPOINT}/blueprint"
         with Client(served.url, cache=False) as client:
-            body = client.fetch_blueprint(MODEL, CHECKPOINT).to_json().encode()
+            body = client.fetch_blueprint(MODEL, CHECKPOINT).to_canonical_bytes()
         (served.folder / "body.json").write_bytes(body)
         settings = {"BENCHMARK_BODY": str(served.folder / "body.json")}
         with serving(["benchmarks.bare"], settings, served.folder / "bare.log", "/") as (bare, _):
