@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from standardwebhooks import Webhook
+
+from tests.http_server import QuietHandler, serving_http
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Receiver:
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def setup(self) -> None:
             receiver.connections += 1
             super().setup()
@@ -61,19 +62,10 @@ def receiving() -> Iterator[Receiver]:
             except OSError:
                 """The sender was killed while it waited."""
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    receiver = Receiver(f"http://127.0.0.1:{server.server_address[1]}/hook?secret=of-the-url")
-    receiver.open.set()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield receiver
-    finally:
+    with serving_http(Handler) as url:
+        receiver = Receiver(f"{url}/hook?secret=of-the-url")
         receiver.open.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        try:
+            yield receiver
+        finally:
+            receiver.open.set()

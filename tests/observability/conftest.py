@@ -6,11 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from app.registry.keys import generate_secret
 from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
 from tests.conftest import execute, fresh_database
+from tests.http_server import QuietHandler, serving_http
 from tests.worker.checkpoints import make_checkpoint, make_texts
 from tests.worker.conftest import Broker, wait_until
 
@@ -45,9 +44,13 @@ class Receiver:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        """Its URL."""
         receiver = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
                 assert self.path == "/v1/traces"
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -55,22 +58,8 @@ class Receiver:
                 self.send_response(200)
                 self.end_headers()
 
-            def log_message(self, *_: object) -> None:
-                """Silent."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Receiver:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        with serving_http(Handler) as url:
+            yield url
 
     def take(self, request: ExportTraceServiceRequest) -> None:
         for resource in request.resource_spans:
@@ -147,7 +136,8 @@ def service(
         stack.callback(execute, postgres_url, f"DROP ROLE {role}")
         broker = Broker(folder / "valkey")
         stack.callback(broker.stop)
-        receiver = stack.enter_context(Receiver())
+        receiver = Receiver()
+        collector = stack.enter_context(receiver.listening())
         secrets = {
             "the password of the database": password,
             "the password of the broker": str(make_url(broker.url).password),
@@ -173,7 +163,7 @@ def service(
         everyone = clean | {
             "BLUEPRINTS_BROKER_URL": broker.url,
             "BLUEPRINTS_LOG_FORMAT": "json",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector,
             "OTEL_BSP_SCHEDULE_DELAY": "200",
             "OMP_NUM_THREADS": "1",
         }

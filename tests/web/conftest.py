@@ -17,6 +17,7 @@ from gradient_blueprints import Client
 from gradient_blueprints.models import Publication
 from tests.conftest import Server, fresh_database, make_settings, serving
 from tests.web import browser as browsers
+from tests.web.plain import PlainBrowser
 from tests.web.seeding import seed
 
 # As root Chromium refuses to start in its sandbox; the rest keeps it from looking for updates.
@@ -67,6 +68,12 @@ def empty_registry(
         settings = make_settings(url, tmp_path_factory.mktemp("empty_registry"))
         with serving(settings) as server:
             yield server
+
+
+@pytest.fixture
+def plain(server: Server) -> Iterator[PlainBrowser]:
+    with PlainBrowser(server.url) as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import httpx2
 import pytest
@@ -22,12 +22,6 @@ from tests.web.plain import PlainBrowser
 @pytest.fixture
 def server(empty_registry: Server) -> Server:
     return empty_registry
-
-
-@pytest.fixture
-def plain(server: Server) -> Iterator[PlainBrowser]:
-    with PlainBrowser(server.url) as browser:
-        yield browser
 
 
 def ranking(page: str) -> list[tuple[str, str]]:

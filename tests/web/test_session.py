@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
@@ -18,6 +16,7 @@ from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
 from tests.api.test_authorization import PATH_VALUES
 from tests.conftest import Server, execute, serving
+from tests.http_server import QuietHandler, serving_http
 from tests.web.conftest import Visitor
 from tests.web.plain import PlainBrowser
 
@@ -25,12 +24,6 @@ from tests.web.plain import PlainBrowser
 @pytest.fixture
 def server(empty_registry: Server) -> Server:
     return empty_registry
-
-
-@pytest.fixture
-def plain(server: Server) -> Iterator[PlainBrowser]:
-    with PlainBrowser(server.url) as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -251,19 +244,15 @@ def hostile_page(target: str) -> Iterator[str]:
         f'<input name="form_token" value="{"0" * 64}"></form><script>document.forms[0].submit()</script>'
     )
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(QuietHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
             self.wfile.write(page.encode())
 
-        def log_message(self, *_: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as site:
-        threading.Thread(target=site.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{site.server_port}"
-        site.shutdown()
+    with serving_http(Page) as url:
+        yield url
 
 
 def test_a_hostile_site_cannot_send_a_form_in_the_name_of_who_is_logged_in(

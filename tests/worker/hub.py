@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.http_server import QuietHandler, serving_http
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -18,7 +18,7 @@ def serving_hub(repository: str, folder: Path) -> Iterator[str]:
     """A server with one public repository, whose only revision is `main`."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    class Hub(BaseHTTPRequestHandler):
+    class Hub(QuietHandler):
         def do_GET(self) -> None:
             self._answer(with_body=True)
 
@@ -58,15 +58,5 @@ def serving_hub(repository: str, folder: Path) -> Iterator[str]:
             if with_body:
                 self.wfile.write(body)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving_http(Hub) as url:
+        yield url

@@ -10,10 +10,8 @@ import os
 import pickle
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from gradient_blueprints import Client
 from gradient_blueprints.models import Job, JobState, NewJob
+from tests.http_server import QuietHandler, serving_http
 from tests.worker.conftest import Processes
 from tests.worker.test_fetch import Specify, ignore, outcome, specify  # noqa: F401 - a fixture
 from worker.child import Specification
@@ -213,7 +212,7 @@ def test_a_long_text_named_again_and_again_is_held_once(checkpoint: Path, tmp_pa
 def leading_to(target: str) -> Iterator[str]:
     """A server that sends whoever asks to `target`."""
 
-    class Elsewhere(BaseHTTPRequestHandler):
+    class Elsewhere(QuietHandler):
         def do_GET(self) -> None:
             self.send_response(307)
             self.send_header("Location", target)
@@ -222,18 +221,8 @@ def leading_to(target: str) -> Iterator[str]:
 
         do_HEAD = do_GET  # noqa: N815 - the base class calls it so
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving_http(Elsewhere) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
