@@ -160,7 +160,7 @@ async def _respond(
         found, representation, entry.warnings, cache_control=cache_control, nearest=nearest
     )
     response = representations.respond(entry.body, representation, header)
-    request.app.state.ready_answers.keep(request, found, representation, dict(response.headers), named)
+    request.app.state.ready_answers.keep(request, found, representation, response.raw_headers, named)
     if representations.is_unchanged(request, found, representation):
         header.pop("Content-Encoding", None)
         return Response(status_code=304, headers=header)

@@ -63,19 +63,18 @@ class ReadyAnswers:
         request: Request,
         found: Found,
         representation: Representation,
-        headers: dict[str, str],
+        headers: RawHeaders,
         named: tuple[CurrentVersions, Name] | None = None,
     ) -> None:
         key = plain_fetch(request.scope)
         if key is None or (named is not None and found.yanked is not None):
             return
-        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         self._entries[key] = ReadyAnswer(
             found=found,
             representation=representation,
             tags=frozenset(tag.encode() for tag in same_content_tags(found, representation)),
-            headers=raw,
-            headers_unchanged=[(name, value) for name, value in raw if name not in _OF_A_BODY],
+            headers=headers,
+            headers_unchanged=[(name, value) for name, value in headers if name not in _OF_A_BODY],
             route=request.scope["route"],
             named=named,
             fresh_until=time.monotonic() + _FRESH_SECONDS,

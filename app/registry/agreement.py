@@ -61,9 +61,7 @@ def kendall(x: npt.ArrayLike, y: npt.ArrayLike) -> float | None:
     """
     if np.size(x) < 3 or is_constant(x) or is_constant(y):
         return None
-    if np.size(x) > _MOST_COMPARED:
-        return float(stats.kendalltau(x, y, variant="b", method="asymptotic").statistic)
-    return _tau(_above(x), _above(y))
+    return float(row_kendalls(np.asarray(x, np.float64)[None, :], np.asarray(y, np.float64)[None, :]).item())
 
 
 _MOST_COMPARED = 1_500
@@ -80,10 +78,9 @@ def row_kendalls(x: Floats, y: Floats) -> Floats:
     return np.array([_tau(above[number if len(above) > 1 else 0], _above(row)) for number, row in enumerate(y)])
 
 
-def _above(values: npt.ArrayLike) -> Truths:
+def _above(values: Floats) -> Truths:
     """Whether value i lies above value j, (n, n)."""
-    array = np.asarray(values, np.float64)
-    return array[:, None] > array[None, :]
+    return values[:, None] > values[None, :]
 
 
 def _tau(x: Truths, y: Truths) -> float:
