@@ -1,6 +1,6 @@
 """What the resource meter adds to training steps, beside the same steps without it.
 
-    python benchmarks/meter.py --steps 12 --rounds 6
+    python -m benchmarks.meter --steps 12 --rounds 6
 
 Blocks of steps with and without a running meter alternate; the ratio is of the medians of processor seconds over the
 blocks. On a busy machine that ratio is as uncertain as its spread, which stands beside it, so the two things that the
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.results import processor_seconds
 from gradient_blueprints.training.resources import ResourceMeter
 
 
@@ -34,13 +33,6 @@ def build() -> nn.Module:
         )
     )
     return model.train()
-
-
-def seconds(work: Callable[[], object], times: int = 1) -> float:
-    started = time.process_time()
-    for _ in range(times):
-        work()
-    return (time.process_time() - started) / times
 
 
 def main() -> None:
@@ -66,16 +58,16 @@ def main() -> None:
     for number in range(2 * options.rounds):
         metered = number % 2 == 0
         with meter if metered else nullcontext():
-            blocks[metered].append(seconds(step, options.steps))
+            blocks[metered].append(processor_seconds(step, options.steps))
     plain, with_meter = statistics.median(blocks[False]), statistics.median(blocks[True])
     spread = (max(blocks[False]) - min(blocks[False])) / plain
     print(f"a step {plain * 1e3:.1f} ms, with the meter {with_meter * 1e3:.1f} ms of processor time")
     print(f"ratio {with_meter / plain:.4f}; the plain blocks among themselves spread over {spread:.1%}")
 
     with meter:
-        sample = seconds(meter._sample, 500)
-        hook = seconds(lambda: meter._see_batch(model, (), batch), 500)
-        tally = seconds(meter.tally, 100)
+        sample = processor_seconds(meter._sample, 500)
+        hook = processor_seconds(lambda: meter._see_batch(model, (), batch), 500)
+        tally = processor_seconds(meter.tally, 100)
     share = sample / meter.interval + hook / plain
     print(f"a sample {sample * 1e6:.0f} us each {meter.interval:g} s, the hook {hook * 1e6:.0f} us a step: {share:.3%}")
     print(f"a tally when asked for {tally * 1e6:.0f} us")

@@ -9,7 +9,6 @@ a backward pass each. All must agree to 1e-4 of the largest norm of each tensor.
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from benchmarks.results import Ratio, interleaved, publish, ratios
+from benchmarks.results import Ratio, interleaved, processor_seconds, publish, ratios
 from gradient_blueprints.training.profiling import GradientProfiler
 
 VOCABULARY, WIDTH, LAYERS, HEADS, EXAMPLES, LENGTH = 49_152, 576, 10, 9, 8, 128  # as SmolLM2-135M, a third as deep
@@ -126,12 +125,6 @@ def check_agreement(profiler: GradientProfiler, *others: dict[str, Tensor]) -> N
             apart = float((norms - mine[name]).abs().max() / mine[name].max())
             if apart > AGREEMENT:
                 raise SystemExit(f"{name}: apart by {apart:.1e} of the largest norm")
-
-
-def processor_seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def main() -> None:

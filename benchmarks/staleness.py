@@ -10,16 +10,15 @@ does Kendall's tau with its interval, ties, verdict and reasons besides.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import numpy as np
 
 from app.registry.agreement import Floats
 from app.registry.drift import RESAMPLES, Sample, assess
-from benchmarks.results import Ratio, interleaved, publish, ratios
+from benchmarks.results import Ratio, interleaved, processor_seconds, publish, ratios
 
 LAYERS, BATCHES = 288, 32
+REPETITIONS = 10
 
 
 def floor(published: Floats, batches: Floats) -> float:
@@ -51,13 +50,6 @@ def floor(published: Floats, batches: Floats) -> float:
     return float(agreement + own.std() + rho.std())
 
 
-def processor_seconds(work: Callable[[], object], repetitions: int = 10) -> float:
-    began = time.process_time()
-    for _ in range(repetitions):
-        work()
-    return (time.process_time() - began) / repetitions
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -68,9 +60,9 @@ def main() -> None:
     found = interleaved(
         parser.parse_args().rounds,
         check=lambda: processor_seconds(
-            lambda: assess(Sample(published), Sample.of_batches(batches), threshold=0.95, seed=0)
+            lambda: assess(Sample(published), Sample.of_batches(batches), threshold=0.95, seed=0), REPETITIONS
         ),
-        floor=lambda: processor_seconds(lambda: floor(published, batches)),
+        floor=lambda: processor_seconds(lambda: floor(published, batches), REPETITIONS),
     )
     print({name: f"{1000 * min(values):.1f} ms" for name, values in found.items()})
     publish([Ratio("staleness of 288 layers", "numpy's floor", ratios(found, "check", "floor"), 2)])

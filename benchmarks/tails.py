@@ -9,21 +9,13 @@ which is the part of the work that cannot be left out when every entry is to be 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from benchmarks.results import Ratio, interleaved, publish, ratios
+from benchmarks.results import Ratio, interleaved, processor_seconds, publish, ratios
 from gradient_blueprints.training.profiling.histograms import MagnitudeHistogram
 from gradient_blueprints.training.profiling.tails import fit_tail
-
-
-def processor_seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def main() -> None:
