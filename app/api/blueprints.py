@@ -170,13 +170,8 @@ async def _respond(
 async def _represent(
     cache: DocumentCache, session: AsyncSession, found: Found, representation: Representation
 ) -> Cached:
-    plain = Representation(JSON, "identity")
-    stored = cache.get(found.digest, plain)
-    if stored is None:
-        document = await blueprints.read_stored(session, found.document_id)
-        stored = Cached(document.body, document.warnings)
-        cache.put(found.digest, plain, stored)
-    if representation == plain:
+    stored = await representations.read_document(cache, session, found)
+    if representation == representations.PLAIN:
         return stored
     body = await anyio.to_thread.run_sync(representations.encode, stored.body, representation)
     entry = Cached(body, stored.warnings)

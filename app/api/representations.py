@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import zstandard
 from fastapi import Request, Response
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry.blueprints import Found, yanked_warning
+from app.registry.blueprints import Found, read_stored, yanked_warning
 from app.settings import Settings
 from gradient_blueprints.errors import NotAcceptable
 from gradient_blueprints.models import Blueprint, format_checkpoint
@@ -67,6 +68,19 @@ class DocumentCache:
         while self._held > self._max_bytes:
             _, dropped = self._entries.popitem(last=False)
             self._held -= len(dropped.body)
+
+
+PLAIN = Representation(JSON, "identity")
+
+
+async def read_document(cache: DocumentCache, session: AsyncSession, found: Found) -> Cached:
+    """The document as it is stored: from memory, else from the database."""
+    entry = cache.get(found.digest, PLAIN)
+    if entry is None:
+        stored = await read_stored(session, found.document_id)
+        entry = Cached(stored.body, stored.warnings)
+        cache.put(found.digest, PLAIN, entry)
+    return entry
 
 
 def immutable(settings: Settings) -> str:

@@ -100,7 +100,7 @@ async def digest_page(
 
 
 async def _page(request: Request, session: AsyncSession, found: Found, order: Order) -> Response:
-    stored = await blueprints.read_stored(session, found.document_id)
+    stored = await representations.read_document(request.app.state.documents, session, found)
     version = await get_version(session, found.model_id, found.checkpoint, found.version)
     others = await catalog.list_versions(
         session, found.model_id, found.checkpoint, lab=None, limit=_VERSIONS_SHOWN, cursor=None
@@ -170,6 +170,7 @@ def _summary(blueprint: Blueprint) -> dict[str, Any]:
 
 @router.get("/blueprints/{digest}/{form}")
 async def download(
+    request: Request,
     session: Session,
     viewer: Viewer,
     settings: CurrentSettings,
@@ -178,7 +179,7 @@ async def download(
 ) -> Response:
     """The bytes to keep, for who has a browser and no key at hand."""
     found = await blueprints.resolve_digest(session, digest)
-    stored = await blueprints.read_stored(session, found.document_id)
+    stored = await representations.read_document(request.app.state.documents, session, found)
     representation = Representation(CSV if form == "csv" else JSON, "identity")
     body = await in_thread(session, lambda: representations.encode(stored.body, representation))
     name = f"{found.model_id.replace('/', '-')}-{format_checkpoint(found.checkpoint)}-v{found.version}.{form}"
@@ -197,6 +198,7 @@ async def download(
 
 @router.get("/blueprints/{digest}/pictures/{picture}")
 async def draw(
+    request: Request,
     session: Session,
     viewer: Viewer,
     settings: CurrentSettings,
@@ -205,7 +207,7 @@ async def draw(
     narrow: bool = False,
 ) -> Response:
     found = await blueprints.resolve_digest(session, digest)
-    stored = await blueprints.read_stored(session, found.document_id)
+    stored = await representations.read_document(request.app.state.documents, session, found)
 
     def drawn() -> bytes:
         layers = Blueprint.from_json(stored.body).layers
