@@ -40,7 +40,8 @@ def test_two_ranks_add_up_and_share_the_machine(tmp_path: Path) -> None:
     assert both == other
     assert both.tokens == 300
     wall = [tally.seconds or 0 for tally in (first, second)]
-    assert max(wall) <= (both.seconds or 0) < sum(wall)
+    rounding = 1 + 1e-12  # one time may lie within the other: their union is then a sum of its own parts
+    assert max(wall) <= (both.seconds or 0) * rounding < sum(wall)
     resumed = MeteredRun(ResourceMeter(), MarginalReturn(eta=0, window=1), "tokens")
     resumed.load_state_dict(json.loads((tmp_path / "0-run.json").read_text()))
     resumed.meter.start().count(tokens=1)  # on fewer ranks than before, of which one has saved the state
