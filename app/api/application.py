@@ -6,9 +6,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 from fastapi import APIRouter, FastAPI
+from starlette.datastructures import State
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app.api import (
@@ -91,8 +95,26 @@ def application() -> FastAPI:
     return create_app(read_settings())
 
 
+class RegistryApp(FastAPI):
+    """FastAPI behind a front, which answers or describes a request before FastAPI's own layers have cost their time."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
+
+
+def _front(app: ASGIApp, state: State) -> ASGIApp:
+    settings: Settings = state.settings
+    if settings.public_reads:
+        app = FastFetches(app, settings, state.ready_answers, state.documents, state.metrics, state.rate_limits)
+    if settings.trusted_proxies:
+        app = ProxyHeadersMiddleware(app, trusted_hosts=settings.trusted_proxies)  # type: ignore[arg-type, assignment]
+    return TracedRequests(app) if is_tracing() else app
+
+
 def create_app(settings: Settings) -> FastAPI:
-    app = FastAPI(
+    app = RegistryApp(
         title="Gradient blueprint registry",
         version="1",
         openapi_url="/v1/openapi.json",
@@ -108,14 +130,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.documents = DocumentCache(settings.document_cache_bytes)
     app.state.ready_answers = ReadyAnswers()
     app.state.file_store = open_store(settings.checkpoint_location)
+    app.front = _front(partial(FastAPI.__call__, app), app.state)
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
     error_pages.install(app)
-    if settings.public_reads:
-        app.add_middleware(
-            FastFetches, ready=app.state.ready_answers, documents=app.state.documents, metrics=app.state.metrics
-        )
     app.add_middleware(
         Gate,
         settings=settings,
@@ -123,10 +142,6 @@ def create_app(settings: Settings) -> FastAPI:
         limits=app.state.rate_limits,
         patience=app.state.patience,
     )
-    if settings.trusted_proxies:
-        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=settings.trusted_proxies)
-    if is_tracing():
-        app.add_middleware(TracedRequests)
     openapi.describe(app, ROUTERS, public_reads=settings.public_reads)
     return app
 

@@ -9,6 +9,7 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Sequence
 
 import anyio
 from starlette.requests import ClientDisconnect
@@ -51,7 +52,7 @@ _DEFAULT_HEADERS: tuple[RawHeader, ...] = (
     (b"referrer-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
 )
-_HTTPS_ONLY: RawHeader = (b"strict-transport-security", b"max-age=31536000")
+HTTPS_ONLY: RawHeader = (b"strict-transport-security", b"max-age=31536000")
 _UNLIMITED = ("/livez", "/readyz")
 
 
@@ -74,7 +75,7 @@ class Gate:
         began = time.perf_counter()
         method, path = scope["method"], scope["path"]
         headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # of a repeated field the first
-        request_id = _request_id(headers)
+        request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         add_ids(request_id=request_id)
         own: list[RawHeader] = [(b"x-request-id", request_id.encode())]
@@ -89,7 +90,7 @@ class Gate:
                 )
                 self._metrics.rate_limited.labels(charge.policy).inc()
         if scope["scheme"] == "https":
-            own.append(_HTTPS_ONLY)
+            own.append(HTTPS_ONLY)
         limit = self._limit(path)
         if method == "HEAD" and limit is not None and not path.endswith("/events"):
             scope = {**scope, "method": "GET"}  # uvicorn, which has the scope as it was, leaves the body away
@@ -101,7 +102,7 @@ class Gate:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "")
             self._metrics.answered(method, route, exchange.status, seconds)
-            log_request(scope, method, route, exchange.status, seconds, self._settings.log_requests)
+            log_request(scope, method, route, exchange.status, seconds, self._settings.log_requests, request_id)
 
     async def _answer(
         self, scope: Scope, headers: dict[bytes, bytes], exchange: _Exchange, refusal: ApiError | None
@@ -214,8 +215,7 @@ class _Exchange:
             self._patience.waiting.discard(self)
             self.status = message["status"]
             headers: list[RawHeader] = message["headers"]
-            said = {name for name, _ in headers}
-            message["headers"] = [*headers, *self._own, *(one for one in _DEFAULT_HEADERS if one[0] not in said)]
+            message["headers"] = [*with_defaults(headers), *self._own]
             await self._send(message)
         elif message.get("more_body", False):
             try:
@@ -228,7 +228,12 @@ class _Exchange:
             await self._send(message)
 
 
-def _request_id(headers: dict[bytes, bytes]) -> str:
+def with_defaults(headers: Sequence[RawHeader]) -> list[RawHeader]:
+    said = {name for name, _ in headers}
+    return [*headers, *(one for one in _DEFAULT_HEADERS if one[0] not in said)]
+
+
+def request_id_of(headers: dict[bytes, bytes]) -> str:
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(text := given.decode("latin-1")):
         return text

@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.gate import HTTPS_ONLY, request_id_of, with_defaults
 from app.api.metrics import Metrics
+from app.api.rate_limits import RateLimits
 from app.api.representations import DocumentCache, Representation, same_content_tags
+from app.api.request_log import log_request
 from app.registry.blueprints import Found
 from app.registry.current import CurrentVersions, Name
+from app.settings import Settings
 
 _MOST = 4_096
 _LONGEST_HEADERS = 256  # of Accept and Accept-Encoding together; nobody fills the memory with long ones
 _FRESH_SECONDS = 1.0
 _ONE_TAG = re.compile(rb'"[^",]*"')
+_NOT_PLAIN = frozenset({b"authorization", b"content-length", b"transfer-encoding", b"expect"})
 _OF_A_BODY = frozenset({b"content-encoding", b"content-length", b"content-type"})
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -39,11 +44,21 @@ class ReadyAnswer:
     tags: frozenset[bytes]
     headers: RawHeaders
     headers_unchanged: RawHeaders
-    route: object  # for the metrics
+    route: str  # for the metrics
     named: tuple[CurrentVersions, Name] | None
     """Whom to ask whether the name still stands for this version. None for a digest, whose bytes never change:
     there a yank, which only adds a warning, is told of within a second."""
     fresh_until: float
+
+    async def still_stands(self) -> bool:
+        if self.named is not None:
+            current, name = self.named
+            return await current.version_id(name) == self.found.version_id
+        now = time.monotonic()
+        if now <= self.fresh_until:
+            return True
+        self.fresh_until = now + _FRESH_SECONDS  # this request looks; the others need not
+        return False
 
 
 class ReadyAnswers:
@@ -66,16 +81,17 @@ class ReadyAnswers:
         headers: RawHeaders,
         named: tuple[CurrentVersions, Name] | None = None,
     ) -> None:
-        key = plain_fetch(request.scope)
-        if key is None or (named is not None and found.yanked is not None):
+        plain = plain_fetch(request.scope)
+        if plain is None or (named is not None and found.yanked is not None):
             return
-        self._entries[key] = ReadyAnswer(
+        headers = with_defaults(headers)
+        self._entries[plain[0]] = ReadyAnswer(
             found=found,
             representation=representation,
             tags=frozenset(tag.encode() for tag in same_content_tags(found, representation)),
             headers=headers,
             headers_unchanged=[(name, value) for name, value in headers if name not in _OF_A_BODY],
-            route=request.scope["route"],
+            route=request.scope["route"].path,
             named=named,
             fresh_until=time.monotonic() + _FRESH_SECONDS,
         )
@@ -83,60 +99,68 @@ class ReadyAnswers:
             self._entries.popitem(last=False)
 
 
-def plain_fetch(scope: Scope) -> Key | None:
-    """What the answer depends on, if on nothing but this."""
+def plain_fetch(scope: Scope) -> tuple[Key, dict[bytes, bytes]] | None:
+    """What the answer depends on, if on nothing but this, and the headers, of which each came once."""
     if scope["method"] != "GET" or scope["query_string"]:
         return None
-    accept = encodings = b""
-    for name, value in scope["headers"]:
-        if name == b"accept":
-            accept = accept + b"," + value if accept else value
-        elif name == b"accept-encoding":
-            encodings = encodings + b"," + value if encodings else value
-        elif name == b"authorization":
-            return None
-    return (scope["path"], accept, encodings) if len(accept) + len(encodings) <= _LONGEST_HEADERS else None
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if len(headers) < len(scope["headers"]) or not headers.keys().isdisjoint(_NOT_PLAIN):
+        return None
+    accept, encodings = headers.get(b"accept", b""), headers.get(b"accept-encoding", b"")
+    if len(accept) + len(encodings) > _LONGEST_HEADERS:
+        return None
+    return (scope["path"], accept, encodings), headers
 
 
 class FastFetches:
-    """Pure ASGI, before the application."""
+    """Pure ASGI, before everything else of the application: quotas, metrics and log are as the gate has them."""
 
-    def __init__(self, app: ASGIApp, ready: ReadyAnswers, documents: DocumentCache, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        ready: ReadyAnswers,
+        documents: DocumentCache,
+        metrics: Metrics,
+        limits: RateLimits,
+    ) -> None:
         self._app = app
+        self._log_requests = settings.log_requests
         self._ready = ready
         self._documents = documents
         self._metrics = metrics
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not await self._answer(scope, send):
             await self._app(scope, receive, send)
 
     async def _answer(self, scope: Scope, send: Send) -> bool:
-        key = plain_fetch(scope)
-        ready = self._ready.get(key) if key is not None else None
-        if ready is None:
+        began = time.perf_counter()
+        plain = plain_fetch(scope)
+        if plain is None or (ready := self._ready.get(plain[0])) is None:
             return False
         stored = self._documents.get(ready.found.digest, ready.representation)
-        if stored is None:
+        if stored is None or not await ready.still_stands():
             return False
-        if ready.named is None:
-            now = time.monotonic()
-            if now > ready.fresh_until:
-                ready.fresh_until = now + _FRESH_SECONDS  # this request looks; the others need not
-                return False
-        else:
-            current, name = ready.named
-            if await current.version_id(name) != ready.found.version_id:
-                return False
+        asked = plain[1]
         status, headers, body = 200, ready.headers, stored.body
-        for name, value in scope["headers"]:
-            if name == b"if-none-match":
-                if value in ready.tags:
-                    status, headers, body = 304, ready.headers_unchanged, b""
-                elif not _ONE_TAG.fullmatch(value):
-                    return False  # a list, or whatever else
-        scope["route"] = ready.route
-        self._metrics.documents_found.inc()
-        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        if (tag := asked.get(b"if-none-match")) is not None:
+            if tag in ready.tags:
+                status, headers, body = 304, ready.headers_unchanged, b""
+            elif not _ONE_TAG.fullmatch(tag):
+                return False  # a list, or whatever else
+        charge = self._limits.charge(scope.get("client"), None)
+        if charge is not None and charge.wait > 0:
+            return False  # the gate refuses it
+        request_id = request_id_of(asked)
+        headers = [*headers, (b"x-request-id", request_id.encode()), *(charge.headers if charge else ())]
+        if scope["scheme"] == "https":
+            headers.append(HTTPS_ONLY)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        seconds = time.perf_counter() - began
+        self._metrics.documents_found.inc()
+        self._metrics.answered("GET", ready.route, status, seconds)
+        log_request(scope, "GET", ready.route, status, seconds, self._log_requests, request_id)
         return True

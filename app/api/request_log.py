@@ -12,7 +12,9 @@ _PROBES = ("/livez", "/readyz", "/metrics")
 _LONGEST_PATH = 300
 
 
-def log_request(scope: Scope, method: str, route: str, status: int, seconds: float, every: bool) -> None:
+def log_request(
+    scope: Scope, method: str, route: str, status: int, seconds: float, every: bool, request_id: str
+) -> None:
     """Never the query, which may hold what somebody believed to be the place for a key."""
     level = logging.WARNING if status >= 500 else logging.INFO
     if not logger.isEnabledFor(level) or (status < 400 and (not every or route in _PROBES)):
@@ -20,6 +22,7 @@ def log_request(scope: Scope, method: str, route: str, status: int, seconds: flo
     path = scope["path"][:_LONGEST_PATH]
     client = scope.get("client")
     fields: dict[str, Any] = {
+        "request_id": request_id,
         "method": method,
         "path": path,
         "route": route or None,
@@ -27,7 +30,7 @@ def log_request(scope: Scope, method: str, route: str, status: int, seconds: flo
         "seconds": round(seconds, 6),
         "address": client[0] if client else None,
     }
-    caller = scope["state"].get("caller")
+    caller = scope.get("state", {}).get("caller")
     if caller is not None:
         fields |= {"lab": caller.lab, "key": caller.key_prefix}
     if job_id := scope.get("path_params", {}).get("job_id"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -171,3 +172,28 @@ def test_a_lost_connection_costs_no_answer(
             "AND pid <> pg_backend_pid() AND application_name = 'gradient-blueprints'",
         )
         assert reader.get(NEWEST).headers["blueprint-version"] == "1"
+
+
+def test_an_answer_from_memory_passes_what_every_answer_passes(
+    server: Server, publisher: httpx2.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the gate, which it never reaches: the quota, the headers, the metrics, the line of the log."""
+    caplog.set_level(logging.INFO, logger="app.requests")
+    path = f"/v1/blueprints/{publish(publisher)}"
+    behind_proxy = server.settings.model_copy(update={"address_requests_per_minute": 3, "trusted_proxies": "127.0.0.1"})
+    given = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.7"}
+    with serving(behind_proxy) as guarded, httpx2.Client(base_url=guarded.url, timeout=60) as http:
+        first, second, third, refused = (
+            http.get(path, headers=given | {"X-Request-Id": f"fetch-{index}"}) for index in range(4)
+        )
+        assert [first.status_code, second.status_code, third.status_code, refused.status_code] == [200, 200, 200, 429]
+        assert [answer.headers["ratelimit"].split(";")[1] for answer in (first, second, third)] == ["r=2", "r=1", "r=0"]
+        assert second.headers["strict-transport-security"] == first.headers["strict-transport-security"]
+        assert second.headers["x-request-id"] == "fetch-1"
+        shown = http.get("/metrics", headers={"Authorization": publisher.headers["Authorization"]}).text
+    counted = 'blueprints_http_requests_total{method="GET",route="/v1/blueprints/{digest}",status="200"} 3.0'
+    assert counted in shown.splitlines()
+    lines = [record for record in caplog.records if getattr(record, "fields", {}).get("request_id") == "fetch-1"]
+    assert [(line.fields["path"], line.fields["status"], line.fields["address"]) for line in lines] == [  # type: ignore[attr-defined]
+        (path, 200, "192.0.2.7")
+    ]
