@@ -43,7 +43,7 @@ from app.api.representations import DocumentCache
 from app.api.traced import TracedRequests
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
-from app.registry.current import ALIASED, NEWEST_OF_OWNER, CurrentVersions
+from app.registry.current import ALIASED, LIVE_KEYS, NEWEST_OF_OWNER, CurrentRows
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
@@ -153,12 +153,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
-    app.state.newest_of_owner = CurrentVersions(engine, NEWEST_OF_OWNER)
-    app.state.aliased = CurrentVersions(engine, ALIASED)
-    running = [
-        asyncio.create_task(work())
-        for work in (app.state.patience.watch, app.state.newest_of_owner.run, app.state.aliased.run)
-    ]
+    app.state.newest_of_owner = CurrentRows(engine, NEWEST_OF_OWNER)
+    app.state.live_keys = CurrentRows(engine, LIVE_KEYS)
+    app.state.aliased = CurrentRows(engine, ALIASED)
+    current: tuple[CurrentRows, ...] = (app.state.newest_of_owner, app.state.aliased, app.state.live_keys)
+    running = [asyncio.create_task(work()) for work in (app.state.patience.watch, *(rows.run for rows in current))]
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)
         async with app.state.sessions() as session:

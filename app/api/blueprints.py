@@ -25,13 +25,16 @@ from app.api.problems import documented
 from app.api.representations import CSV, JSON, Cached, DocumentCache, Representation
 from app.registry import aliases, blueprints, documents
 from app.registry.blueprints import Found
-from app.registry.current import CurrentVersions, Name
+from app.registry.current import CurrentRows, Name
 from app.registry.documents import Document
 from app.registry.idempotency import IdempotentRequest
+from app.registry.threads import in_thread_unless
 from gradient_blueprints import models
 from gradient_blueprints.errors import UnsupportedMediaType
 
 router = APIRouter(tags=["blueprints"])
+
+_BRIEF_BYTES = 64 << 10  # read and validated in a few milliseconds
 
 _BODY = {
     "requestBody": {
@@ -64,7 +67,8 @@ async def publish_blueprint(
     if encoding := request.headers.get("content-encoding"):
         raise UnsupportedMediaType(f"A body is sent as it is, without Content-Encoding; this one says {encoding!r}.")
     body = await request.body()
-    document = await anyio.to_thread.run_sync(read_document, request.headers.get("content-type", ""), body)
+    media_type = request.headers.get("content-type", "")
+    document = await in_thread_unless(len(body) <= _BRIEF_BYTES, read_document, media_type, body)
     repetition = IdempotentRequest(session, caller, idempotency_key, b"publish", document.body)
     if (answered := await repetition.begin()) is not None:
         status, answer = answered
@@ -77,7 +81,7 @@ async def publish_blueprint(
 
 
 def read_document(content_type: str, body: bytes) -> Document:
-    """Validate a body by its media type. Runs in a thread: a large document must not stall other requests."""
+    """Validate a body by its media type."""
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
             return documents.parse_json(body)
@@ -105,7 +109,7 @@ async def fetch_blueprint(
 ) -> Response:
     """The owner's newest version that is not yanked, unless `lab` or `version` asks otherwise."""
     found = await blueprints.resolve(session, model_id, checkpoint, lab=lab, version=version, nearest=nearest)
-    current: CurrentVersions = request.app.state.newest_of_owner
+    current: CurrentRows = request.app.state.newest_of_owner
     return await _respond(
         request,
         session,
@@ -135,7 +139,7 @@ async def fetch_by_alias(
 ) -> Response:
     """The version that the alias points to now."""
     found = await aliases.resolve_alias(session, model_id, name)
-    current: CurrentVersions = request.app.state.aliased
+    current: CurrentRows = request.app.state.aliased
     return await _respond(
         request, session, found, cache_control=representations.REVALIDATE, named=(current, (model_id, name))
     )
@@ -148,7 +152,7 @@ async def _respond(
     *,
     cache_control: str,
     nearest: bool = False,
-    named: tuple[CurrentVersions, Name] | None = None,
+    named: tuple[CurrentRows, Name] | None = None,
 ) -> Response:
     cache: DocumentCache = request.app.state.documents
     representation = representations.negotiate(request, found.size)

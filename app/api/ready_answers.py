@@ -20,7 +20,7 @@ from app.api.rate_limits import RateLimits
 from app.api.representations import DocumentCache, Representation, same_content_tags
 from app.api.request_log import log_request
 from app.registry.blueprints import Found
-from app.registry.current import CurrentVersions, Name
+from app.registry.current import CurrentRows, Name
 from app.settings import Settings
 
 _MOST = 4_096
@@ -45,7 +45,7 @@ class ReadyAnswer:
     headers: RawHeaders
     headers_unchanged: RawHeaders
     route: str  # for the metrics
-    named: tuple[CurrentVersions, Name] | None
+    named: tuple[CurrentRows, Name] | None
     """Whom to ask whether the name still stands for this version. None for a digest, whose bytes never change:
     there a yank, which only adds a warning, is told of within a second."""
     fresh_until: float
@@ -53,7 +53,8 @@ class ReadyAnswer:
     async def still_stands(self) -> bool:
         if self.named is not None:
             current, name = self.named
-            return await current.version_id(name) == self.found.version_id
+            row = await current.get(*name)
+            return row is not None and row["id"] == self.found.version_id
         now = time.monotonic()
         if now <= self.fresh_until:
             return True
@@ -79,7 +80,7 @@ class ReadyAnswers:
         found: Found,
         representation: Representation,
         headers: RawHeaders,
-        named: tuple[CurrentVersions, Name] | None = None,
+        named: tuple[CurrentRows, Name] | None = None,
     ) -> None:
         plain = plain_fetch(request.scope)
         if plain is None or (named is not None and found.yanked is not None):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from operator import attrgetter
 from typing import Any
 
-import anyio
 from sqlalchemy import Numeric, Row, bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,13 +17,26 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.registry import audit, tables, webhooks
 from app.registry.callers import Caller
 from app.registry.documents import Document
+from app.registry.threads import in_thread_unless
 from gradient_blueprints import models
 from gradient_blueprints.errors import BlueprintNotFound, CheckpointNotFound, MissingBlob, ModelNotFound
 from gradient_blueprints.models import Warning_, format_checkpoint, parse_checkpoint
 from gradient_blueprints.webhook_models import WebhookEvent
 
 ANY_LAB = "*"
-LAYER_COLUMNS = [column.name for column in tables.Layer.__table__.columns]
+_MADE_COLUMNS = [
+    "document_id",
+    "position",
+    "layer_id",
+    "gradient_norm_low",
+    "gradient_norm_high",
+    "kind",
+    "domain_tags",
+]
+_COPIED_COLUMNS = [column.name for column in tables.Layer.__table__.columns if column.name not in _MADE_COLUMNS]
+_copied_values = attrgetter(*_COPIED_COLUMNS)
+LAYER_COLUMNS = [*_MADE_COLUMNS, *_COPIED_COLUMNS]
+_BRIEF_LAYERS = 2_000  # of which the rows are made in a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,26 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
     """
     blueprint = document.blueprint
     fraction = parse_checkpoint(blueprint.training_checkpoint)
-    asked = {"model_id": blueprint.model_id, "checkpoint": fraction, "digest": digest_bytes(document.digest)}
-    known = (await session.execute(_KNOWN, asked)).one()
+    asked = {
+        "model_id": blueprint.model_id,
+        "checkpoint": fraction,
+        "digest": digest_bytes(document.digest),
+        "body": document.body,
+        "size": len(document.body),
+        "layer_count": len(blueprint.layers),
+        "warnings": [warning.model_dump() for warning in document.warnings],
+    }
+    known = (await session.execute(_STORE, asked)).one()
     model_id = known.model_id or await _create_model(session, caller, blueprint.model_id)
     checkpoint_id = known.checkpoint_id or await _create_checkpoint(session, model_id, fraction)
     existing = None
-    added = None if known.document_id else await _store_document(session, checkpoint_id, document)
-    stored = added or known.document_id or (await session.execute(_KNOWN, asked)).one().document_id
+    while known.added is None and known.document_id is None:  # a new checkpoint, or somebody was storing these bytes
+        known = (await session.execute(_STORE, asked)).one()
+    if known.added is not None:
+        await _store_parts(session, known.added, blueprint)
+    stored = known.added or known.document_id
     # From here on publishers of this checkpoint follow one another: all that takes long was done before.
-    if added is None:
+    if known.added is None:
         existing = await _version_of(session, checkpoint_id, caller.lab_id, stored)
     warnings = document.warnings
     if existing is None:
@@ -118,13 +142,30 @@ def yanked_warning(reason: str) -> dict[str, str]:
     return {"code": "yanked", "pointer": "", "detail": f"this version was yanked: {reason}"}
 
 
-_KNOWN = text("""
-SELECT m.id AS model_id, c.id AS checkpoint_id, d.id AS document_id
-FROM (SELECT) AS asked
-LEFT JOIN models m ON m.name = :model_id
-LEFT JOIN checkpoints c ON c.model_id = m.id AND c.fraction = :checkpoint
-LEFT JOIN documents d ON d.digest = :digest
-""").bindparams(bindparam("checkpoint", type_=Numeric))
+# Stores the document, unless it is there or its checkpoint is not.
+_STORE = text("""
+WITH asked AS (
+    SELECT m.id AS model_id, c.id AS checkpoint_id, d.id AS document_id
+    FROM (SELECT) AS nothing
+    LEFT JOIN models m ON m.name = :model_id
+    LEFT JOIN checkpoints c ON c.model_id = m.id AND c.fraction = :checkpoint
+    LEFT JOIN documents d ON d.digest = :digest
+), added AS (
+    INSERT INTO documents (digest, checkpoint_id, body, size, layer_count, warnings)
+    SELECT :digest, checkpoint_id, :body, :size, :layer_count, :warnings FROM asked
+    WHERE checkpoint_id IS NOT NULL AND document_id IS NULL
+    ON CONFLICT DO NOTHING  -- waits for whoever stores the same bytes at this moment
+    RETURNING id
+)
+SELECT asked.*, added.id AS added FROM asked LEFT JOIN added ON true
+""").bindparams(
+    bindparam("checkpoint", type_=Numeric),
+    *(
+        bindparam(column.name, type_=column.type)
+        for column in tables.table_of(tables.Document).columns
+        if column.name in {"digest", "body", "size", "layer_count", "warnings"}
+    ),
+)
 
 _NEXT_VERSION = text("""
 WITH numbered AS (
@@ -181,25 +222,9 @@ async def _version_of(
     return (await session.execute(query)).first()
 
 
-async def _store_document(session: AsyncSession, checkpoint_id: int, document: Document) -> int | None:
-    """None when another transaction stored the same bytes at this moment."""
-    blueprint = document.blueprint
+async def _store_parts(session: AsyncSession, document_id: int, blueprint: models.Blueprint) -> None:
+    """What belongs to a document that was just stored."""
     await _check_attachments(session, blueprint)
-    document_id: int | None = await session.scalar(
-        insert(tables.Document)
-        .values(
-            digest=digest_bytes(document.digest),
-            checkpoint_id=checkpoint_id,
-            body=document.body,
-            size=len(document.body),
-            layer_count=len(blueprint.layers),
-            warnings=[warning.model_dump() for warning in document.warnings],
-        )
-        .on_conflict_do_nothing()  # waits for whoever stores the same bytes at this moment
-        .returning(tables.Document.id)
-    )
-    if document_id is None:
-        return None
     await _copy_layers(session, document_id, blueprint.layers)
     if blueprint.attachments:
         await session.execute(
@@ -209,7 +234,6 @@ async def _store_document(session: AsyncSession, checkpoint_id: int, document: D
                 for item in blueprint.attachments
             ],
         )
-    return document_id
 
 
 async def _check_attachments(session: AsyncSession, blueprint: models.Blueprint) -> None:
@@ -239,24 +263,20 @@ async def _copy_layers(session: AsyncSession, document_id: int, layers: Sequence
     raw = await connection.get_raw_connection()
     driver = raw.driver_connection
     assert driver is not None
-    records = await anyio.to_thread.run_sync(
-        lambda: [layer_record(document_id, position, layer) for position, layer in enumerate(layers)]
-    )
+    records = await in_thread_unless(len(layers) <= _BRIEF_LAYERS, _layer_records, document_id, layers)
     await driver.copy_records_to_table(tables.Layer.__tablename__, columns=LAYER_COLUMNS, records=records)
 
 
+def _layer_records(document_id: int, layers: Sequence[models.Layer]) -> list[tuple[Any, ...]]:
+    return [layer_record(document_id, position, layer) for position, layer in enumerate(layers)]
+
+
 def layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[Any, ...]:
+    """A row, in the order of LAYER_COLUMNS."""
     low, high = layer.gradient_norm_ci or (None, None)
-    values = {
-        "document_id": document_id,
-        "position": position,
-        "layer_id": layer.id,
-        "gradient_norm_low": low,
-        "gradient_norm_high": high,
-        "kind": None if layer.kind is None else str(layer.kind),
-        "domain_tags": None if layer.domain_tags is None else json.dumps(layer.domain_tags),
-    }
-    return tuple(values[name] if name in values else getattr(layer, name) for name in LAYER_COLUMNS)
+    kind = None if layer.kind is None else str(layer.kind)
+    tags = None if layer.domain_tags is None else json.dumps(layer.domain_tags)
+    return (document_id, position, layer.id, low, high, kind, tags, *_copied_values(layer))
 
 
 # --- resolving

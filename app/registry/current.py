@@ -1,10 +1,10 @@
-"""Which version a name stands for at this moment, asked for many requests with one query."""
+"""What stands in the database at this moment, asked for many requests with one query."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from decimal import Decimal
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,26 +35,37 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 5.0
 
-Name = tuple[str, Decimal | str]
-"""A model, and its checkpoint or alias."""
+LIVE_KEYS = """
+SELECT asked.place - 1 AS place, k.id, k.lab_id, k.prefix, k.scopes, l.name AS lab
+FROM unnest($1::bytea[]) WITH ORDINALITY AS asked (hash, place)
+JOIN keys k ON k.hash = asked.hash
+JOIN labs l ON l.id = k.lab_id
+WHERE k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
+"""
+
+Name = tuple[Any, ...]
+"""One value for each array that the query takes: a model and its checkpoint or alias, or the hash of a key."""
+Row = Mapping[str, Any]
 
 
-class CurrentVersions:
+class CurrentRows:
     """One query at a time, for all that were asked since the last one began.
 
-    Whoever asks waits for a query that begins afterwards, so that it sees every publication, yank and move that was
-    acknowledged before, on whichever process. Under load one query serves many requests.
+    Whoever asks waits for a query that begins afterwards, so that it sees every publication, yank, move and revocation
+    that was acknowledged before, on whichever process. Under load one query serves many requests.
+
+    `query` takes an array for each part of a name and answers at most one row a name, with its place among them.
     """
 
     def __init__(self, engine: AsyncEngine, query: str) -> None:
         self._engine = engine
         self._query = query
-        self._asked: dict[Name, list[asyncio.Future[int | None]]] = {}
+        self._asked: dict[Name, list[asyncio.Future[Row | None]]] = {}
         self._wake = asyncio.Event()
 
-    async def version_id(self, name: Name) -> int | None:
+    async def get(self, *name: Any) -> Row | None:
         """None where there is none, or where it could not be found out: whoever asks then goes the longer way."""
-        future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(name, []).append(future)
         self._wake.set()
         return await future
@@ -78,7 +89,7 @@ class CurrentVersions:
                 finally:
                     await connection.close()
             except Exception as error:  # whatever it is, the longer way meets it too and answers for it
-                logger.info("cannot look up current versions: %s", error)
+                logger.info("cannot look up what is current: %s", error)
                 self._wake.clear()
                 asked, self._asked = self._asked, {}
                 _give(asked, {})
@@ -86,17 +97,16 @@ class CurrentVersions:
     async def _answer(self, driver: Any) -> None:
         self._wake.clear()
         asked, self._asked = self._asked, {}
-        found: dict[int, int] = {}
-        models, names = [model for model, _ in asked], [name for _, name in asked]
+        found: dict[int, Row] = {}
         try:
             # With a limit of our own: a connection whose other end has gone without a word would hold all of them up.
-            rows = await driver.fetch(self._query, models, names, timeout=_PATIENCE_SECONDS)
-            found = {row["place"]: row["id"] for row in rows}
+            rows = await driver.fetch(self._query, *zip(*asked, strict=True), timeout=_PATIENCE_SECONDS)
+            found = {row["place"]: row for row in rows}
         finally:
             _give(asked, found)
 
 
-def _give(asked: dict[Name, list[asyncio.Future[int | None]]], found: dict[int, int]) -> None:
+def _give(asked: dict[Name, list[asyncio.Future[Row | None]]], found: dict[int, Row]) -> None:
     for place, futures in enumerate(asked.values()):
         for future in futures:
             if not future.done():  # it is when its client has left

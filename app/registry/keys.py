@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import audit, labs, paging, tables
 from app.registry.callers import Caller
+from app.registry.current import Row
 from gradient_blueprints import models
 from gradient_blueprints.errors import InvalidRequest, KeyNotFound, PermissionDenied, Unauthenticated
 from gradient_blueprints.models import Scope
@@ -66,6 +67,18 @@ async def authenticate(session: AsyncSession, secret: str, pepper: SecretStr, *,
         hint = "" if is_well_formed(secret) else " It does not even have a key's form; was it copied whole?"
         raise Unauthenticated(f"This key is not known to the registry.{hint}")
     return caller_of(*row, request_id=request_id)
+
+
+def caller_of_row(row: Row, *, request_id: str | None) -> Caller:
+    """Of app.registry.current.LIVE_KEYS."""
+    return Caller(
+        key_id=row["id"],
+        lab_id=row["lab_id"],
+        lab=row["lab"],
+        scopes=frozenset(Scope(scope) for scope in row["scopes"]),
+        key_prefix=row["prefix"],
+        request_id=request_id,
+    )
 
 
 def caller_of(key: tables.Key, lab: str, *, request_id: str | None) -> Caller:

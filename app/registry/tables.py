@@ -19,6 +19,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Numeric,
+    Table,
     Text,
     UniqueConstraint,
     func,
@@ -58,6 +59,11 @@ def _identity() -> Mapped[int]:
 
 def _now() -> Mapped[datetime]:
     return mapped_column(server_default=func.now())
+
+
+def table_of(model: type[Base]) -> Table:
+    """For statements without the ORM."""
+    return Base.metadata.tables[model.__tablename__]
 
 
 class Lab(Base):

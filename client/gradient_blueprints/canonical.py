@@ -11,6 +11,11 @@ from typing import Any
 DIGEST_PREFIX = "sha256:"
 MAX_SAFE_INTEGER = 2**53 - 1  # beyond it a float64 does not hold every integer
 
+Shape = list[tuple[str, str]]
+"""The names of an object in order, each with what is written before its value."""
+Shapes = dict[tuple[str, ...], Shape]
+"""Of the objects met so far: the layers of a blueprint have few."""
+
 
 def canonical_bytes(document: Any) -> bytes:
     """Serialise plain JSON data to its one canonical form, UTF-8.
@@ -21,45 +26,48 @@ def canonical_bytes(document: Any) -> bytes:
     b'{"a":0.8,"b":0.8}'
     """
     pieces: list[str] = []
-    _write(document, pieces.append)
+    _write(document, pieces.append, {})
     return "".join(pieces).encode()
 
 
-def _write(value: Any, add: Callable[[str], None]) -> None:
-    if isinstance(value, str):
-        add(encode_basestring(value))
-    elif isinstance(value, float):
-        add(_number(value))
+def _write(value: Any, add: Callable[[str], None], shapes: Shapes) -> None:
+    leaf = _LEAVES.get(type(value))
+    if leaf is not None:
+        add(leaf(value))
     elif isinstance(value, dict):
-        separator = "{"
-        for name in _in_order(value):
-            add(f"{separator}{encode_basestring(name)}:")
-            _write(value[name], add)
-            separator = ","
+        names = tuple(value)
+        shape = shapes.get(names)
+        if shape is None:
+            shape = shapes[names] = _shape(names)
+        for name, before in shape:
+            add(before)
+            member = value[name]
+            leaf = _LEAVES.get(type(member))
+            if leaf is not None:
+                add(leaf(member))
+            else:
+                _write(member, add, shapes)
         add("}" if value else "{}")
     elif isinstance(value, list | tuple):
         separator = "["
         for member in value:
             add(separator)
-            _write(member, add)
+            _write(member, add, shapes)
             separator = ","
         add("]" if value else "[]")
-    elif value is None:
-        add("null")
-    elif isinstance(value, bool):
-        add("true" if value else "false")
-    elif isinstance(value, int):
-        # Integers beyond ±(2^53 − 1) as the float64 that they stand for (section 3.2.2.3).
-        add(str(value) if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else _number(float(value)))
+    elif isinstance(value, str):  # an enumeration
+        add(encode_basestring(value))
     else:
         raise ValueError(f"{type(value).__name__} is no JSON")
 
 
-def _in_order(members: dict[str, Any]) -> list[str]:
+def _shape(names: tuple[str, ...]) -> Shape:
     """Names by their UTF-16 code units (section 3.2.3)."""
-    if "".join(members).isascii():
-        return sorted(members)
-    return sorted(members, key=lambda name: name.encode("utf-16-be", "surrogatepass"))
+    if "".join(names).isascii():
+        ordered = sorted(names)
+    else:
+        ordered = sorted(names, key=lambda name: name.encode("utf-16-be", "surrogatepass"))
+    return [(name, f"{'{' if name is ordered[0] else ','}{encode_basestring(name)}:") for name in ordered]
 
 
 def _number(value: float) -> str:
@@ -74,6 +82,20 @@ def _number(value: float) -> str:
     digits, _, exponent = text.partition("e")
     power = int(exponent)
     return format(Decimal(text), "f") if -7 < power < 21 else f"{digits}e{power:+d}"
+
+
+def _integer(value: int) -> str:
+    """Beyond ±(2^53 - 1) as the float64 that it stands for (section 3.2.2.3)."""
+    return str(value) if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else _number(float(value))
+
+
+_LEAVES: dict[type, Callable[[Any], str]] = {
+    str: encode_basestring,
+    float: _number,
+    int: _integer,
+    bool: lambda value: "true" if value else "false",
+    type(None): lambda _: "null",
+}
 
 
 def is_exact(integer: int) -> bool:
