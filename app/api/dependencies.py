@@ -16,9 +16,16 @@ from app.registry import keys, paging
 from app.registry.callers import Caller
 from app.settings import Settings
 from gradient_blueprints.errors import InvalidRequest, Unauthenticated
-from gradient_blueprints.models import LAB_NAME_PATTERN, MODEL_ID_PATTERN, Scope, parse_checkpoint
+from gradient_blueprints.models import (
+    LAB_NAME_PATTERN,
+    MODEL_ID_PATTERN,
+    Scope,
+    build_validators,
+    parse_checkpoint,
+)
 
 _MARK_USED_SECONDS = 60
+build_validators()  # before any router's adapters, and not while the first request waits
 _bearer = HTTPBearer(auto_error=False, description="An API key")
 
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gradient_blueprints.canonical import DIGEST_PREFIX, digest_of
 from gradient_blueprints.errors import ConfigurationError, UnexpectedAnswer
-from gradient_blueprints.models import Digest, Warning_
+from gradient_blueprints.models import DEFER_BUILD, Digest, Warning_
 
 DEFAULT_MAX_BYTES = 20 * 1024**3
 CHUNK = 1 << 20
@@ -46,7 +46,7 @@ logger = logging.getLogger("gradient_blueprints")
 class Question(BaseModel):
     """What was asked of which registry."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=DEFER_BUILD)
 
     registry: str
     path: str
@@ -60,7 +60,7 @@ class Question(BaseModel):
 class Remembered(BaseModel):
     """What a registry answered to a question about a blueprint."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=DEFER_BUILD)
 
     question: Question
     digest: Digest

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradient_blueprints.cache import Question, Remembered, digest_of_file
 from gradient_blueprints.calls import (
@@ -37,6 +37,7 @@ from gradient_blueprints.errors import (
 )
 from gradient_blueprints.models import (
     BLUEPRINT_FILE,
+    DEFER_BUILD,
     Alias,
     AliasHistory,
     AliasMove,
@@ -75,7 +76,7 @@ from gradient_blueprints.transport import (
 )
 
 FACTORS = "factors.safetensors"
-WARNINGS = TypeAdapter(tuple[Warning_, ...])
+WARNINGS = TypeAdapter(tuple[Warning_, ...], config=ConfigDict(defer_build=DEFER_BUILD))
 
 logger = logging.getLogger("gradient_blueprints")
 

@@ -13,10 +13,10 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import pydantic
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -106,10 +106,27 @@ def _frozen(value: Any) -> Any:
     return value
 
 
+DEFER_BUILD = tuple(int(part) for part in pydantic.VERSION.split(".")[:2]) >= (2, 14)
+"""Whether validators are built at their first use instead of at import, of which they would be a third. Before 2.14
+two threads that used a model first at the same moment got in each other's way (pydantic's pull request 13438)."""
+
+
 class Wire(BaseModel):
     """A typed, immutable value that travels as JSON; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, defer_build=DEFER_BUILD, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+def build_validators() -> None:
+    """Build those of all types that were imported and of all to come, for processes that live long: a service."""
+    kinds: list[type[Wire]] = [Wire]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        kind.model_config["defer_build"] = False
+        kind.model_rebuild()
 
 
 def _not_reserved(model_id: str) -> str:
@@ -506,6 +523,8 @@ class Blueprint(Wire):
 
     def _repr_html_(self) -> str:
         """The largest layers as a table, for notebooks."""
+        from html import escape  # its table of entities would be 3 % of the time that importing the client takes
+
         columns = ("id", "gradient_norm", "alpha", "gamma", "k_star")
         largest = sorted(self.layers, key=lambda layer: -layer.gradient_norm)[:10]
         cells = "".join(
@@ -782,7 +801,7 @@ class NewJob(Wire):
         "uploaded of this checkpoint, `s3://bucket/prefix`, or `hf://org/name@revision`"
     )
     data: Annotated[dict[Tag, DataSource], Field(min_length=1, max_length=64)]
-    options: ProfileOptions = ProfileOptions()
+    options: ProfileOptions = Field(default_factory=ProfileOptions, json_schema_extra={"default": {}})
     provenance_notes: Text | None = None
 
 

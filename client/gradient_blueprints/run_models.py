@@ -110,10 +110,8 @@ class Span(Wire):
 
 
 def _methods_name_all(methods: dict[Resource, Method]) -> dict[Resource, Method]:
-    return {resource: methods.get(resource, NOT_READ) for resource in Resource}
-
-
-NOT_READ = Method(basis=Basis.NOT_READ)
+    not_read = Method(basis=Basis.NOT_READ)
+    return {resource: methods.get(resource, not_read) for resource in Resource}
 
 
 class Tally(Wire):

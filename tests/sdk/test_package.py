@@ -147,3 +147,24 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     assert run.returncode == 2
     assert "pip install 'gradient-blueprints[cli]'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+FIRST_USE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from gradient_blueprints.models import Blueprint, Wire
+sys.setswitchinterval(1e-6)
+together = Barrier(8)
+def use(_):
+    together.wait()
+    layers = [{"id": "a", "gradient_norm": 1.0}]
+    return Blueprint.model_validate({"model_id": "m", "training_checkpoint": 0.8, "layers": layers}).digest
+with ThreadPoolExecutor(8) as threads:
+    assert len(set(threads.map(use, range(8)))) == 1
+"""
+
+
+def test_threads_that_use_a_model_first_do_not_disturb_each_other() -> None:
+    """Validators are built at their first use."""
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True, timeout=60)
