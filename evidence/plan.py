@@ -10,6 +10,7 @@ from evidence.tuning import Tuning
 
 TUNING_SEEDS = (900,)
 EXPLORING_SEEDS = (901,)
+METERED_SEED = 0
 SEEDS = {"gpt": range(5), "smollm2": range(3), "tiny": range(2)}
 DRAWS = {"gpt": range(10), "smollm2": range(3), "tiny": range(2)}
 """Of arms that are drawn at random."""
@@ -20,8 +21,12 @@ SIZES = {  # steps, sequences a step, tokens a sequence
 }
 LOCAL = 32
 LOCAL_SIZES = (2, 8, 32, 128, 512)
-DEFAULT = "sampled2:bayes"
-"""Our selection: the score that exploration chose, frozen before the first confirming run (evidence/hypothesis.md)."""
+DRAWN = "sampled2:bayes"
+"""Our first selection: the score that exploration chose, frozen before the first confirming run."""
+DEFAULT = "bayes"
+"""Our selection since the second hypothesis (evidence/hypothesis.md)."""
+EQUAL_MEMORY = 0.075
+"""Of the coordinates: with their indices they take the training memory of 10 % of the parameters in adapters."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def ours(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
     return Choice("coordinates", DEFAULT, share, local, domain)
 
 
+def drawn(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
+    """What `ours` was under the first hypothesis."""
+    return Choice("coordinates", DRAWN, share, local, domain)
+
+
 def by_factors(share: float, published: str = "code") -> Choice:
     return Choice("coordinates", "published", share, 0, published)
 
@@ -114,6 +124,7 @@ def main_arms(share: float, domain: str = "code") -> list[Choice]:
     return [
         FULL,
         ours(share, domain),
+        drawn(share, domain),
         at_random(share),
         by_factors(share, domain),
         by_local(share),
@@ -138,6 +149,13 @@ def ablation(share: float) -> list[Choice]:
         + [by_factors(share, published) for published in bad]
         + [ours(share, published, local) for published in bad for local in (8, LOCAL)]
     )
+
+
+def ablation_of_drawn(share: float) -> list[Choice]:
+    bad = ["documentation", "legal", "english", "code~25", "code*"]
+    return [drawn(share, "code", local) for local in LOCAL_SIZES] + [
+        drawn(share, published, local) for published in bad for local in (8, LOCAL)
+    ]
 
 
 # --- the plan
@@ -200,34 +218,47 @@ EXPLORED = [
 
 
 def _plan() -> list[Cell]:
-    small, large = SIZES["gpt"][0], SIZES["smollm2"][0]
     cells = _cells("10 %", "gpt", "code", main_arms(0.1))
     cells += _cells("10 %", "smollm2", "code", main_arms(0.1))
     cells += _cells("10 %", "gpt", "code", rivals(0.1))
     cells += _cells("25 %", "gpt", "code", main_arms(0.25))
     cells += _cells("1 %", "gpt", "code", main_arms(0.01))
-    for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
-        cells += _cells(stage, "smollm2", "code", main_arms(share))
-    for model, steps in (("gpt", small), ("smollm2", large)):
-        few = round(0.3 * steps)
-        cells += [
-            replace(cell, steps=given)
-            for given in (None, few)
-            for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
-        ]
+    cells += _cells("1 %", "smollm2", "code", main_arms(0.01))
+    cells += _cells("5 %", "gpt", "code", main_arms(0.05))
+    cells += _products("gpt")
     cells += _cells("ablation", "gpt", "code", ablation(0.1))
+    cells += _cells("equal memory", "gpt", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
+    cells += _metered("gpt")
+    cells += _cells("10 %", "smollm2", "code", rivals(0.1))
+    cells += _products("smollm2")
+    cells += _cells("25 %", "smollm2", "code", main_arms(0.25))
+    cells += _cells("equal memory", "smollm2", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
+    cells += _metered("smollm2")
     cells += _cells(
         "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
     )
-    cells += _cells("10 %", "smollm2", "code", rivals(0.1))
-    cells += _cells("5 %", "gpt", "code", main_arms(0.05))
     for share, stage in ((0.01, "1 %"), (0.05, "5 %"), (0.25, "25 %")):
         cells += _cells(stage, "gpt", "code", rivals(share))
+    cells += _cells("ablation of what was drawn", "gpt", "code", ablation_of_drawn(0.1))
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
     cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
     return cells + _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+
+
+def _products(model: str) -> list[Cell]:
+    few = round(0.3 * SIZES[model][0])
+    return [
+        replace(cell, steps=given)
+        for given in (None, few)
+        for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
+    ]
+
+
+def _metered(model: str) -> list[Cell]:
+    """One more run of each arm at 10 %, under the meter of resources."""
+    return [Cell("metered", model, "code", "meter", choice, (METERED_SEED,)) for choice in main_arms(0.1) + rivals(0.1)]
 
 
 PLAN = _plan()

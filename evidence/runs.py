@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 RUNS = Path(__file__).parent / "runs"
-Purpose = Literal["explore", "tune", "confirm"]
+Purpose = Literal["explore", "tune", "confirm", "meter"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Result:
     texts: str = ""
     when: str = ""
     machine: str = ""
+    spent: dict[str, float] | None = None
+    """Of a run with the purpose `meter`: what the meter of resources could read, by resource."""
 
     @property
     def gain(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from evidence import models
 from evidence.arms import Arm, build
 from evidence.models import Batch, Subject
 from evidence.runs import Result, Run
+from gradient_blueprints.run_models import Resource
 from gradient_blueprints.training.finetuning import SelectedAdamW, optimizer_bytes
+from gradient_blueprints.training.resources import ResourceMeter
 
 WARMUP = 0.1
 JUDGED, ENGLISH = {"gpt": 12, "smollm2": 8, "tiny": 4}, 4
@@ -28,7 +31,7 @@ _STATUS = Path("/proc/self/status")
 
 def train(subject: Subject, run: Run) -> Result:
     """Fine-tune and measure; equal runs give equal losses on one machine."""
-    text = "heldout" if run.purpose == "confirm" else "development"
+    text = "heldout" if run.purpose in ("confirm", "meter") else "development"
     judged = ordered_batches(subject.tokens(run.domain, text), JUDGED[run.model], 8, run.length)
     english = ordered_batches(subject.tokens("english", "heldout"), ENGLISH, 8, run.length)
     base, english_base = (
@@ -41,7 +44,9 @@ def train(subject: Subject, run: Run) -> Result:
     forget_peak()
     before = peak()
     started, cpu_started = time.perf_counter(), time.process_time()
-    losses, gradient_bytes, largest = _fit(arm, batches, run)
+    with ExitStack() as stack:
+        meter = stack.enter_context(ResourceMeter(arm.model, arm.optimizer)) if run.purpose == "meter" else None
+        losses, gradient_bytes, largest = _fit(arm, batches, run)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     after = peak()
     held = (
@@ -62,10 +67,17 @@ def train(subject: Subject, run: Run) -> Result:
         cpu_seconds=round(cpu_seconds, 3),
         selection_cpu_seconds=round(selection_cpu, 3),
         train_loss=sum(losses[-10:]) / len(losses[-10:]),
+        spent=None if meter is None else _spent(meter),
         texts=models.digest(run.domain, subject.work),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     )
+
+
+def _spent(meter: ResourceMeter) -> dict[str, float]:
+    tally = meter.tally()
+    amounts = {resource.value: getattr(tally, resource.value, None) for resource in Resource}
+    return {name: amount for name, amount in amounts.items() if amount is not None}
 
 
 def _fit(arm: Arm, batches: Sequence[Batch], run: Run) -> tuple[list[float], int, int]:
