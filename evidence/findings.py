@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evidence.plan import FULL, LOCAL, Cell, at_random, by_factors, by_local, ours
+from evidence.plan import FULL, LOCAL, Cell, at_random, by_factors, by_local, of_layers, ours
 from evidence.runs import Choice, Result, Store
 from evidence.statistics import Difference, difference, holm, interval
 
@@ -185,6 +185,57 @@ def _not_worse(goal: str, model: str, mine: Finding | None, rival: Finding | Non
     return Verdict(goal, model, verdict, f"{points(found.mean)} [{points(found.low)}, {points(found.high)}] points")
 
 
+# --- the paper's claims
+
+
+def judge_claims(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
+    """What the paper says or takes for granted, one by one."""
+
+    def of(choice: Choice) -> Finding | None:
+        return pick(choice, model, plan, store)
+
+    def layers(rule: str) -> Finding | None:
+        return of(of_layers(rule, 0.1))
+
+    verdicts = [
+        _at_least("a tenth of the parameters gets nearly all of the gain: at least 90 %", model, of(ours(0.1)), 0.9)
+    ]
+    for claim, mine, rival in (
+        (
+            "submodules with a large gradient norm are those to train: at 10 % ahead of submodules at random",
+            layers("norm"),
+            layers("random"),
+        ),
+        ("within layers the gradient tells what to train: at 1 % ahead of chance", of(ours(0.01)), of(at_random(0.01))),
+        ("the same at 10 %", of(ours(0.1)), of(at_random(0.1))),
+        (
+            f"a published blueprint spares the local gradients: at 10 % no worse than {LOCAL} local sequences",
+            of(by_factors(0.1)),
+            of(by_local(0.1)),
+        ),
+    ):
+        verdicts.append(_not_worse(claim, model, mine, rival))
+    verdicts.append(_time(model, plan, store))
+    return verdicts
+
+
+def metered(model: str, plan: Sequence[Cell], store: Store) -> dict[Choice, Result]:
+    """The runs under the meter of resources."""
+    cells = [cell for cell in plan if cell.stage == "metered" and cell.model == model]
+    return {cell.choice: result for cell in cells for result in cell.results(store).values()}
+
+
+def _time(model: str, plan: Sequence[Cell], store: Store) -> Verdict:
+    claim = "a partial update is cheaper: at 10 % more gain for the processor time"
+    found = metered(model, plan, store)
+    mine, full = found.get(ours(0.1)), found.get(FULL)
+    if mine is None or full is None:
+        return Verdict(claim, model, "not run yet", "")
+    gain, time = mine.gain / full.gain, mine.cpu_seconds / full.cpu_seconds
+    verdict = "holds" if gain > time else "does not hold"
+    return Verdict(claim, model, verdict, f"{percent(gain)} of the gain in {percent(time)} of the time, one run")
+
+
 # --- words
 
 
@@ -212,7 +263,7 @@ def name_of(choice: Choice) -> str:
     scores = {
         "published": "factors",
         "local_mean": "mean gradient",
-        "bayes": "posterior",
+        "bayes": "largest by the posterior",
         "sampled2:bayes": "drawn by the posterior",
     }
     return f"coordinates: {scores.get(choice.score, choice.score)} ({', '.join(sources)})"
