@@ -61,7 +61,7 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, small
 model, code. From this the first default (`{DRAWN}`) was frozen; nothing here confirms anything."""
 METERED_WORDS = """One more run of each arm at 10 %, seed 0, under the meter of resources (docs/resources.md), one after
-the other. ΔΨ is what the held-out loss fell by, nats per token; Γ here is processor time, so ΔΨ/ΔΓ is nats per processor
+the other. ΔΨ is what the held-out loss fell by, nats per token; Γ is processor time, so ΔΨ/ΔΓ is nats per processor
 minute. FLOPs are by formula. This machine tells no energy."""
 CLAIMS_WORDS = (
     """Code, the arms above. A claim holds when the whole interval is on its side, and fails when none of it is."""
