@@ -13,25 +13,28 @@ MAX_SAFE_INTEGER = 2**53 - 1  # beyond it a float64 does not hold every integer
 
 Shape = list[tuple[str, str]]
 """The names of an object in order, each with what is written before its value."""
+Leaves = dict[type, Callable[[Any], str]]
+"""How a value that holds no others is written, by its type."""
 Shapes = dict[tuple[str, ...], Shape]
 """Of the objects met so far: the layers of a blueprint have few."""
 
 
-def canonical_bytes(document: Any) -> bytes:
+def canonical_bytes(document: Any, *, exact: bool = False) -> bytes:
     """Serialise plain JSON data to its one canonical form, UTF-8.
 
-    ValueError for what has none: infinities, NaN, unpaired surrogates, names that are not text, other types.
+    ValueError for what has none: infinities, NaN, unpaired surrogates, names that are not text, other types; if
+    `exact`, also for integers whose form denotes another integer.
 
     >>> canonical_bytes({"b": 0.80, "a": 8e-1})
     b'{"a":0.8,"b":0.8}'
     """
     pieces: list[str] = []
-    _write(document, pieces.append, {})
+    _write(document, pieces.append, _EXACT_LEAVES if exact else _LEAVES, {})
     return "".join(pieces).encode()
 
 
-def _write(value: Any, add: Callable[[str], None], shapes: Shapes) -> None:
-    leaf = _LEAVES.get(type(value))
+def _write(value: Any, add: Callable[[str], None], leaves: Leaves, shapes: Shapes) -> None:
+    leaf = leaves.get(type(value))
     if leaf is not None:
         add(leaf(value))
     elif isinstance(value, dict):
@@ -42,17 +45,17 @@ def _write(value: Any, add: Callable[[str], None], shapes: Shapes) -> None:
         for name, before in shape:
             add(before)
             member = value[name]
-            leaf = _LEAVES.get(type(member))
+            leaf = leaves.get(type(member))
             if leaf is not None:
                 add(leaf(member))
             else:
-                _write(member, add, shapes)
+                _write(member, add, leaves, shapes)
         add("}" if value else "{}")
     elif isinstance(value, list | tuple):
         separator = "["
         for member in value:
             add(separator)
-            _write(member, add, shapes)
+            _write(member, add, leaves, shapes)
             separator = ","
         add("]" if value else "[]")
     elif isinstance(value, str):  # an enumeration
@@ -89,13 +92,20 @@ def _integer(value: int) -> str:
     return str(value) if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else _number(float(value))
 
 
-_LEAVES: dict[type, Callable[[Any], str]] = {
+def _exact_integer(value: int) -> str:
+    if not is_exact(value):
+        raise ValueError(f"no float64 holds {value} exactly")
+    return _integer(value)
+
+
+_LEAVES: Leaves = {
     str: encode_basestring,
     float: _number,
     int: _integer,
     bool: lambda value: "true" if value else "false",
     type(None): lambda _: "null",
 }
+_EXACT_LEAVES = _LEAVES | {int: _exact_integer}
 
 
 def is_exact(integer: int) -> bool:
@@ -104,8 +114,10 @@ def is_exact(integer: int) -> bool:
     >>> is_exact(10**16), is_exact(2**60)
     (True, False)
     """
+    if -MAX_SAFE_INTEGER <= integer <= MAX_SAFE_INTEGER:
+        return True
     try:
-        return int(canonical_bytes(integer)) == integer
+        return int(_integer(integer)) == integer
     except (OverflowError, ValueError):  # beyond float64, or spelled with an exponent
         return False
 

@@ -132,7 +132,7 @@ def test_unknown_parameter_counts_are_an_error_that_names_the_remedy() -> None:
 def test_coordinates_are_those_with_the_largest_local_gradient_within_each_tensor() -> None:
     gradients = gradients_of()
     gradients["a.weight"] *= 1000  # a scale across tensors must not matter
-    selection = select(PUBLISHED, budget=0.1, gradients=gradients, temperature=0.0)
+    selection = select(PUBLISHED, budget=0.1, gradients=gradients)
     for name, gradient in gradients.items():
         expected = set(gradient.abs().flatten().topk(gradient.numel() // 10).indices.tolist())
         assert set(selection.parts[name].tolist()) == expected
@@ -141,7 +141,7 @@ def test_coordinates_are_those_with_the_largest_local_gradient_within_each_tenso
 def test_factors_score_a_coordinate_by_its_row_times_its_column() -> None:
     row, column = torch.rand(20), torch.rand(50)
     factors = {"code/a.weight/row": row, "code/a.weight/column": column}
-    selection = select(PUBLISHED, budget=0.1, factors=factors, temperature=0.0)
+    selection = select(PUBLISHED, budget=0.1, factors=factors)
     expected = set(torch.outer(row, column).flatten().topk(100).indices.tolist())
     assert set(selection.parts["a.weight"].tolist()) == expected
     assert list(selection.parts) == ["a.weight"]
@@ -152,11 +152,11 @@ def test_trust_moves_the_coordinates_from_the_local_gradient_to_the_published_fa
     factors = {"code/a.weight/row": torch.rand(20), "code/a.weight/column": torch.rand(50)}
 
     def chosen(trust: float) -> set[int]:
-        found = select(PUBLISHED, budget=0.1, gradients=gradients, factors=factors, trust=trust, temperature=0.0)
+        found = select(PUBLISHED, budget=0.1, gradients=gradients, factors=factors, trust=trust)
         return set(found.parts["a.weight"].tolist())
 
-    local = set(select(PUBLISHED, budget=0.1, gradients=gradients, temperature=0.0).parts["a.weight"].tolist())
-    published = set(select(PUBLISHED, budget=0.1, factors=factors, temperature=0.0).parts["a.weight"].tolist())
+    local = set(select(PUBLISHED, budget=0.1, gradients=gradients).parts["a.weight"].tolist())
+    published = set(select(PUBLISHED, budget=0.1, factors=factors).parts["a.weight"].tolist())
     assert chosen(0.0) == local
     assert chosen(1.0) == published
     assert len(chosen(0.5) & local) > len(chosen(1.0) & local)
@@ -297,17 +297,26 @@ def test_between_groups_the_published_ranks_hold_and_within_them_size_alone_tell
     assert select(published, groups={"early": ["a", "c"]}).blueprint_digest == published.digest
 
 
-# --- drawn, not ranked
+# --- ranked or drawn
 
 
-def test_by_default_coordinates_are_drawn_with_chances_that_grow_with_the_root_of_the_score() -> None:
+def test_at_temperature_2_chances_grow_with_the_root_of_the_score() -> None:
     blueprint = make_blueprint({"w": 1.0}, sizes={"w": 200_000})
     gradient = torch.ones(200, 1000)
     gradient[:100] = 16  # four times the chance at temperature 2
-    chosen = select(blueprint, budget=0.01, gradients={"w": gradient}).parts["w"]
+    chosen = select(blueprint, budget=0.01, gradients={"w": gradient}, temperature=2.0).parts["w"]
     assert len(chosen) == 2000
     high = int((chosen < 100_000).sum())
     assert abs(high - 1600) < 4 * (2000 * 0.8 * 0.2) ** 0.5
+
+
+def test_by_default_the_largest_scores_are_taken() -> None:
+    blueprint = make_blueprint({"w": 1.0}, sizes={"w": 20_000})
+    gradients = {"w": torch.randn(100, 200)}
+    largest = gradients["w"].abs().flatten().topk(2000).indices.sort().values
+    selection = select(blueprint, budget=0.1, gradients=gradients)
+    assert selection.parts["w"].tolist() == largest.tolist()
+    assert selection.score == "empirical_bayes"
 
 
 def test_temperature_leads_from_the_largest_scores_to_chance() -> None:
@@ -342,7 +351,7 @@ def test_a_temperature_below_zero_is_refused() -> None:
 def test_rows_are_chosen_whole_and_by_their_mean_square() -> None:
     gradients = gradients_of()
     gradients["a.weight"][[3, 7]] *= 10
-    selection = select(PUBLISHED, budget=0.1, unit="row", gradients=gradients, temperature=0.0)
+    selection = select(PUBLISHED, budget=0.1, unit="row", gradients=gradients)
     assert selection.parts["a.weight"].tolist() == [3, 7]
     assert selection.indices("a.weight", (20, 50)).tolist() == [*range(150, 200), *range(350, 400)]  # type: ignore[union-attr]  # a tenth
     with pytest.raises(ConfigurationError, match="needs the tensor's shape"):
@@ -473,8 +482,8 @@ def test_what_neither_side_vouches_for_goes_to_chance(sequences: int, at_random:
 
 def test_a_share_of_the_budget_is_random_on_request() -> None:
     gradients = gradients_of()
-    chosen = select(PUBLISHED, budget=0.1, gradients=gradients, temperature=0.0, random_share=0.3).parts["a.weight"]
-    largest = select(PUBLISHED, budget=0.1, gradients=gradients, temperature=0.0).parts["a.weight"]
+    chosen = select(PUBLISHED, budget=0.1, gradients=gradients, random_share=0.3).parts["a.weight"]
+    largest = select(PUBLISHED, budget=0.1, gradients=gradients).parts["a.weight"]
     assert len(chosen) == len(np.unique(chosen)) == 100
     assert len(np.intersect1d(chosen, largest)) in range(70, 80)
 

@@ -36,10 +36,7 @@ Unit = SelectionUnit
 ScoreName = Literal["empirical_bayes", "blend", "factors", "mean_gradient", "rms", "local_factors", "random"]
 DEFAULT_SCORE: ScoreName = "empirical_bayes"
 """The one place that says by what coordinates are chosen where factors or a local sample are given. Without them they
-are drawn at random, which no informed choice was measured to beat (docs/evidence.md)."""
-DEFAULT_TEMPERATURE = 2.0
-"""Under the default score coordinates are drawn, not ranked: ranking crowds them into few rows and columns, and is
-further behind chance (docs/evidence.md)."""
+are drawn at random. What either was measured to be worth: docs/evidence.md."""
 FEWEST_SEQUENCES = 32
 """Local sequences from which on their mean gradient is believed by itself: in the pilot 8 chose worse than chance, 32
 better. Below, and where the published side is not to be believed either, a share of the budget goes to chance."""
@@ -64,7 +61,7 @@ def select(
     model: nn.Module | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     random_share: float | None = None,
-    temperature: float | None = None,
+    temperature: float = 0.0,
     seed: int = 0,
 ) -> Selection:
     """Choose what to train (Algorithm 1): blend, rank, pick.
@@ -72,10 +69,10 @@ def select(
     1. Between layers as `allocation.allocate` says: shares of the criterion blended by `trust` (the paper's α), then
        whole layers by an exact 0/1 knapsack (`unit="layer"`), or a fraction of every layer.
     2. Within each tensor coordinates (`"coordinate"`), or output channels (`"row"`), by their `score`. The default
-       weighs the published factors against the local sample by how noisy that is (`empirical_bayes`), and draws with
-       chances that grow with score^(1/`DEFAULT_TEMPERATURE`); any other score is ranked unless `temperature` is
-       given. A tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival
-       hard to beat, and safer than statistics of a wrong domain, which choose worse than chance.
+       weighs the published factors against the local sample by how noisy that is (`empirical_bayes`). The largest
+       scores are taken; with a `temperature` they are drawn with chances that grow with score^(1/`temperature`). A
+       tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
+       beat, and safer than statistics of a wrong domain, which choose worse than chance.
     3. Under the default score a share (1 − validity)·(1 − n/32) of each tensor's budget goes to chance, n the local
        sequences, validity what is to be believed of the published factors: nothing is left to evidence that in the
        pilot did worse than chance.
@@ -109,8 +106,6 @@ def select(
         raise ConfigurationError(f"there is no score {score!r}: {', '.join(get_args(ScoreName))}, or a function")
     if trust is not None and not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
-    if temperature is None:
-        temperature = DEFAULT_TEMPERATURE if score is None else 0.0
     if not 0 <= temperature < float("inf"):
         raise ConfigurationError(f"a temperature is 0 (the largest scores) or a positive number, got {temperature}")
     verdict = None if staleness is None else staleness.verdict
