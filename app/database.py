@@ -22,12 +22,13 @@ def asyncpg_url(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
 
 
-def create_engine(settings: Settings) -> AsyncEngine:
+def create_engine(settings: Settings, *, connections: int | None = None) -> AsyncEngine:
+    """With as many connections as the settings say, or with `connections` and no more."""
     milliseconds = str(int(settings.statement_seconds * 1000))
     return create_async_engine(
         asyncpg_url(settings.database_url),
-        pool_size=settings.pool_size,
-        max_overflow=settings.pool_overflow,
+        pool_size=connections or settings.pool_size,
+        max_overflow=0 if connections else settings.pool_overflow,
         hide_parameters=True,  # an error in the log must not tell what was stored
         pool_pre_ping=True,  # a restarted database costs one retry here instead of one failed request per connection
         connect_args={

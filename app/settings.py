@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     )
     document_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="memory for blueprint bodies, per process")
 
-    pool_size: int = Field(10, gt=0, description="database connections kept, per process")
+    pool_size: int = Field(10, gt=0, description="database connections kept, per process; an API has three more")
     pool_overflow: int = Field(10, ge=0, description="further connections under load, per process")
     statement_seconds: float = Field(30, gt=0, description="time limit of one SQL statement")
 

@@ -153,10 +153,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
-    app.state.newest_of_owner = CurrentRows(engine, NEWEST_OF_OWNER)
-    app.state.live_keys = CurrentRows(engine, LIVE_KEYS)
-    app.state.aliased = CurrentRows(engine, ALIASED)
-    current: tuple[CurrentRows, ...] = (app.state.newest_of_owner, app.state.aliased, app.state.live_keys)
+    queries = (NEWEST_OF_OWNER, ALIASED, LIVE_KEYS)
+    engine_of_queries = create_engine(settings, connections=len(queries))  # whoever is late must not hold these up
+    current = [CurrentRows(engine_of_queries, query) for query in queries]
+    app.state.newest_of_owner, app.state.aliased, app.state.live_keys = current
     running = [asyncio.create_task(work()) for work in (app.state.patience.watch, *(rows.run for rows in current))]
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)
@@ -172,4 +172,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)  # they give their connections back
+        await engine_of_queries.dispose()
         await engine.dispose()

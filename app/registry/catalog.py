@@ -5,7 +5,8 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, select, true
+from sqlalchemy import ColumnElement, Text, func, select, true
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import paging, tables
@@ -18,6 +19,13 @@ def _like(text: str) -> str:
     """A pattern that matches `text` anywhere, its own % and _ taken literally."""
     escaped = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
     return f"%{escaped}%"
+
+
+def _holds(q: str) -> ColumnElement[bool]:
+    """That a model's name holds `q`, by an index: of trigrams, or for shorter terms of letters and their pairs."""
+    if len(q) <= tables.SHORT_TERM:
+        return func.short_terms(tables.Model.name, type_=ARRAY(Text)).contains([q.lower()])
+    return tables.Model.name.ilike(_like(q), escape="\\")
 
 
 def _model_query() -> Any:
@@ -52,7 +60,7 @@ async def list_models(session: AsyncSession, *, q: str | None, limit: int, curso
     """By name; `q` matches anywhere in it, whatever the case."""
     query = _model_query()
     if q:
-        query = query.where(tables.Model.name.ilike(_like(q), escape="\\"))
+        query = query.where(_holds(q))
     if (after := paging.decode_cursor(cursor, str)) is not None:
         query = query.where(tables.Model.name > after[0])
     rows = (await session.execute(query.order_by(tables.Model.name).limit(limit + 1))).all()

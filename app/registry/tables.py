@@ -30,6 +30,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from gradient_blueprints.models import JobState
 
+SHORT_TERM = 2
+"""Letters of the longest terms that the function short_terms (migration 0009) answers of a name."""
+
 
 class Base(DeclarativeBase):
     metadata = MetaData(
@@ -105,6 +108,7 @@ class Model(Base):
     __tablename__ = "models"
     __table_args__ = (
         Index("ix_models_name_trigrams", "name", postgresql_using="gin", postgresql_ops={"name": "gin_trgm_ops"}),
+        Index("ix_models_short_terms", text("short_terms(name)"), postgresql_using="gin"),
     )
 
     id: Mapped[int] = _identity()

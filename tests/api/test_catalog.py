@@ -42,6 +42,11 @@ def test_search_takes_its_text_literally(publisher: httpx2.Client) -> None:
 
     assert search("LLAMA") == ["llama-7b", "llama_7b", "org/Llama-70b"]
     assert search("a_7") == ["llama_7b"]
+    assert search("7B") == ["llama-7b", "llama_7b"]
+    assert search("G/") == ["org/Llama-70b"]
+    assert search("7") == ["llama-7b", "llama_7b", "org/Llama-70b"]
+    assert search("_7") == ["llama_7b"]
+    assert search("bl") == search("_%") == search("é") == []
     assert search("%") == search("\\") == []
     assert search("org/") == ["org/Llama-70b"]
 
