@@ -2,7 +2,8 @@
 
 python -m benchmarks [NAME ...] [--write]
 
-With --write the table goes into docs/performance.md, between its markers.
+With --write the table goes into docs/performance.md, between its markers. Rows of benchmarks that were not named stay
+there, under the line that says when they were measured.
 """
 
 from __future__ import annotations
@@ -64,6 +65,26 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({model}), {platform.system()}, Python {platform.python_version()}, no GPU used"
 
 
+def written(page: str, rows: list[str], when: str, names: list[str]) -> str:
+    """The page with these rows: all of its table, or of a part of the benchmarks those that they replace."""
+    before, _, rest = page.partition(BEGIN)
+    told, _, after = rest.partition(END)
+    if not names:
+        lines = [f"{when}.", "", *rows]
+    else:
+        fresh = {_work(row): row for row in rows[1:]}
+        lines = [fresh.pop(_work(line), line) if line.startswith("|") else line for line in told.strip().splitlines()]
+        again = f"{', '.join(f'`{name}`' for name in names)} again: {when}."
+        first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+        lines = [*lines[: first - 1], again, "", *lines[first:], *fresh.values()]
+    return "\n".join([before + BEGIN, *lines, "", END]) + after
+
+
+def _work(row: str) -> tuple[str, ...]:
+    """What names a row of the table: the work, and what it is held against."""
+    return tuple(row.split("|")[1:3])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (all)")
@@ -78,15 +99,12 @@ def main() -> int:
             if found is None:
                 failed.append(name)
             rows += [row.line() for row in found or []]
-    table = "\n".join(rows)
     when = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, load {os.getloadavg()[0]:.1f} at the end"
-    print(f"\n{table}\n\n{when}")
+    print("\n".join(["", *rows, "", when]))
     if failed:
         print(f"failed: {', '.join(failed)}")
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{when}.\n\n{table}\n\n{END}{after}")
+        PAGE.write_text(written(PAGE.read_text(), rows, when, arguments.names))
     return len(failed)
 
 

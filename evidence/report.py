@@ -53,8 +53,9 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   extended until the best is inside the grid.
 - A seed decides the training batches, the local sample, and what is random. Layers are single tensors, so that every
   rule can use up its budget. Adapters sit on every linear layer, with the rank whose parameters come nearest.
-- Intervals are 95 % studentised bootstraps over paired seeds, p by exact sign flips with Holm's correction over the
-  table; with 5 seeds no p can be below 0.06 and with 3 below 0.25, so the intervals carry the weight.
+- Intervals are 95 %: studentised bootstraps over paired seeds, and Student's t where there are only three, of which a
+  bootstrap knows too few resamples. p is by exact sign flips with Holm's correction over the table; with 5 seeds no p
+  can be below 0.06 and with 3 below 0.25, so the intervals carry the weight.
 - Memory is measured: moments, indices and the gradients held at a step; after the plus, the one whole gradient of a
   tensor that a partial update sees for a moment. CPU seconds are of the training loop on one thread of a shared
   machine."""

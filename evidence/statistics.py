@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
+FEWEST_RESAMPLED = 5
 EXACT_UP_TO = 14
 
 
@@ -36,13 +38,17 @@ def difference(first: Mapping[int, float], second: Mapping[int, float], seed: in
 def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean, studentised (Efron and Tibshirani 1993, 12.5).
 
-    The percentile bootstrap of 3 to 10 values is far too narrow; the studentised one widens as Student's t does.
-    Resamples without spread are left out.
+    The percentile bootstrap of 5 to 10 values is far too narrow; the studentised one widens as Student's t does.
+    Resamples without spread are left out. Fewer than 5 values get Student's t itself: of 3 there are ten resamples, and
+    two that lie close together make one of them unbounded.
     """
     values = np.asarray(values, float)
     mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
     if error == 0:
         return mean, mean
+    if len(values) < FEWEST_RESAMPLED:
+        low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
+        return float(low), float(high)
     drawn = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values)))
     errors = drawn.std(1, ddof=1) / len(values) ** 0.5
     spread = errors > 1e-12 * error

@@ -14,6 +14,8 @@ from app.registry.blueprints import VERSIONS, explain_miss, version_row
 from gradient_blueprints import models
 from gradient_blueprints.errors import ModelNotFound
 
+_MANY = 1_000  # names that hold a short term: above, a page of them is found within the first few thousand names
+
 
 def _like(text: str) -> str:
     """A pattern that matches `text` anywhere, its own % and _ taken literally."""
@@ -21,10 +23,17 @@ def _like(text: str) -> str:
     return f"%{escaped}%"
 
 
-def _holds(q: str) -> ColumnElement[bool]:
-    """That a model's name holds `q`, by an index: of trigrams, or for shorter terms of letters and their pairs."""
+async def _holds(session: AsyncSession, q: str) -> ColumnElement[bool]:
+    """That a model's name holds `q`.
+
+    Trigrams find three letters or more. For shorter terms there is an index of letters and their pairs; but where many
+    names hold them, a page is found sooner by going through the names in their order.
+    """
     if len(q) <= tables.SHORT_TERM:
-        return func.short_terms(tables.Model.name, type_=ARRAY(Text)).contains([q.lower()])
+        short: ColumnElement[bool] = func.short_terms(tables.Model.name, type_=ARRAY(Text)).contains([q.lower()])
+        some = select(tables.Model.id).where(short).limit(_MANY).subquery()
+        if (await session.execute(select(func.count()).select_from(some))).scalar_one() < _MANY:
+            return short
     return tables.Model.name.ilike(_like(q), escape="\\")
 
 
@@ -60,7 +69,7 @@ async def list_models(session: AsyncSession, *, q: str | None, limit: int, curso
     """By name; `q` matches anywhere in it, whatever the case."""
     query = _model_query()
     if q:
-        query = query.where(_holds(q))
+        query = query.where(await _holds(session, q))
     if (after := paging.decode_cursor(cursor, str)) is not None:
         query = query.where(tables.Model.name > after[0])
     rows = (await session.execute(query.order_by(tables.Model.name).limit(limit + 1))).all()

@@ -34,6 +34,11 @@ def test_the_interval_of_five_values_covers_the_mean() -> None:
     assert np.mean(covered) >= 0.9  # a percentile bootstrap of five values covers about 0.83
 
 
+def test_the_interval_of_three_values_is_students_however_close_two_of_them_lie() -> None:
+    values = [0.986, 0.9861, 0.97]
+    assert interval(values) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
+
+
 def test_a_difference_is_taken_over_the_common_seeds() -> None:
     found = difference({0: 1.0, 1: 2.0, 2: 9.0}, {0: 0.5, 1: 1.4, 7: 0.0})
     assert found is not None

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from gradient_blueprints.training.profiling import GradientProfiler
+from gradient_blueprints.training.profiling.contributions import Outer, square
 from tests.training.profiling.small_models import (
     ARCHITECTURES,
     Batch,
@@ -70,3 +72,15 @@ def test_one_pass_measures_the_whole_batch(architecture: str) -> None:
     with GradientProfiler(build(architecture)) as profiler:
         profiler.step(batch())
         assert profiler.one_by_one is None
+
+
+@pytest.mark.parametrize("positions", [8, 33, 64])
+def test_squares_out_of_gram_matrices_are_those_of_the_gradients_written_out(positions: int) -> None:
+    """From 32 positions on the matrices are put together from halves, of an odd number unequal ones."""
+    generator = torch.Generator().manual_seed(positions)
+    inputs = torch.randn(3, positions, 300, generator=generator)
+    gradients = torch.randn(3, positions, 200, generator=generator)
+    outer = Outer(inputs, gradients, torch.Size((200, 300)))
+    assert outer.ghost_is_cheaper()
+    written_out = torch.stack([square(outer.gradient(example)) for example in range(3)])
+    torch.testing.assert_close(outer.squares(), written_out, rtol=1e-5, atol=0)
