@@ -225,13 +225,13 @@ class Cache:
         if self.folder is None:
             return None
         name = digest.removeprefix(DIGEST_PREFIX)
-        return self.folder / "contents" / name[:2] / name[2:]
+        return self.folder.joinpath("contents", name[:2], name[2:])
 
     def _answer_path(self, question: Question) -> Path | None:
         if self.folder is None:
             return None
         name = hashlib.sha256(question.model_dump_json().encode()).hexdigest()
-        return self.folder / "answers" / f"{name}.json"
+        return self.folder.joinpath("answers", f"{name}.json")
 
     def _unfinished(self) -> Path:
         assert self.folder is not None
