@@ -32,7 +32,7 @@ ALL = {
     "search": [],
     "sdk": [],
     "soak": [],
-    "profiler": [],
+    "profiler": ["--rounds", "3"],
     "per_example": [],
     "profiler_memory": [],
     "tails": [],
