@@ -74,9 +74,9 @@ def written(page: str, rows: list[str], when: str, names: list[str]) -> str:
     else:
         fresh = {_work(row): row for row in rows[1:]}
         lines = [fresh.pop(_work(line), line) if line.startswith("|") else line for line in told.strip().splitlines()]
-        again = f"{', '.join(f'`{name}`' for name in names)} again: {when}."
+        part = f"- {', '.join(f'`{name}`' for name in names)}: {when}."
         first = next(number for number, line in enumerate(lines) if line.startswith("|"))
-        lines = [*lines[: first - 1], again, "", *lines[first:], *fresh.values()]
+        lines = [*lines[: first - 1], part, "", *lines[first:], *fresh.values()]
     return "\n".join([before + BEGIN, *lines, "", END]) + after
 
 

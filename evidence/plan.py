@@ -229,9 +229,9 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation", "gpt", "code", ablation(0.1))
     cells += _cells("equal memory", "gpt", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
     cells += _metered("gpt")
-    cells += _cells("10 %", "smollm2", "code", rivals(0.1))
     cells += _products("smollm2")
     cells += _cells("25 %", "smollm2", "code", main_arms(0.25))
+    cells += _cells("10 %", "smollm2", "code", rivals(0.1))
     cells += _cells("equal memory", "smollm2", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
     cells += _metered("smollm2")
     cells += _cells(
