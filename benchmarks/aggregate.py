@@ -110,12 +110,14 @@ def main() -> None:
         of_checkpoint = parameters(wanted, checkpoint_id=1)
         with httpx2.Client(base_url=served.url, trust_env=False, timeout=600) as client:
 
-            def ask(accept: str, **more: str) -> None:
-                body = {"models": [MODEL], **more}
-                with client.stream("POST", "/v1/aggregate", json=body, headers={"Accept": accept}) as answer:
+            def read(method: str, url: str, **request: Any) -> None:
+                with client.stream(method, url, **request) as answer:
                     answer.raise_for_status()
                     for _ in answer.iter_raw():
                         pass
+
+            def ask(accept: str, **more: str) -> None:
+                read("POST", "/v1/aggregate", json={"models": [MODEL], **more}, headers={"Accept": accept})
 
             folder = served.folder
             with client.stream("POST", "/v1/aggregate", json={"models": [MODEL]}, headers={"Accept": NDJSON}) as answer:
@@ -123,11 +125,6 @@ def main() -> None:
             ready = stack.enter_context(
                 serving(["benchmarks.bare"], {"BENCHMARK_BODY": str(folder / "table")}, folder / "bare.log", "/")
             )[0]
-
-            def floor() -> None:
-                with client.stream("GET", ready) as answer:
-                    for _ in answer.iter_raw():
-                        pass
 
             table = sql(TABLE, parameters(wanted))
             consensus = [sql(statement, of_checkpoint) for statement in (CENTRES, LAYERS_OF_A_CHECKPOINT)]
@@ -139,7 +136,7 @@ def main() -> None:
                 table_psql=partial(seconds, partial(reference, table)),
                 consensus=partial(seconds, partial(ask, NDJSON, result="consensus")),
                 consensus_psql=partial(seconds, partial(reference, *consensus)),
-                floor=partial(seconds, floor),
+                floor=partial(seconds, partial(read, "GET", ready)),
                 paper=partial(seconds, partial(as_the_paper_does, files)),
             )
     print({name: [round(value, 3) for value in values] for name, values in found.items()})

@@ -140,21 +140,23 @@ def rivals(share: float) -> list[Choice]:
     return adapters + [of_layers(rule, share) for rule in rules]
 
 
+MISLEADING = ("documentation", "legal", "english", "code~25", "code*")
+"""Published factors of other domains, stale ones and permuted ones."""
+
+
 def ablation(share: float) -> list[Choice]:
     """What the published side adds, by the size of the local sample, and what a bad one costs."""
     sizes = [choice for local in LOCAL_SIZES for choice in (by_local(share, local), ours(share, "code", local))]
-    bad = ["documentation", "legal", "english", "code~25", "code*"]
     return (
         sizes
-        + [by_factors(share, published) for published in bad]
-        + [ours(share, published, local) for published in bad for local in (8, LOCAL)]
+        + [by_factors(share, published) for published in MISLEADING]
+        + [ours(share, published, local) for published in MISLEADING for local in (8, LOCAL)]
     )
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
-    bad = ["documentation", "legal", "english", "code~25", "code*"]
     return [drawn(share, "code", local) for local in LOCAL_SIZES] + [
-        drawn(share, published, local) for published in bad for local in (8, LOCAL)
+        drawn(share, published, local) for published in MISLEADING for local in (8, LOCAL)
     ]
 
 

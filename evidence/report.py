@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from evidence.findings import (
     Comparison,
     Finding,
+    Verdict,
     compare,
     find,
     judge,
@@ -34,6 +35,8 @@ from evidence.plan import (
     ours,
 )
 from evidence.runs import Store
+
+Judge = Callable[[str, Sequence[Cell], Store], Sequence[Verdict]]
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "evidence.md"
 HYPOTHESIS = Path(__file__).parent / "hypothesis.md"
@@ -76,7 +79,7 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         OPENING,
         HYPOTHESIS.read_text().strip(),
         "## Verdicts",
-        _verdicts(plan, store),
+        _verdicts("Goal", judge, plan, store),
         _images([name for name in plots if name.startswith(("arms", "budgets"))]),
         "## Setting",
         _setting(),
@@ -94,7 +97,7 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         *_metered(plan, store),
         "## What of the paper held",
         CLAIMS_WORDS,
-        _claims(plan, store),
+        _verdicts("Claim", judge_claims, plan, store),
         "## Exploration",
         EXPLORED_WORDS,
         _exploration(explored, store),
@@ -116,13 +119,13 @@ def _setting() -> str:
     return "\n".join([*lines, SETTING])
 
 
-def _verdicts(plan: Sequence[Cell], store: Store) -> str:
+def _verdicts(of: str, judged: Judge, plan: Sequence[Cell], store: Store) -> str:
     rows = [
         [verdict.goal, f"`{model}`", verdict.verdict, verdict.why]
         for model in MODELS
-        for verdict in judge(model, plan, store)
+        for verdict in judged(model, plan, store)
     ]
-    return table(["Goal", "Model", "Verdict", "Measured"], rows)
+    return table([of, "Model", "Verdict", "Measured"], rows)
 
 
 def _stages(plan: Sequence[Cell], store: Store) -> Iterable[str]:
@@ -277,15 +280,6 @@ def _metered(plan: Sequence[Cell], store: Store) -> Iterable[str]:
             )
         head = ["Trained", "ΔΨ", "processor s", "memory, GB·s", "optimizer, GB·s", "TFLOP", "ΔΨ/ΔΓ (÷ full's)"]
         yield table(head, rows)
-
-
-def _claims(plan: Sequence[Cell], store: Store) -> str:
-    rows = [
-        [verdict.goal, f"`{model}`", verdict.verdict, verdict.why]
-        for model in MODELS
-        for verdict in judge_claims(model, plan, store)
-    ]
-    return table(["Claim", "Model", "Verdict", "Measured"], rows)
 
 
 def _exploration(explored: Sequence[Cell], store: Store) -> str:

@@ -87,15 +87,14 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
     known = (await session.execute(_STORE, asked)).one()
     model_id = known.model_id or await _create_model(session, caller, blueprint.model_id)
     checkpoint_id = known.checkpoint_id or await _create_checkpoint(session, model_id, fraction)
-    existing = None
     while known.added is None and known.document_id is None:  # a new checkpoint, or somebody was storing these bytes
         known = (await session.execute(_STORE, asked)).one()
+    existing = None
     if known.added is not None:
         await _store_parts(session, known.added, blueprint)
-    stored = known.added or known.document_id
+    else:
+        existing = await _version_of(session, checkpoint_id, caller.lab_id, known.document_id)
     # From here on publishers of this checkpoint follow one another: all that takes long was done before.
-    if known.added is None:
-        existing = await _version_of(session, checkpoint_id, caller.lab_id, stored)
     warnings = document.warnings
     if existing is None:
         number = (
@@ -105,7 +104,7 @@ async def publish(session: AsyncSession, caller: Caller, document: Document) -> 
                     "checkpoint_id": checkpoint_id,
                     "lab_id": caller.lab_id,
                     "key_id": caller.key_id,
-                    "document_id": stored,
+                    "document_id": known.added or known.document_id,
                 },
             )
         ).scalar_one()

@@ -89,14 +89,8 @@ def caller_of(key: tables.Key, lab: str, *, request_id: str | None) -> Caller:
         raise Unauthenticated(
             f"The key {key.prefix}… expired at {key.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one."
         )
-    return Caller(
-        key_id=key.id,
-        lab_id=key.lab_id,
-        lab=lab,
-        scopes=frozenset(Scope(scope) for scope in key.scopes),
-        key_prefix=key.prefix,
-        request_id=request_id,
-    )
+    row = {"id": key.id, "lab_id": key.lab_id, "lab": lab, "scopes": key.scopes, "prefix": key.prefix}
+    return caller_of_row(row, request_id=request_id)
 
 
 async def is_valid(session: AsyncSession, caller: Caller) -> bool:

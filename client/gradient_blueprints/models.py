@@ -107,7 +107,7 @@ def _frozen(value: Any) -> Any:
 
 
 DEFER_BUILD = tuple(int(part) for part in pydantic.VERSION.split(".")[:2]) >= (2, 14)
-"""Whether validators are built at their first use instead of at import, of which they would be a third. Before 2.14
+"""Whether validators are built at their first use instead of at import, which they would make longer. Before 2.14
 two threads that used a model first at the same moment got in each other's way (pydantic's pull request 13438)."""
 
 
@@ -523,7 +523,7 @@ class Blueprint(Wire):
 
     def _repr_html_(self) -> str:
         """The largest layers as a table, for notebooks."""
-        from html import escape  # its table of entities would be 3 % of the time that importing the client takes
+        from html import escape  # here: its table of entities would make every import of the client longer
 
         columns = ("id", "gradient_norm", "alpha", "gamma", "k_star")
         largest = sorted(self.layers, key=lambda layer: -layer.gradient_norm)[:10]
