@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 from gradient_blueprints import Client
@@ -19,8 +20,9 @@ def hammer(url: str, folder: str, count: int) -> list[str]:
         found = []
         for index in range(count):
             for path in contents(Path(folder))[: index % 3]:  # another process damages what this one reads
-                path.chmod(0o644)
-                path.write_bytes(b"damaged")
+                with suppress(FileNotFoundError, PermissionError):  # removed or put there anew since it was listed
+                    path.chmod(0o644)
+                    path.write_bytes(b"damaged")
             found.append(client.fetch_blueprint("tiny", 0.8).digest)
             found.append(client.fetch_blueprint("tiny", 0.8, version=1).digest)
         return found
