@@ -13,10 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from evidence import allocation, layers, scores
-from evidence.gradients import Factors, Moments, local_moments, published_factors
+from evidence.gradients import (
+    LOCAL_SEED,
+    Factors,
+    Moments,
+    local_moments,
+    profile,
+    published_factors,
+    published_profile,
+    sample,
+)
 from evidence.models import Subject
 from evidence.runs import Choice, Run
-from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter
+from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter, apply_selection
+from gradient_blueprints.training.selection import LocalStatistics, Selection, select
 
 PUBLISHED_SEQUENCES = {"gpt": 512, "smollm2": 64, "tiny": 16}
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "shira")
@@ -39,14 +49,32 @@ def build(subject: Subject, run: Run, autocast: bool) -> Arm:
         return Arm(model, _adamw(model, run.rate), sum(each.numel() for each in model.parameters()))
     if choice.arm in ADAPTERS:
         return _adapter(model, run)
+    if choice.arm == "library":
+        selected = apply_selection(model, _of_the_library(subject, run))
+        return _partial(model, selected, run.rate)
     published = _published(subject, run)
     if choice.arm == "layers":
         selected = _layers(model, layers.choose(model, choice.score, choice.share, published, run.seed))
     else:
         local = _local(subject, run, autocast)
         selected = coordinates(model, choice, scores.Knowledge(run.seed, local, published))
-    optimizer = SelectedAdamW(selected, lr=run.rate, weight_decay=0.0)
-    return Arm(model, optimizer, sum(entry.selected for entry in selected))
+    return _partial(model, selected, run.rate)
+
+
+def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: float) -> Arm:
+    return Arm(model, SelectedAdamW(selected, lr=rate, weight_decay=0.0), sum(entry.selected for entry in selected))
+
+
+def _of_the_library(subject: Subject, run: Run) -> Selection:
+    """`select` with its defaults, on what an adapter has: a published document, its factors, and a local sample."""
+    choice = run.choice
+    sequences = PUBLISHED_SEQUENCES[subject.name]
+    blueprint, factors = published_profile(subject, choice.published, sequences, run.length)
+    batches = sample(subject, run.domain, "local", choice.local, run.length, LOCAL_SEED + run.seed)
+    local, _ = profile(subject, batches, run.domain)
+    model = subject.fresh()
+    statistics = LocalStatistics.gather(model, batches)
+    return select(blueprint, local, choice.share, factors=factors, statistics=statistics, model=model)
 
 
 def coordinates(model: nn.Module, choice: Choice, known: scores.Knowledge) -> list[SelectedParameter]:

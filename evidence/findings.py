@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evidence.plan import FULL, LOCAL, Cell, at_random, by_factors, by_local, of_layers, ours
+from evidence.plan import FULL, LOCAL, Cell, at_random, by_factors, by_local, library, of_layers, ours
 from evidence.runs import Choice, Result, Store
 from evidence.statistics import Difference, difference, holm, interval
 
@@ -48,13 +48,13 @@ def find(cell: Cell, plan: Sequence[Cell], store: Store) -> Finding | None:
 
 
 def full_of(cell: Cell, plan: Sequence[Cell]) -> Cell:
-    """Full fine-tuning in the same place, with all steps."""
+    """Full fine-tuning in the same place, with all steps and the usual schedule."""
     return next(
         each
         for each in plan
         if each.choice == FULL
         and (each.model, each.domain, each.purpose) == (cell.model, cell.domain, cell.purpose)
-        and each.steps is None
+        and (each.steps, each.schedule) == (None, "linear")
     )
 
 
@@ -78,12 +78,8 @@ def compare(mine: Finding, rivals: Sequence[Finding]) -> list[Comparison]:
 def pick(choice: Choice, model: str, plan: Sequence[Cell], store: Store, domain: str = "code") -> Finding | None:
     """The finding of one choice in the main experiments."""
     for cell in plan:
-        if (cell.choice, cell.model, cell.domain, cell.steps) == (
-            choice,
-            model,
-            domain,
-            None,
-        ) and cell.purpose == "confirm":
+        place = (cell.choice, cell.model, cell.domain, cell.steps, cell.schedule, cell.purpose)
+        if place == (choice, model, domain, None, "linear", "confirm"):
             return find(cell, plan, store)
     return None
 
@@ -159,7 +155,9 @@ def _rivals(model: str, plan: Sequence[Cell], store: Store) -> Verdict:
     cells = [
         each
         for each in plan
-        if each.stage == "10 %" and each.model == model and each.choice not in (FULL, ours(0.1), by_factors(0.1))
+        if each.stage == "10 %"
+        and each.model == model
+        and each.choice not in (FULL, ours(0.1), library(0.1), by_factors(0.1))
     ]
     found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None and len(finding.shares) > 1]
     if mine is None or mine.share_interval is None or not found:
@@ -253,6 +251,8 @@ def name_of(choice: Choice) -> str:
             "spectrum": "layers by Spectrum's ratio",
         }
         return rules[choice.score]
+    if choice.arm == "library":
+        return f"`select` of the library ({_variant(choice.published)}, {local})"
     if choice.arm != "coordinates":
         names = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA with rsLoRA", "shira": "SHiRA, random mask"}
         return names.get(choice.arm, choice.arm)

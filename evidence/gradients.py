@@ -12,13 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from demo.models import random_batches
 from evidence.models import Batch, Subject
+from gradient_blueprints import Blueprint
 from gradient_blueprints.training.profiling import GradientProfiler
 
 Array = npt.NDArray[np.float32]
 PUBLISHED_BATCH = 8
+LOCAL_SEED = 7_000
+"""Added to a run's seed, so that no local sample is drawn like its training batches."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def sample(subject: Subject, domain: str, part: str, count: int, length: int, se
 
 def local_moments(subject: Subject, domain: str, count: int, length: int, seed: int, autocast: bool) -> Moments:
     """Moments of a local sample."""
-    return moments(subject, sample(subject, domain, "local", count, length, 7_000 + seed), autocast)
+    return moments(subject, sample(subject, domain, "local", count, length, LOCAL_SEED + seed), autocast)
 
 
 def moments(subject: Subject, batches: list[Batch], autocast: bool) -> Moments:
@@ -98,6 +102,25 @@ def published_factors(subject: Subject, published: str, count: int, length: int)
         _save(found, path)
     factors = _read_factors(path)
     return _permuted(factors) if published.endswith("*") else factors
+
+
+def profile(subject: Subject, batches: list[Batch], domain: str) -> tuple[Blueprint, dict[str, Tensor]]:
+    """The document and the factors that the library's profiler makes of given batches."""
+    with GradientProfiler(subject.fresh(), verify=False) as profiler:
+        for batch in batches:
+            profiler.step(batch, domain=domain)
+        return profiler.blueprint(subject.name, 1.0), profiler.factors()
+
+
+def published_profile(subject: Subject, domain: str, count: int, length: int) -> tuple[Blueprint, dict[str, Tensor]]:
+    """What a lab publishes of a domain, from the sequences of `published_factors`."""
+    key = (subject.name, domain, count, length)
+    if key not in _PROFILES:
+        _PROFILES[key] = profile(subject, _published_batches(subject, domain, count, length), domain)
+    return _PROFILES[key]
+
+
+_PROFILES: dict[tuple[str, str, int, int], tuple[Blueprint, dict[str, Tensor]]] = {}
 
 
 def _published_batches(subject: Subject, published: str, count: int, length: int) -> list[Batch]:

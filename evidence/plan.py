@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from evidence.runs import Choice, Purpose, Result, Run, Store
 from evidence.tuning import Tuning
@@ -41,10 +42,22 @@ class Cell:
     seeds: Sequence[int]
     steps: int | None = None
     """Where they are not the model's."""
+    schedule: Literal["linear", "constant"] = "linear"
 
     def template(self) -> Run:
         steps, batch, length = SIZES[self.model]
-        return Run(self.model, self.domain, self.purpose, self.choice, 0.0, 0, self.steps or steps, batch, length)
+        return Run(
+            self.model,
+            self.domain,
+            self.purpose,
+            self.choice,
+            0.0,
+            0,
+            self.steps or steps,
+            batch,
+            length,
+            self.schedule,
+        )
 
     def tuning(self, store: Store) -> Tuning:
         return Tuning(store, self.template(), TUNING_SEEDS, first_step(self.model, self.choice))
@@ -65,7 +78,7 @@ def first_step(model: str, choice: Choice) -> int:
     lower = 4 if model == "smollm2" else 0
     if choice.arm == "full":
         return 1 - lower
-    if choice.arm != "coordinates":
+    if choice.arm not in ("coordinates", "library"):
         return 2 - lower
     spread = "random" in choice.score or "sampled" in choice.score
     return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
@@ -92,6 +105,11 @@ def ours(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
 def drawn(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
     """What `ours` was under the first hypothesis."""
     return Choice("coordinates", DRAWN, share, local, domain)
+
+
+def library(share: float) -> Choice:
+    """`select` as an adapter calls it: `ours` within each tensor, and fractions between layers by k* and the norms."""
+    return Choice("library", share=share, local=LOCAL, published="code")
 
 
 def by_factors(share: float, published: str = "code") -> Choice:
@@ -152,6 +170,13 @@ def ablation(share: float) -> list[Choice]:
         + [by_factors(share, published) for published in MISLEADING]
         + [ours(share, published, local) for published in MISLEADING for local in (8, LOCAL)]
     )
+
+
+def short_ablation(share: float) -> list[Choice]:
+    """The same in fewer arms, for a model of which a run takes minutes."""
+    sizes = [choice for local in (8, 128) for choice in (by_local(share, local), ours(share, "code", local))]
+    bad = ("documentation", "english", "code*")
+    return sizes + [by_factors(share, published) for published in bad] + [ours(share, each) for each in bad]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -243,10 +268,23 @@ def _plan() -> list[Cell]:
         cells += _cells(stage, "gpt", "code", rivals(share))
     cells += _cells("ablation of what was drawn", "gpt", "code", ablation_of_drawn(0.1))
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
+    cells += _constant_rates("gpt")
+    for model in ("gpt", "smollm2"):
+        for share, stage in ((0.1, "10 %"), (0.01, "1 %")):
+            cells += _cells(stage, model, "code", [library(share)])
+    cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
     cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
+    cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
-    return cells + _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+    return cells
+
+
+def _constant_rates(model: str) -> list[Cell]:
+    """Every arm at 10 % once more, with a rate that stays where it is after its warmup."""
+    return [
+        replace(cell, schedule="constant") for cell in _cells("schedule", model, "code", main_arms(0.1) + rivals(0.1))
+    ]
 
 
 def _products(model: str) -> list[Cell]:

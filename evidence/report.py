@@ -70,7 +70,9 @@ minute. FLOPs are by formula. This machine tells no energy."""
 CLAIMS_WORDS = (
     """Code, the arms above. A claim holds when the whole interval is on its side, and fails when none of it is."""
 )
-ABLATION_WORDS = "At 10 % on the small model; `gain` is the share of full fine-tuning's gain."
+SCHEDULE_WORDS = """Whether the schedule favours an arm: each arm at 10 % was tuned once more with a rate that stays
+constant after its warmup, on the same development text and seed. `gain` is of what full fine-tuning gained with the
+linear schedule, on held-out text; an arm's schedule, like its rate, is the one with the lower development loss."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
@@ -84,9 +86,11 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         "## Setting",
         _setting(),
         *_stages(plan, store),
+        "## The schedule",
+        SCHEDULE_WORDS,
+        *_schedules(plan, store),
         "## What the published side adds",
-        ABLATION_WORDS,
-        _ablation(plan, store),
+        *_ablations(plan, store),
         _images([name for name in plots if name.startswith("local")]),
         "## Parameters × data",
         _product(plan, store),
@@ -151,7 +155,6 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
     rows = []
     for each in sorted(found, key=lambda finding: -finding.share):
         compared = against.get(id(each))
-        low_high = each.share_interval
         rows.append(
             [
                 f"**{name_of(each.cell.choice)}**" if each is mine else name_of(each.cell.choice),
@@ -159,7 +162,7 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
                 f"{each.rate:g}",
                 str(len(each.shares)) + ("" if each.complete else f" of {len(each.cell.seeds)}"),
                 f"{each.mean('loss'):.3f}",
-                percent(each.share) + (f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else ""),
+                _gain(each),
                 "" if compared is None else f"{ahead(compared)}, {compared.adjusted_p:.2f}",
                 f"{each.mean('english') - each.mean('english_base'):+.2f}",
                 _memory(each, full),
@@ -188,24 +191,63 @@ def _memory(each: Finding, full: Finding | None) -> str:
     return f"{held:.2f} MB{share}" + (f" + {moment:.2f}" if moment else "")
 
 
-def _ablation(plan: Sequence[Cell], store: Store) -> str:
-    cells = dict.fromkeys(
-        cell.choice for cell in plan if cell.model == "gpt" and cell.domain == "code" and cell.choice.share == 0.1
+def _schedules(plan: Sequence[Cell], store: Store) -> Iterable[str]:
+    for model in MODELS:
+        rows = []
+        for cell in plan:
+            constant = find(cell, plan, store) if (cell.stage, cell.model) == ("schedule", model) else None
+            linear = pick(cell.choice, model, plan, store)
+            if constant is None or linear is None:
+                continue
+            losses = [_tuning_loss(each.cell, store) for each in (linear, constant)]
+            rows.append(
+                [
+                    name_of(cell.choice),
+                    f"{linear.rate:g}",
+                    f"{constant.rate:g}",
+                    *(f"{loss:.3f}" for loss in losses),
+                    "constant" if losses[1] < losses[0] else "linear",
+                    _gain(linear),
+                    _gain(constant),
+                ]
+            )
+        rates, losses_of = ["rate, linear", "constant"], ["development loss, linear", "constant"]
+        head = ["Trained", *rates, *losses_of, "chosen", "gain, linear", "constant"]
+        yield f"`{model}`:"
+        yield table(head, rows)
+
+
+def _gain(each: Finding) -> str:
+    interval = each.share_interval
+    return percent(each.share) + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+
+
+def _ablations(plan: Sequence[Cell], store: Store) -> Iterable[str]:
+    for model in MODELS:
+        for share in dict.fromkeys(
+            cell.choice.share for cell in plan if cell.stage == "ablation" and cell.model == model
+        ):
+            yield f"`{model}`, {share:.0%} of the coordinates; `gain` is the share of full fine-tuning's gain:"
+            yield _ablation(model, share, plan, store)
+
+
+def _ablation(model: str, share: float, plan: Sequence[Cell], store: Store) -> str:
+    choices = dict.fromkeys(
+        cell.choice for cell in plan if (cell.model, cell.domain, cell.choice.share) == (model, "code", share)
     )
+    mine = pick(ours(share), model, plan, store)
     rows = []
-    mine = pick(ours(0.1), "gpt", plan, store)
-    for choice in cells:
-        each = pick(choice, "gpt", plan, store) if choice.arm == "coordinates" else None
+    for choice in choices:
+        each = pick(choice, model, plan, store) if choice.arm == "coordinates" else None
         if each is None:
             continue
         compared = None if mine is None or each.cell.choice == mine.cell.choice else compare(mine, [each])
-        interval = each.share_interval
         rows.append(
             [
                 name_of(choice),
                 f"{each.rate:g}",
                 str(len(each.shares)),
-                percent(each.share) + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""),
+                _gain(each),
                 ahead(compared[0]) if compared else "",
             ]
         )
@@ -312,7 +354,8 @@ def _missing(plan: Sequence[Cell], store: Store) -> str:
         done = len(cell.results(store))
         if done < len(cell.seeds):
             steps = "" if cell.steps is None else f", {cell.steps} steps"
-            where = f"{cell.model}, {cell.stage}, {cell.domain}{steps}"
+            schedule = "" if cell.schedule == "linear" else f", {cell.schedule} rate"
+            where = f"{cell.model}, {cell.stage}, {cell.domain}{steps}{schedule}"
             rows.append(
                 f"- {where}: {name_of(cell.choice)} ({cell.choice.share:.0%}): {done} of {len(cell.seeds)} seeds"
             )

@@ -20,7 +20,7 @@ class Choice:
     """What is trained, and what it is chosen from."""
 
     arm: str
-    """`full`, `coordinates`, `layers` or the name of an adapter."""
+    """`full`, `coordinates`, `layers`, `library` or the name of an adapter."""
     score: str = ""
     """How coordinates or layers are ranked, a name in evidence.scores or evidence.layers."""
     share: float = 1.0

@@ -11,7 +11,7 @@ import pytest
 from demo.texts import code_modules
 from evidence import models, plots, queue, report, runs, texts
 from evidence.findings import find, judge
-from evidence.plan import FULL, PLAN, Cell, at_random, of_layers, ours
+from evidence.plan import FULL, PLAN, Cell, at_random, library, of_layers, ours
 from evidence.runs import Choice, Result, Run, Store
 from evidence.training import train
 
@@ -37,7 +37,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(work: Path) -> tuple[Store, list[Cell]]:
-    plan = cells(FULL, ours(0.1, local=4), at_random(0.1), Choice("lora", share=0.1), of_layers("norm", 0.1))
+    plan = cells(
+        FULL,
+        ours(0.1, local=4),
+        at_random(0.1),
+        Choice("lora", share=0.1),
+        of_layers("norm", 0.1),
+        replace(library(0.1), local=4),
+    )
     store = Store(work, kept=work / "kept")
     queue.work_off(plan, store, work, report=lambda line: None)
     return store, plan
@@ -103,7 +110,8 @@ def test_a_run_that_another_process_is_at_is_not_free(tmp_path: Path) -> None:
 
 def test_everything_that_a_run_depends_on_is_in_its_key() -> None:
     others = [replace(RUN, seed=1), replace(RUN, steps=7), replace(RUN, choice=replace(RUN.choice, local=8))]
-    assert len({run.key for run in [RUN, *others]}) == 4
+    others.append(replace(RUN, schedule="constant"))
+    assert len({run.key for run in [RUN, *others]}) == 5
 
 
 def test_documents_are_dealt_whole_and_to_one_part_only() -> None:
