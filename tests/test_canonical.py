@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from enum import IntEnum, StrEnum
 from typing import Any
 
+import numpy as np
 import pytest
 import rfc8785
 from hypothesis import given
@@ -39,7 +41,27 @@ def test_names_are_ordered_by_their_utf16_code_units() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), "\ud800", {1, 2}, b"bytes"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), "\ud800", {1, 2}, b"bytes", 10**400, {1: 2}, {None: 1}, {"a": 1, 2: 3}]
+)
 def test_what_has_no_canonical_form_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"."):
         canonical_bytes([value])
+
+
+def test_nesting_beyond_the_stack_is_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(20_000):
+        nested = [nested]
+    with pytest.raises(ValueError, match="nested too deep"):
+        canonical_bytes(nested)
+
+
+def test_numbers_and_texts_of_other_types_are_written_as_what_they_are() -> None:
+    class Count(IntEnum):
+        ONE = 1
+
+    class Tag(StrEnum):
+        CODE = "code"
+
+    assert canonical_bytes([Count.ONE, Tag.CODE, np.float64(0.5), {Tag.CODE: True}]) == b'[1,"code",0.5,{"code":true}]'

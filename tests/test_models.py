@@ -134,6 +134,12 @@ def test_a_notebook_shows_the_largest_layers_and_no_markup_of_theirs() -> None:
     assert "<b>bold" not in shown
 
 
+@pytest.mark.parametrize("text", ["0.8\n", " 0.8", "\uff10.8", "0_1", "0." + "0" * 60, "", "nan", "high"])
+def test_what_is_no_plain_decimal_is_no_checkpoint(text: str) -> None:
+    with pytest.raises(ValueError, match="not a training checkpoint"):
+        parse_checkpoint(text)
+
+
 @pytest.mark.parametrize(("text", "canonical"), [("0.80", "0.8"), ("8e-1", "0.8"), ("1.0", "1"), ("0.0001", "0.0001")])
 def test_checkpoints_have_one_spelling(text: str, canonical: str) -> None:
     assert format_checkpoint(text) == canonical
@@ -144,6 +150,12 @@ def test_a_float_that_is_spelled_as_an_integer_keeps_its_digest_through_a_client
     blueprint = Blueprint.from_dict(paper_example(extra={"a": 1e16, "b": 2.0**60}))
     assert b'"a":10000000000000000' in blueprint.to_canonical_bytes()
     assert Blueprint.from_json(blueprint.to_canonical_bytes()).digest == blueprint.digest
+
+
+@pytest.mark.parametrize("integer", [2**53 + 1, 2**60, -(2**60), 10**400])
+def test_an_integer_that_no_digest_could_name_is_refused_before_it_is_published(integer: int) -> None:
+    with pytest.raises(ValidationError, match="/runs/1/seed~1a: the canonical form of this integer"):
+        Blueprint.from_dict(paper_example(extra={"runs": [0, {"seed/a": integer}]}))
 
 
 def test_a_changed_copy_has_its_own_digest_and_layers() -> None:

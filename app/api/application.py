@@ -43,7 +43,7 @@ from app.api.representations import DocumentCache
 from app.api.traced import TracedRequests
 from app.database import create_engine, create_sessions
 from app.registry.blobs import remove_unfinished
-from app.registry.current import ALIASED, LIVE_KEYS, NEWEST_OF_OWNER, CurrentRows
+from app.registry.current import ALIASED, LIVE_KEYS, NEWEST_OF_OWNER, YANKS, CurrentRows
 from app.registry.file_store import open_store
 from app.registry.keys import ensure_bootstrap_key
 from app.settings import Settings, read_settings
@@ -153,10 +153,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
-    queries = (NEWEST_OF_OWNER, ALIASED, LIVE_KEYS)
+    queries = (NEWEST_OF_OWNER, ALIASED, YANKS, LIVE_KEYS)
     engine_of_queries = create_engine(settings, connections=len(queries))  # whoever is late must not hold these up
-    current = [CurrentRows(engine_of_queries, query) for query in queries]
-    app.state.newest_of_owner, app.state.aliased, app.state.live_keys = current
+    patience = min(2.0, settings.request_seconds / 4)  # what is left is for the longer way
+    current = [CurrentRows(engine_of_queries, query, patience) for query in queries]
+    app.state.newest_of_owner, app.state.aliased, app.state.yanks, app.state.live_keys = current
     running = [asyncio.create_task(work()) for work in (app.state.patience.watch, *(rows.run for rows in current))]
     try:
         await anyio.to_thread.run_sync(remove_unfinished, settings.store)

@@ -22,10 +22,11 @@ from app.api.dependencies import (
     Session,
 )
 from app.api.problems import documented
+from app.api.ready_answers import Standing
 from app.api.representations import CSV, JSON, Cached, DocumentCache, Representation
 from app.registry import aliases, blueprints, documents
 from app.registry.blueprints import Found
-from app.registry.current import CurrentRows, Name
+from app.registry.current import CurrentRows
 from app.registry.documents import Document
 from app.registry.idempotency import IdempotentRequest
 from app.registry.threads import in_thread_unless
@@ -34,7 +35,8 @@ from gradient_blueprints.errors import UnsupportedMediaType
 
 router = APIRouter(tags=["blueprints"])
 
-_BRIEF_BYTES = 64 << 10  # read and validated in a few milliseconds
+_BRIEF_BYTES = 64 << 10
+_BRIEF_COMMAS = 4_096  # about as many values: with both, read and validated in a few milliseconds, or refused in some
 
 _BODY = {
     "requestBody": {
@@ -68,7 +70,7 @@ async def publish_blueprint(
         raise UnsupportedMediaType(f"A body is sent as it is, without Content-Encoding; this one says {encoding!r}.")
     body = await request.body()
     media_type = request.headers.get("content-type", "")
-    document = await in_thread_unless(len(body) <= _BRIEF_BYTES, read_document, media_type, body)
+    document = await in_thread_unless(_is_brief(body), read_document, media_type, body)
     repetition = IdempotentRequest(session, caller, idempotency_key, b"publish", document.body)
     if (answered := await repetition.begin()) is not None:
         status, answer = answered
@@ -78,6 +80,11 @@ async def publish_blueprint(
         status, answer = (201 if publication.created else 200), publication.model_dump(mode="json", exclude_none=True)
         await repetition.finish(status, answer)
     return JSONResponse(answer, status, headers={"Location": f"/v1/blueprints/{document.digest}"})
+
+
+def _is_brief(body: bytes) -> bool:
+    """A body is short and yet slow to validate when it holds nothing but faults."""
+    return len(body) <= _BRIEF_BYTES and body.count(b",") <= _BRIEF_COMMAS
 
 
 def read_document(content_type: str, body: bytes) -> Document:
@@ -116,7 +123,7 @@ async def fetch_blueprint(
         found,
         cache_control=representations.REVALIDATE,
         nearest=nearest,
-        named=(current, (model_id, checkpoint)),
+        standing=Standing(current, (model_id, checkpoint)),
     )
 
 
@@ -126,7 +133,14 @@ async def fetch_by_digest(
 ) -> Response:
     """That document, for ever."""
     found = await blueprints.resolve_digest(session, digest)
-    return await _respond(request, session, found, cache_control=representations.immutable(settings))
+    current: CurrentRows = request.app.state.yanks
+    return await _respond(
+        request,
+        session,
+        found,
+        cache_control=representations.immutable(settings),
+        standing=Standing(current, (found.version_id,), for_ever=True),
+    )
 
 
 @router.get(
@@ -141,7 +155,11 @@ async def fetch_by_alias(
     found = await aliases.resolve_alias(session, model_id, name)
     current: CurrentRows = request.app.state.aliased
     return await _respond(
-        request, session, found, cache_control=representations.REVALIDATE, named=(current, (model_id, name))
+        request,
+        session,
+        found,
+        cache_control=representations.REVALIDATE,
+        standing=Standing(current, (model_id, name)),
     )
 
 
@@ -151,8 +169,8 @@ async def _respond(
     found: Found,
     *,
     cache_control: str,
+    standing: Standing,
     nearest: bool = False,
-    named: tuple[CurrentRows, Name] | None = None,
 ) -> Response:
     cache: DocumentCache = request.app.state.documents
     representation = representations.negotiate(request, found.size)
@@ -164,7 +182,7 @@ async def _respond(
         found, representation, entry.warnings, cache_control=cache_control, nearest=nearest
     )
     response = representations.respond(entry.body, representation, header)
-    request.app.state.ready_answers.keep(request, found, representation, response.raw_headers, named)
+    request.app.state.ready_answers.keep(request, found, representation, response.raw_headers, standing)
     if representations.is_unchanged(request, found, representation):
         header.pop("Content-Encoding", None)
         return Response(status_code=304, headers=header)

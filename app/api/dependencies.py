@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from decimal import Decimal
@@ -14,6 +15,7 @@ from starlette.convertors import StringConvertor, register_url_convertor
 
 from app.registry import keys, paging
 from app.registry.callers import Caller
+from app.registry.current import NotFoundOut
 from app.settings import Settings
 from gradient_blueprints.errors import InvalidRequest, Unauthenticated
 from gradient_blueprints.models import (
@@ -67,7 +69,9 @@ async def identify(
             raise Unauthenticated("The Authorization header must read: Bearer KEY.")
         return None
     state, secret = request.app.state, credentials.credentials
-    row = await state.live_keys.get(keys.hash_secret(secret, settings.secret))
+    row = None
+    with contextlib.suppress(NotFoundOut):
+        row = await state.live_keys.get(keys.hash_secret(secret, settings.secret))
     if row is not None:
         caller = keys.caller_of_row(row, request_id=request.state.request_id)
     else:  # to say what is wrong with it

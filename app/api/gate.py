@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import anyio
 from starlette.requests import ClientDisconnect
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.metrics import Metrics
 from app.api.patience import Patience
 from app.api.problems import render
-from app.api.rate_limits import RateLimits
+from app.api.rate_limits import Charge, RateLimits
 from app.api.request_log import log_request
 from app.settings import Settings
 from gradient_blueprints.errors import (
@@ -56,6 +57,13 @@ HTTPS_ONLY: RawHeader = (b"strict-transport-security", b"max-age=31536000")
 _UNLIMITED = ("/livez", "/readyz")
 
 
+class Begun(NamedTuple):
+    """What was done about a request before it came here."""
+
+    at: float
+    charge: Charge | None = None
+
+
 class Gate:
     """Pure ASGI, so that streamed bodies pass without being held. Cheap: it is a part of every answer from memory."""
 
@@ -72,16 +80,16 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
+        begun = scope.setdefault("state", {}).pop("begun", None) or Begun(time.perf_counter())
         method, path = scope["method"], scope["path"]
         headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # of a repeated field the first
         request_id = request_id_of(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["request_id"] = request_id
         add_ids(request_id=request_id)
         own: list[RawHeader] = [(b"x-request-id", request_id.encode())]
         refusal = _unreadable(scope)
         if path not in _UNLIMITED and (
-            charge := self._limits.charge(scope.get("client"), headers.get(b"authorization"))
+            charge := begun.charge or self._limits.charge(scope.get("client"), headers.get(b"authorization"))
         ):
             own.extend(charge.headers)
             if charge.wait > 0:
@@ -92,6 +100,7 @@ class Gate:
         if scope["scheme"] == "https":
             own.append(HTTPS_ONLY)
         limit = self._limit(path)
+        given = scope
         if method == "HEAD" and limit is not None and not path.endswith("/events"):
             scope = {**scope, "method": "GET"}  # uvicorn, which has the scope as it was, leaves the body away
         exchange = _Exchange(receive, send, own, limit, self._settings.body_seconds, self._patience)
@@ -99,8 +108,9 @@ class Gate:
             await self._answer(scope, headers, exchange, refusal)
         finally:
             self._patience.waiting.discard(exchange)
-            seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "")
+            seconds = time.perf_counter() - begun.at
+            given["route"] = scope.get("route")  # for the span around all this
+            route = getattr(given["route"], "path", "")
             self._metrics.answered(method, route, exchange.status, seconds)
             log_request(scope, method, route, exchange.status, seconds, self._settings.log_requests, request_id)
 

@@ -12,15 +12,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.gate import HTTPS_ONLY, request_id_of, with_defaults
+from app.api.gate import HTTPS_ONLY, Begun, request_id_of, with_defaults
 from app.api.metrics import Metrics
 from app.api.rate_limits import RateLimits
 from app.api.representations import DocumentCache, Representation, same_content_tags
 from app.api.request_log import log_request
 from app.registry.blueprints import Found
-from app.registry.current import CurrentRows, Name
+from app.registry.current import CurrentRows, Name, NotFoundOut
 from app.settings import Settings
 
 _MOST = 4_096
@@ -36,6 +37,34 @@ Key = tuple[str, bytes, bytes]
 
 
 @dataclass
+class Standing:
+    """Whom to ask whether a name still stands for the version that it was resolved to.
+
+    What a digest stands for never changes (`for_ever`): there a yank, which only adds a warning, is told of within a
+    second, and a database out of reach changes nothing.
+    """
+
+    current: CurrentRows
+    name: Name
+    for_ever: bool = False
+    known_until: float = 0.0
+
+    async def holds(self, found: Found) -> bool:
+        began = time.monotonic()
+        if began <= self.known_until:
+            return True
+        try:
+            row = await self.current.get(*self.name)
+        except NotFoundOut:
+            return self.for_ever
+        if row is None or row["id"] != found.version_id or row.get("yanked") != found.yanked:
+            return False
+        if self.for_ever:
+            self.known_until = began + _FRESH_SECONDS
+        return True
+
+
+@dataclass
 class ReadyAnswer:
     """The headers of one representation; its body stays in the cache of documents."""
 
@@ -44,22 +73,11 @@ class ReadyAnswer:
     tags: frozenset[bytes]
     headers: RawHeaders
     headers_unchanged: RawHeaders
-    route: str  # for the metrics
-    named: tuple[CurrentRows, Name] | None
-    """Whom to ask whether the name still stands for this version. None for a digest, whose bytes never change:
-    there a yank, which only adds a warning, is told of within a second."""
-    fresh_until: float
+    route: Route
+    standing: Standing
 
     async def still_stands(self) -> bool:
-        if self.named is not None:
-            current, name = self.named
-            row = await current.get(*name)
-            return row is not None and row["id"] == self.found.version_id
-        now = time.monotonic()
-        if now <= self.fresh_until:
-            return True
-        self.fresh_until = now + _FRESH_SECONDS  # this request looks; the others need not
-        return False
+        return await self.standing.holds(self.found)
 
 
 class ReadyAnswers:
@@ -80,10 +98,10 @@ class ReadyAnswers:
         found: Found,
         representation: Representation,
         headers: RawHeaders,
-        named: tuple[CurrentRows, Name] | None = None,
+        standing: Standing,
     ) -> None:
         plain = plain_fetch(request.scope)
-        if plain is None or (named is not None and found.yanked is not None):
+        if plain is None or (found.yanked is not None and not standing.for_ever):
             return
         headers = with_defaults(headers)
         self._entries[plain[0]] = ReadyAnswer(
@@ -92,9 +110,8 @@ class ReadyAnswers:
             tags=frozenset(tag.encode() for tag in same_content_tags(found, representation)),
             headers=headers,
             headers_unchanged=[(name, value) for name, value in headers if name not in _OF_A_BODY],
-            route=request.scope["route"].path,
-            named=named,
-            fresh_until=time.monotonic() + _FRESH_SECONDS,
+            route=request.scope["route"],
+            standing=standing,
         )
         if len(self._entries) > _MOST:
             self._entries.popitem(last=False)
@@ -142,7 +159,7 @@ class FastFetches:
         if plain is None or (ready := self._ready.get(plain[0])) is None:
             return False
         stored = self._documents.get(ready.found.digest, ready.representation)
-        if stored is None or not await ready.still_stands():
+        if stored is None:
             return False
         asked = plain[1]
         status, headers, body = 200, ready.headers, stored.body
@@ -154,6 +171,10 @@ class FastFetches:
         charge = self._limits.charge(scope.get("client"), None)
         if charge is not None and charge.wait > 0:
             return False  # the gate refuses it
+        state = scope.setdefault("state", {})
+        if not await ready.still_stands():
+            state["begun"] = Begun(began, charge)
+            return False
         request_id = request_id_of(asked)
         headers = [*headers, (b"x-request-id", request_id.encode()), *(charge.headers if charge else ())]
         if scope["scheme"] == "https":
@@ -162,6 +183,8 @@ class FastFetches:
         await send({"type": "http.response.body", "body": body})
         seconds = time.perf_counter() - began
         self._metrics.documents_found.inc()
-        self._metrics.answered("GET", ready.route, status, seconds)
-        log_request(scope, "GET", ready.route, status, seconds, self._log_requests, request_id)
+        route = ready.route.path
+        self._metrics.answered("GET", route, status, seconds)
+        log_request(scope, "GET", route, status, seconds, self._log_requests, request_id)
+        scope["route"], state["request_id"] = ready.route, request_id  # for the span, where there is one
         return True

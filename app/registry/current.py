@@ -31,9 +31,12 @@ JOIN aliases a ON a.model_id = m.id AND a.name = asked.alias
 WHERE NOT EXISTS (SELECT FROM yanks y WHERE y.version_id = a.version_id)
 """
 
-logger = logging.getLogger(__name__)
-
-_PATIENCE_SECONDS = 5.0
+# Of publications that are named by what never changes, such as a digest: whether a warning has come or gone.
+YANKS = """
+SELECT asked.place - 1 AS place, v.id, (SELECT y.reason FROM yanks y WHERE y.version_id = v.id) AS yanked
+FROM unnest($1::bigint[]) WITH ORDINALITY AS asked (version, place)
+JOIN versions v ON v.id = asked.version
+"""
 
 LIVE_KEYS = """
 SELECT asked.place - 1 AS place, k.id, k.lab_id, k.prefix, k.scopes, l.name AS lab
@@ -43,9 +46,15 @@ JOIN labs l ON l.id = k.lab_id
 WHERE k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
 """
 
+logger = logging.getLogger(__name__)
+
 Name = tuple[Any, ...]
-"""One value for each array that the query takes: a model and its checkpoint or alias, or the hash of a key."""
+"""One value for each array that the query takes: a model and its checkpoint or alias, a version, the hash of a key."""
 Row = Mapping[str, Any]
+
+
+class NotFoundOut(Exception):
+    """The database did not answer, or not in time."""
 
 
 class CurrentRows:
@@ -57,17 +66,22 @@ class CurrentRows:
     `query` takes an array for each part of a name and answers at most one row a name, with its place among them.
     """
 
-    def __init__(self, engine: AsyncEngine, query: str) -> None:
+    def __init__(self, engine: AsyncEngine, query: str, patience: float) -> None:
+        """`patience`: seconds that whoever asks may be kept waiting for a database that hangs."""
         self._engine = engine
         self._query = query
+        self._patience = patience
         self._asked: dict[Name, list[asyncio.Future[Row | None]]] = {}
         self._wake = asyncio.Event()
+        self._lost = False
 
     async def get(self, *name: Any) -> Row | None:
-        """None where there is none, or where it could not be found out: whoever asks then goes the longer way."""
+        """None where there is none. NotFoundOut, at once while the database is known to be out of reach."""
+        self._wake.set()
+        if self._lost:
+            raise NotFoundOut
         future: asyncio.Future[Row | None] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(name, []).append(future)
-        self._wake.set()
         return await future
 
     async def run(self) -> None:
@@ -75,39 +89,50 @@ class CurrentRows:
         while True:
             await self._wake.wait()
             try:
-                async with asyncio.timeout(_PATIENCE_SECONDS):
+                async with asyncio.timeout(self._patience):
                     connection = await self._engine.connect()
                 try:
                     # The driver itself: each query is a transaction of its own, with a snapshot of its own.
                     driver = (await connection.get_raw_connection()).driver_connection
+                    self._lost = False
                     while True:
                         await self._answer(driver)
                         await self._wake.wait()
                 except Exception:
+                    self._give_up()  # before the clean-up, which may wait for the same database
                     await connection.invalidate()
                     raise
                 finally:
                     await connection.close()
             except Exception as error:  # whatever it is, the longer way meets it too and answers for it
-                logger.info("cannot look up what is current: %s", error)
-                self._wake.clear()
-                asked, self._asked = self._asked, {}
-                _give(asked, {})
+                logger.info("cannot look up what is current: %r", error)
+                self._give_up()
+
+    def _give_up(self) -> None:
+        self._lost = True
+        self._wake.clear()
+        asked, self._asked = self._asked, {}
+        for future in _waiting(asked):
+            future.set_exception(NotFoundOut())
 
     async def _answer(self, driver: Any) -> None:
         self._wake.clear()
         asked, self._asked = self._asked, {}
-        found: dict[int, Row] = {}
+        if not asked:  # the one that asked after a loss went the longer way
+            return
         try:
             # With a limit of our own: a connection whose other end has gone without a word would hold all of them up.
-            rows = await driver.fetch(self._query, *zip(*asked, strict=True), timeout=_PATIENCE_SECONDS)
-            found = {row["place"]: row for row in rows}
-        finally:
-            _give(asked, found)
+            rows = await driver.fetch(self._query, *zip(*asked, strict=True), timeout=self._patience)
+        except BaseException:
+            for future in _waiting(asked):
+                future.set_exception(NotFoundOut())
+            raise
+        found: dict[int, Row] = {row["place"]: row for row in rows}
+        for place, futures in enumerate(asked.values()):
+            for future in futures:
+                if not future.done():  # it is when its client has left
+                    future.set_result(found.get(place))
 
 
-def _give(asked: dict[Name, list[asyncio.Future[Row | None]]], found: dict[int, Row]) -> None:
-    for place, futures in enumerate(asked.values()):
-        for future in futures:
-            if not future.done():  # it is when its client has left
-                future.set_result(found.get(place))
+def _waiting(asked: dict[Name, list[asyncio.Future[Row | None]]]) -> list[asyncio.Future[Row | None]]:
+    return [future for futures in asked.values() for future in futures if not future.done()]

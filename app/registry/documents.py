@@ -10,9 +10,9 @@ import jiter
 from pydantic import ValidationError
 
 from app.registry.review import review
-from gradient_blueprints.canonical import canonical_bytes, digest_of, is_exact
+from gradient_blueprints.canonical import canonical_bytes, digest_of
 from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedRequest
-from gradient_blueprints.models import Blueprint, Warning_
+from gradient_blueprints.models import Blueprint, Warning_, escaped_in_pointer
 
 _MOST_PLACES = 100
 
@@ -74,13 +74,9 @@ def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
         if in_layers and error["loc"] == ("layers",) and error["type"] == "too_short":
             continue  # only because the faulty layers do not count
         location = list(error["loc"])
-        pointer = "".join(f"/{_escaped(part)}" for part in location)
+        pointer = "".join(f"/{escaped_in_pointer(part)}" for part in location)
         pointer += str(error.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member
         yield {"pointer": pointer, "code": error["type"], "detail": error["msg"]}
-
-
-def _escaped(part: str | int) -> str:
-    return str(part).replace("~", "~0").replace("/", "~1")
 
 
 def _refuse_unstorable(plain: dict[str, Any]) -> None:
@@ -89,11 +85,11 @@ def _refuse_unstorable(plain: dict[str, Any]) -> None:
 
 
 def _unstorable(value: Any, pointer: str) -> Iterator[ErrorPlace]:
-    """What JSON allows and the store does not: NUL in text, integers beyond 2^53, infinities by overflow."""
+    """What JSON allows and the store does not: NUL in text, infinities by overflow."""
     match value:
         case dict():
             for name, member in value.items():
-                place = f"{pointer}/{_escaped(name)}"
+                place = f"{pointer}/{escaped_in_pointer(name)}"
                 if "\0" in name:
                     yield {"pointer": place, "code": "nul_character", "detail": "a name holds a NUL character"}
                 yield from _unstorable(member, place)
@@ -102,7 +98,5 @@ def _unstorable(value: Any, pointer: str) -> Iterator[ErrorPlace]:
                 yield from _unstorable(member, f"{pointer}/{index}")
         case str() if "\0" in value:
             yield {"pointer": pointer, "code": "nul_character", "detail": "the text holds a NUL character"}
-        case int() if not is_exact(value):
-            yield {"pointer": pointer, "code": "integer_too_large", "detail": "no float64 holds this integer exactly"}
         case float() if value - value != 0:
             yield {"pointer": pointer, "code": "finite_number", "detail": "a number beyond float64"}

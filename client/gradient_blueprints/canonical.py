@@ -22,14 +22,17 @@ Shapes = dict[tuple[str, ...], Shape]
 def canonical_bytes(document: Any, *, exact: bool = False) -> bytes:
     """Serialise plain JSON data to its one canonical form, UTF-8.
 
-    ValueError for what has none: infinities, NaN, unpaired surrogates, names that are not text, other types; if
-    `exact`, also for integers whose form denotes another integer.
+    ValueError for what has none: infinities, NaN, integers beyond float64, unpaired surrogates, names that are not
+    text, other types, nesting too deep for the stack; if `exact`, also for integers whose form denotes another integer.
 
     >>> canonical_bytes({"b": 0.80, "a": 8e-1})
     b'{"a":0.8,"b":0.8}'
     """
     pieces: list[str] = []
-    _write(document, pieces.append, _EXACT_LEAVES if exact else _LEAVES, {})
+    try:
+        _write(document, pieces.append, _EXACT_LEAVES if exact else _LEAVES, {})
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     return "".join(pieces).encode()
 
 
@@ -58,14 +61,19 @@ def _write(value: Any, add: Callable[[str], None], leaves: Leaves, shapes: Shape
             _write(member, add, leaves, shapes)
             separator = ","
         add("]" if value else "[]")
-    elif isinstance(value, str):  # an enumeration
-        add(encode_basestring(value))
     else:
+        for kind in (str, int, float):  # an enumeration, or numpy's float64
+            if isinstance(value, kind):
+                add(leaves[kind](kind(value)))
+                return
         raise ValueError(f"{type(value).__name__} is no JSON")
 
 
 def _shape(names: tuple[str, ...]) -> Shape:
     """Names by their UTF-16 code units (section 3.2.3)."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"the name {name!r} is no text")
     if "".join(names).isascii():
         ordered = sorted(names)
     else:
@@ -89,12 +97,17 @@ def _number(value: float) -> str:
 
 def _integer(value: int) -> str:
     """Beyond ±(2^53 - 1) as the float64 that it stands for (section 3.2.2.3)."""
-    return str(value) if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else _number(float(value))
+    if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
+        return str(value)
+    try:
+        return _number(float(value))
+    except OverflowError:
+        raise ValueError("an integer is beyond float64") from None
 
 
 def _exact_integer(value: int) -> str:
     if not is_exact(value):
-        raise ValueError(f"no float64 holds {value} exactly")
+        raise ValueError(f"the canonical form of {value} would denote another integer")
     return _integer(value)
 
 
@@ -118,7 +131,7 @@ def is_exact(integer: int) -> bool:
         return True
     try:
         return int(_integer(integer)) == integer
-    except (OverflowError, ValueError):  # beyond float64, or spelled with an exponent
+    except ValueError:  # beyond float64, or spelled with an exponent
         return False
 
 

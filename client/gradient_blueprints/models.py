@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
@@ -29,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gradient_blueprints.canonical import MAX_SAFE_INTEGER, canonical_bytes, digest_of
+from gradient_blueprints.canonical import MAX_SAFE_INTEGER, canonical_bytes, digest_of, is_exact
 from gradient_blueprints.csv_tables import document_of, places_in_table, table_of
 from gradient_blueprints.errors import InvalidDocument
 
@@ -97,13 +98,30 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
 
-def _frozen(value: Any) -> Any:
-    """The same JSON value with its containers closed to changes."""
+def _frozen_json(value: Any) -> Any:
+    """The same JSON value with its containers closed to changes; integers that no digest could name are refused."""
+    return _frozen(value, "")
+
+
+def _frozen(value: Any, pointer: str) -> Any:
     if isinstance(value, dict):
-        return FrozenDict({name: _frozen(member) for name, member in value.items()})
+        return FrozenDict(
+            {name: _frozen(member, f"{pointer}/{escaped_in_pointer(name)}") for name, member in value.items()}
+        )
     if isinstance(value, list):
-        return FrozenList(_frozen(member) for member in value)
+        return FrozenList(_frozen(member, f"{pointer}/{index}") for index, member in enumerate(value))
+    if type(value) is int and not is_exact(value):
+        raise PydanticCustomError(
+            "integer_too_large",
+            "{pointer}: the canonical form of this integer would denote another one: send it as text",
+            {"pointer": pointer},
+        )
     return value
+
+
+def escaped_in_pointer(part: str | int) -> str:
+    """As it stands in a JSON pointer (RFC 6901)."""
+    return str(part).replace("~", "~0").replace("/", "~1")
 
 
 DEFER_BUILD = tuple(int(part) for part in pydantic.VERSION.split(".")[:2]) >= (2, 14)
@@ -179,10 +197,13 @@ Text = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00]*$")
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen)]
-FrozenJson = Annotated[dict[Tag, JsonValue], AfterValidator(_frozen)]
+Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen_json)]
+FrozenJson = Annotated[dict[Tag, JsonValue], AfterValidator(_frozen_json)]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_SAFE_INTEGER)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+_DECIMAL = re.compile(r"[0-9.eE+-]{1,32}")  # Decimal also takes blanks, underscores and the digits of other scripts
 
 
 def parse_checkpoint(text: str | float | Decimal) -> Decimal:
@@ -194,6 +215,8 @@ def parse_checkpoint(text: str | float | Decimal) -> Decimal:
     True
     """
     try:
+        if not _DECIMAL.fullmatch(str(text)):
+            raise InvalidOperation
         value = Decimal(str(text))
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a training checkpoint: give a fraction such as 0.8") from None
@@ -309,13 +332,13 @@ class Provenance(Wire):
     examples: Count | None = None
     tokens: Count | None = None
     sequence_length: Count | None = None
-    loss: Annotated[dict[Tag, float], AfterValidator(_frozen)] | None = Field(
+    loss: Annotated[dict[Tag, float], AfterValidator(_frozen_json)] | None = Field(
         None, description="mean validation loss per domain, nats per token"
     )
     seed: int | None = Field(None, ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)
     dtype: Text | None = None
     device: Text | None = None
-    versions: Annotated[dict[Tag, Text], AfterValidator(_frozen)] | None = None
+    versions: Annotated[dict[Tag, Text], AfterValidator(_frozen_json)] | None = None
     resources: FrozenJson | None = Field(None, description="seconds, peak memory, energy as far as read")
     noise: Noise | None = None
     sources: tuple[Digest, ...] | None = Field(None, description="digests of the blueprints this one was made from")
@@ -402,7 +425,7 @@ class Blueprint(Wire):
         | None
     ) = None
     provenance: Provenance | None = None
-    extra: Annotated[dict[str, JsonValue], AfterValidator(_frozen)] | None = Field(
+    extra: Annotated[dict[str, JsonValue], AfterValidator(_frozen_json)] | None = Field(
         None, description="anything else; kept, never interpreted"
     )
 

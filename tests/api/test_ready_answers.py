@@ -190,6 +190,12 @@ def test_an_answer_from_memory_passes_what_every_answer_passes(
         assert [answer.headers["ratelimit"].split(";")[1] for answer in (first, second, third)] == ["r=2", "r=1", "r=0"]
         assert second.headers["strict-transport-security"] == first.headers["strict-transport-security"]
         assert second.headers["x-request-id"] == "fetch-1"
+        another = given | {"X-Forwarded-For": "192.0.2.8"}
+        answers = []
+        for norm in (1, 2):  # the second is not in memory any more: it is the gate's, and counts once
+            publish(publisher, norm=norm)
+            answers.append(http.get(NEWEST, headers=another))
+        assert [answer.headers["ratelimit"].split(";")[1] for answer in answers] == ["r=2", "r=1"]
         shown = http.get("/metrics", headers={"Authorization": publisher.headers["Authorization"]}).text
     counted = 'blueprints_http_requests_total{method="GET",route="/v1/blueprints/{digest}",status="200"} 3.0'
     assert counted in shown.splitlines()

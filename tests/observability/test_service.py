@@ -99,6 +99,27 @@ def test_one_trace_leads_from_the_caller_through_api_and_relay_to_the_worker(ser
     assert traced == {CALLERS_TRACE}
 
 
+def test_answers_from_memory_and_heads_have_spans_with_their_route_and_request(service: Service, job: Job) -> None:
+    path, trace = "/v1/models/tiny/checkpoints/0.8/blueprint", "c0ffee" + "0" * 25 + "1"
+    wait_until(lambda: httpx2.get(service.url + path).status_code == 200, what="the blueprint is published")
+    for method, request in (("GET", "first"), ("GET", "second"), ("HEAD", "third")):
+        headers = {"traceparent": f"00-{trace}-{CALLERS_SPAN}-01", "X-Request-Id": request}
+        httpx2.request(method, service.url + path, headers=headers).raise_for_status()
+
+    def arrived() -> list[Span] | None:
+        spans = [span for span in service.receiver.spans if span.trace_id == trace and span.parent_id == CALLERS_SPAN]
+        return spans if len(spans) == 3 else None
+
+    spans = wait_until(arrived, what="the three spans have arrived")
+    route = "/v1/models/{model_id:model}/checkpoints/{checkpoint}/blueprint"
+    named = {span.attributes["blueprints.request_id"]: (span.name, span.attributes["http.route"]) for span in spans}
+    assert named == {
+        "first": (f"GET {route}", route),
+        "second": (f"GET {route}", route),
+        "third": (f"HEAD {route}", route),
+    }
+
+
 def scrape(address: str, key: str | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     text = httpx2.get(f"{address}/metrics", headers=headers).raise_for_status().text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import asyncpg
@@ -81,7 +82,16 @@ def test_readiness_follows_the_database(server_folder: Path, tmp_path: Path) -> 
         with serving(make_settings(database.url, tmp_path)) as server, httpx2.Client(base_url=server.url) as http:
             assert http.get("/readyz").status_code == 200
             assert http.get("/v1/models").status_code == 200
+            with httpx2.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.admin_key}"}) as admin:
+                digest = admin.post("/v1/blueprints", json=blueprint_document()).raise_for_status().json()["digest"]
+            named = "/v1/models/tiny/checkpoints/0.8/blueprint"
+            assert [http.get(path).status_code for path in (f"/v1/blueprints/{digest}", named)] == [200, 200]
             postgres.stop(database)
+            until = time.monotonic() + 2.5  # whether it was yanked is looked up once a second
+            while time.monotonic() < until:
+                assert http.get(f"/v1/blueprints/{digest}").status_code == 200
+                time.sleep(0.1)
+            assert http.get(named).status_code == 503
             for path in ("/readyz", "/v1/models"):
                 gone = http.get(path)
                 assert (gone.status_code, gone.json()["code"]) == (503, "service_unavailable")
