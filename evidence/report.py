@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from scipy import stats
+
 from evidence.findings import (
     Comparison,
     Finding,
@@ -194,12 +196,14 @@ def _memory(each: Finding, full: Finding | None) -> str:
 def _schedules(plan: Sequence[Cell], store: Store) -> Iterable[str]:
     for model in MODELS:
         rows = []
+        gains = []
         for cell in plan:
             constant = find(cell, plan, store) if (cell.stage, cell.model) == ("schedule", model) else None
             linear = pick(cell.choice, model, plan, store)
             if constant is None or linear is None:
                 continue
             losses = [_tuning_loss(each.cell, store) for each in (linear, constant)]
+            gains.append((linear.share, constant.share))
             rows.append(
                 [
                     name_of(cell.choice),
@@ -215,6 +219,12 @@ def _schedules(plan: Sequence[Cell], store: Store) -> Iterable[str]:
         head = ["Trained", *rates, *losses_of, "chosen", "gain, linear", "constant"]
         yield f"`{model}`:"
         yield table(head, rows)
+        if len(gains) > 2:
+            chosen = sum(row[5] == "constant" for row in rows)
+            yield (
+                f"{chosen} of {len(rows)} arms choose the constant rate. Of the arms' gains under one schedule and the "
+                f"other the rank correlation is {stats.spearmanr(*zip(*gains, strict=True)).statistic:.2f}."
+            )
 
 
 def _gain(each: Finding) -> str:
@@ -285,7 +295,7 @@ def _equal_memory(plan: Sequence[Cell], store: Store) -> Iterable[str]:
             if cell.model == model
             and (
                 cell.stage == "equal memory"
-                or (cell.stage == "10 %" and (cell.choice == FULL or cell.choice.arm != "coordinates"))
+                or (cell.stage == "10 %" and (cell.choice == FULL or cell.choice.arm not in ("coordinates", "library")))
             )
         ]
         found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
