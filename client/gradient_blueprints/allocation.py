@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import median
 from typing import Literal, Self
 
@@ -47,6 +48,9 @@ class Budget:
     measure: Literal["fraction", "parameters", "bytes"] | BudgetMeasure = "fraction"
 
     def __post_init__(self) -> None:
+        amount: object = self.amount
+        if not isinstance(amount, Real):
+            raise ConfigurationError(f"a budget is a number, a tenth 0.1; got {amount!r}")
         if not 0 < self.amount < float("inf") or (self.measure == "fraction" and self.amount > 1):
             raise ConfigurationError(f"a budget is a positive number, a fraction at most 1; got {self}")
 
@@ -114,13 +118,25 @@ def allocate(
     2. Whole layers: the largest sum of G' that fits, by an exact 0/1 knapsack. Else every layer gets the budget's
        fraction, more where its k_star (blended too) is larger, within `K_STAR_RANGE`; a layer with G' = 0 gets none.
 
-    `sizes`: parameters per published layer. `trust`: as `default_trust` unless given. `groups`: see `between_groups`.
+    A budget in bytes is spent at one price for every parameter, that of the unit and of the model's lowest precision
+    (`copies`), but buys everything where it pays for a full AdamW update.
+
+    `sizes`: parameters per published layer. `trust`: as `default_trust` unless given, then times the `validity`, since
+    a stale side has no say. `groups`: see `between_groups`. Raises ConfigurationError when the two sides have no layer
+    in common.
     """
     values = _known(published, value)
+    if local is not None and not {layer.id for layer in published} & {layer.id for layer in local}:
+        raise ConfigurationError(
+            f"the local side has no layer of the published one ({_some(local)} against {_some(published)}): "
+            "measure it by the same layers"
+        )
     if trust is None:
         trust = default_trust(published, local, value, local_value or value, validity)
-    if not 0 <= trust <= 1:
+    elif not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
+    else:
+        trust *= validity
     k_stars = [layer.k_star for layer in published]
     if groups is not None:
         values, k_stars = between_groups(published, values, k_stars, groups, sizes)
@@ -131,7 +147,19 @@ def allocate(
         return Allocation(trust, shares, [float(taken) for taken in packing.taken], packing.exact)
     k_weights = _k_weights(published, k_stars, local, trust)
     weights = [weight if share > 0 else 0.0 for weight, share in zip(k_weights, shares, strict=True)]
+    if _pays_for_all(budget, sizes, weights, copies=copies):
+        return Allocation(trust, shares, [float(weight > 0) for weight in weights])
     return Allocation(trust, shares, spread(capacity, sizes, weights))
+
+
+def _pays_for_all(budget: Budget, sizes: Sequence[int], weights: Sequence[float], *, copies: bool) -> bool:
+    """Whether bytes that would not pay for every coordinate and its index pay for all of them whole."""
+    wanted = sum(size for size, weight in zip(sizes, weights, strict=True) if weight > 0)
+    return budget.measure == "bytes" and budget.coordinates(wanted, bytes_each("layer", copies=copies)) == wanted
+
+
+def _some(layers: Sequence[Layer]) -> str:
+    return repr(layers[0].id) if layers else "none"
 
 
 # --- criteria
@@ -302,22 +330,28 @@ def _shares(values: Sequence[float], whole: float = 1.0) -> list[float]:
 def _k_weights(
     published: Sequence[Layer], k_stars: Sequence[float | None], local: Sequence[Layer] | None, trust: float
 ) -> list[float]:
-    """Relative fraction per layer: blended k_star over its mean, within `K_STAR_RANGE`; 1 where it is not known."""
-    theirs = {layer.id: layer.k_star for layer in local or ()}
-    blended = [_blend(k, theirs.get(layer.id), trust) for layer, k in zip(published, k_stars, strict=True)]
+    """Relative fraction per layer: blended k_star over its mean, within `K_STAR_RANGE`; 1 where it is not known.
+
+    A layer whose k_star the local side lacks counts there as the mean of those that it has; where it has none, as 1.
+    So the published ones never say more than `trust` lets them.
+    """
+    ids = {layer.id for layer in published}
+    theirs = {layer.id: layer.k_star for layer in local or () if layer.id in ids and layer.k_star is not None}
+    even = sum(theirs.values()) / len(theirs) if theirs else None
+    blended = [_blend(k, theirs.get(layer.id), even, trust) for layer, k in zip(published, k_stars, strict=True)]
     known = [k for k in blended if k]
     if not known:
         return [1.0] * len(blended)
     mean = sum(known) / len(known)
     low, high = K_STAR_RANGE
     weights = [min(high, max(low, k / mean)) if k else 1.0 for k in blended]
-    return weights if local is not None else [trust * weight + 1 - trust for weight in weights]
+    return weights if theirs else [trust * weight + 1 - trust for weight in weights]
 
 
-def _blend(published: float | None, local: float | None, trust: float) -> float | None:
-    if published is None or local is None:
+def _blend(published: float | None, local: float | None, even: float | None, trust: float) -> float | None:
+    if published is None or even is None:
         return local if published is None else published
-    return trust * published + (1 - trust) * local
+    return trust * published + (1 - trust) * (even if local is None else local)
 
 
 def spread(capacity: int, sizes: Sequence[int], weights: Sequence[float]) -> list[float]:

@@ -52,7 +52,10 @@ class SelectionRequest(Wire):
     criterion: Literal[Criterion.NORM, Criterion.SIGNAL, Criterion.FIRST_ORDER, Criterion.SIZE_NORMALISED] = (
         Criterion.NORM
     )
-    trust: Share | None = Field(None, description="weight of the published side; else from agreement and intervals")
+    trust: Share | None = Field(
+        None,
+        description="weight of the published side, less what the verdict takes; else from agreement and intervals",
+    )
     verdict: Verdict | None = Field(None, description="of a staleness check: stale takes the published side's weight")
     groups: dict[str, tuple[LayerId, ...]] | None = Field(
         None, description="of a staleness check whose advice is coarsen"

@@ -56,6 +56,8 @@ def test_every_layer_gets_a_fraction_and_more_where_its_k_star_is_larger(publish
     publish(publisher, k_star={"head": 0.4, "x": 0.2, "y": 0.2})
     uneven = fractions(ask(publisher, 0.1, "fraction"))
     assert uneven["head"] == pytest.approx(2 * uneven["x"])
+    beside_a_sample = ask(publisher, 0.1, "fraction", local=local(NORMS), trust=0.0)  # norms alone say no k_star
+    assert fractions(beside_a_sample) == pytest.approx(dict.fromkeys(SIZES, 0.1))
 
 
 def test_local_norms_are_blended_as_shares(publisher: httpx2.Client) -> None:
@@ -85,6 +87,7 @@ def test_a_stale_blueprint_has_no_say(publisher: httpx2.Client) -> None:
     answer = ask(publisher, 0.1, "fraction", verdict="stale")
     assert answer["trust"] == 0
     assert shares(answer) == {name: round(size / 150, 6) for name, size in SIZES.items()}
+    assert ask(publisher, 0.1, "fraction", verdict="stale", trust=0.8)["trust"] == 0
     groups = {"all": list(SIZES)}
     assert ask(publisher, 0.1, "fraction", verdict="stale", groups=groups)["trust"] == 1
 
@@ -111,6 +114,7 @@ def test_criteria_are_those_of_the_document(publisher: httpx2.Client) -> None:
         {"budget": {"amount": 0.1}, "trust": 2},
         {"budget": {"amount": 0.1}, "criterion": "signal", "local": local(NORMS)},
         {"budget": {"amount": 0.1}, "criterion": "first_order", "local": local(NORMS)},
+        {"budget": {"amount": 0.1}, "local": local({"another": 1.0})},
     ],
 )
 def test_what_cannot_be_answered_is_refused(publisher: httpx2.Client, body: dict[str, Any]) -> None:

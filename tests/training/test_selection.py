@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,19 @@ from gradient_blueprints.models import Blueprint
 from gradient_blueprints.statistics_models import Staleness, Verdict
 from gradient_blueprints.training.selection import (
     BYTES_PER_COORDINATE,
+    BYTES_PER_DENSE_PARAMETER,
     Budget,
     LocalStatistics,
+    ScoreName,
     Selection,
+    Unit,
     default_trust,
     knapsack,
     select,
     spread,
 )
+from gradient_blueprints.training.selection.chosen import width_of
+from gradient_blueprints.training.selection.indices import random_scores
 
 
 def make_blueprint(
@@ -198,6 +204,16 @@ def test_with_nothing_to_go_on_coordinates_are_random_and_always_the_same() -> N
     assert first[:5].tolist() == [4, 12, 15, 26, 30]  # the same on every machine
 
 
+def test_lots_are_drawn_without_much_memory() -> None:
+    size = 2_000_000
+    tracemalloc.start()
+    lots = random_scores("w", size, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * size  # 4 of them the answer; with 64-bit numbers for all of it 20
+    assert lots[[0, 262_143, 262_144, -1]] == pytest.approx([0.76355249, 0.83050275, 0.29595143, 0.24336946])
+
+
 def test_ties_are_spread_over_the_tensor() -> None:
     gradients = {"a.weight": torch.zeros(20, 50)}
     gradients["a.weight"][0, :3] = 1.0
@@ -358,6 +374,24 @@ def test_rows_are_chosen_whole_and_by_their_mean_square() -> None:
         selection.indices("a.weight", 1000)
 
 
+def test_a_row_of_a_stack_of_matrices_is_a_row_of_one_of_them() -> None:
+    assert width_of("row", (8, 20, 50)) == 50
+    assert width_of("row", (20, 50, 3, 3)) == 450, "a filter holds all its places"
+    assert (width_of("row", (20,)), width_of("coordinate", (8, 20, 50))) == (1, 1)
+    experts = torch.rand(8, 20, 50)
+    experts[5, 7] *= 10
+    blueprint = make_blueprint({"experts": 1.0}, {"experts": 8000})
+    selection = select(blueprint, budget=50 / 8000, unit="row", gradients={"experts": experts})
+    assert selection.indices("experts", (8, 20, 50)).tolist() == list(range(5350, 5400))  # type: ignore[union-attr]  # not all
+
+
+def test_rows_that_do_not_fit_are_not_counted_and_the_summary_names_their_layers() -> None:
+    selection = select(PUBLISHED, budget=0.025, unit="row", gradients=gradients_of())
+    assert [layer.selected for layer in selection.layers] == [0, 20, 0]
+    assert selection.training_bytes == 20 * BYTES_PER_DENSE_PARAMETER
+    assert "frozen, since their fraction is less than one row: 2 layers (a…)" in selection.summary()
+
+
 def test_rows_of_an_unknown_tensor_are_random_and_always_the_same() -> None:
     first, again = (select(PUBLISHED, budget=0.1, unit="row").units("a.weight", (20, 50)) for _ in range(2))
     assert first.width == 50
@@ -452,6 +486,43 @@ def test_a_stale_blueprint_has_no_say_and_without_a_local_sample_chance_decides(
     assert np.array_equal(fresh.parts["a.weight"], select(PUBLISHED, budget=0.1, factors=FACTORS).parts["a.weight"])
 
 
+def test_k_stars_of_a_stale_blueprint_have_no_say_beside_a_local_side_without_any() -> None:
+    norms, sizes = dict.fromkeys("abcd", 1.0), dict.fromkeys("abcd", 1000)
+    published = make_blueprint(norms, sizes, k_star=dict(zip("abcd", (0.05, 0.2, 0.8, 0.05), strict=True)))
+
+    def fractions(trust: float, **local_k_star: float) -> list[float]:
+        local = make_blueprint(norms, k_star=local_k_star)
+        return [layer.fraction for layer in select(published, local, trust=trust).layers]
+
+    assert fractions(0.0) == pytest.approx([0.1] * 4)
+    alone = [layer.fraction for layer in select(published).layers]
+    assert fractions(1.0) == pytest.approx(alone)
+    assert fractions(0.5) == pytest.approx([layer.fraction for layer in select(published, trust=0.5).layers])
+    known_of_two = fractions(0.0, a=0.1, b=0.3)
+    assert known_of_two == pytest.approx([0.05, 0.15, 0.1, 0.1]), "what the local side lacks is its mean"
+
+
+def test_trust_does_not_bring_back_what_is_stale() -> None:
+    stale = checked(Verdict.STALE)
+    selection = select(PUBLISHED, budget=0.1, factors=FACTORS, staleness=stale, trust=0.8)
+    assert selection.trust == selection.validity == 0
+    assert not selection.parts
+    half = select(PUBLISHED, factors=FACTORS, staleness=checked(Verdict.INDETERMINATE), trust=0.8)
+    assert (half.trust, half.validity) == (0.4, 0.5)
+
+
+@pytest.mark.parametrize("trust", [0.9, 0.5, 0.1])
+def test_trust_is_a_weight_between_two_sides_and_gives_nothing_to_chance(trust: float) -> None:
+    alone = select(PUBLISHED, budget=0.1, factors=FACTORS).parts["a.weight"]
+    assert np.array_equal(select(PUBLISHED, budget=0.1, factors=FACTORS, trust=trust).parts["a.weight"], alone)
+    statistics = LocalStatistics(mean=gradients_of(), batches=1, sequences=8)
+    both = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, trust=trust)
+    without_chance = select(
+        PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, trust=trust, random_share=0.0
+    )
+    assert np.array_equal(both.parts["a.weight"], without_chance.parts["a.weight"])
+
+
 def test_a_coarser_level_that_holds_keeps_its_say_between_its_groups() -> None:
     groups = {"early": ("a", "c"), "late": ("b",)}
     coarse = select(PUBLISHED, staleness=checked(Verdict.STALE, groups=groups))
@@ -515,4 +586,80 @@ def test_a_budget_fits_the_device_less_what_a_step_holds() -> None:
 def test_weights_of_lower_precision_cost_a_copy() -> None:
     model = nn.ModuleDict({"a": nn.Linear(10, 10)}).bfloat16()
     selection = select(make_blueprint({"a": 1.0}), budget=Budget.bytes(20 * 20), model=model)
-    assert (selection.selected, selection.training_bytes) == (20, 400)
+    assert (selection.selected, selection.training_bytes) == (19, 380)  # of 20: 18 weights and 1 bias
+
+
+def test_bytes_that_pay_for_a_full_update_buy_every_coordinate() -> None:
+    full = select(PUBLISHED, budget=Budget.bytes(2200 * BYTES_PER_DENSE_PARAMETER))
+    assert [layer.fraction for layer in full.layers] == [1, 1, 1]
+    assert full.training_bytes == full.full_bytes
+    less = select(PUBLISHED, budget=Budget.bytes(2200 * BYTES_PER_DENSE_PARAMETER - 1))
+    assert less.selected <= 2200 * BYTES_PER_DENSE_PARAMETER / BYTES_PER_COORDINATE
+
+
+# --- what cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("budget", "unit", "least"),
+    [(0.0005, "coordinate", 3), (Budget.bytes(15), "coordinate", 3), (0.01, "row", 44), (0.05, "layer", 200)],
+)
+def test_a_budget_that_pays_for_nothing_is_refused_with_the_least_that_does(
+    budget: float | Budget, unit: Unit, least: int
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"for one {unit} anywhere: .* Budget\.parameters\({least}\)"):
+        select(PUBLISHED, budget=budget, unit=unit, gradients=gradients_of())
+    assert select(PUBLISHED, budget=Budget.parameters(least), unit=unit, gradients=gradients_of()).selected > 0
+    with pytest.raises(ConfigurationError, match="the least"):
+        select(PUBLISHED, budget=Budget.parameters(least - 1), unit=unit, gradients=gradients_of())
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    options: dict[str, Any]
+    for options, message in (
+        ({"random_share": 1.5}, "random_share is a share"),
+        ({"random_share": -0.5}, "random_share is a share"),
+        ({"criterion": "snr"}, "there is no criterion 'snr': norm, signal"),
+        ({"budget": "10%"}, "a budget is a number"),
+        ({"also_train": ["head"]}, "pass model="),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            select(PUBLISHED, **options)
+
+
+@pytest.mark.parametrize("score", ["empirical_bayes", "blend", "factors", "mean_gradient", "rms", "local_factors"])
+def test_a_score_asked_for_by_name_has_to_know_something(score: ScoreName) -> None:
+    with pytest.raises(ConfigurationError, match=f"the score '{score}' knows no tensor"):
+        select(PUBLISHED, score=score)
+    assert select(PUBLISHED, score="random").parts == {}
+
+
+def test_factors_and_gradients_of_other_tensors_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"the factors know no tensor.*x\.y"):
+        select(PUBLISHED, factors={"code/x.y/row": torch.ones(4)})
+    with pytest.raises(ConfigurationError, match=r"the local statistics know no tensor.*x\.y"):
+        select(PUBLISHED, gradients={"x.y": torch.ones(4)})
+    with pytest.raises(ConfigurationError, match="pass model="):
+        select(PUBLISHED, score=lambda name, shape: None)
+
+
+def test_a_local_blueprint_by_other_layers_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no layer of the published one"):
+        select(PUBLISHED, make_blueprint({"a.weight": 1.0}))
+
+
+def test_the_summary_counts_what_was_ranked_and_what_is_random() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(50, 20), "b": nn.Linear(20, 50)})
+    blueprint = make_blueprint({"a": 1.0, "b": 1.0})
+    gradients = {"a.weight": torch.rand(20, 50)}
+    text = select(blueprint, gradients=gradients, model=model).summary()
+    assert "empirical_bayes (tensors ranked: 1, at random: 3)" in text
+    assert "(tensors ranked: 0, at random: the others)" in select(PUBLISHED).summary()
+
+
+def test_what_is_kept_is_a_share_of_the_mass_of_all_tensors_of_a_layer() -> None:
+    blueprint = make_blueprint({"h": 1.0}, {"h": 2000})
+    peaked, flat = torch.zeros(1000), torch.ones(1000)
+    peaked[3] = 1e-6
+    layer = select(blueprint, budget=0.1, gradients={"h.a": peaked, "h.b": flat}).layers[0]
+    assert layer.retained == pytest.approx(0.1, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection, Units
+from gradient_blueprints.training.selection.listed_tensors import freeze, kept_fixed, listing, some, tied_names
 
 INT32_ENTRIES = 2**31 - 1
 
@@ -66,19 +68,42 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
 
     A tensor of which some parts are selected keeps `requires_grad`: its gradient is computed whole, as it has to be,
     and freed as soon as the chosen entries are read off. After `fully_shard` (FSDP2), not before it; each process then
-    trains its own shard. Raises ConfigurationError when the selection names nothing of this model.
+    trains its own shard.
+
+    What you froze stays frozen; what an earlier selection froze is free again. Warns of tensors that the selection
+    names and you froze, and of those that the blueprint does not list, which are frozen too (a new head: see
+    `also_train` of `select`). Raises ConfigurationError when the selection names nothing of this model.
     """
-    chosen = []
-    for name, parameter in model.named_parameters():
-        units = selection.units(name, tuple(parameter.shape))
-        parameter.requires_grad_(units.indices is None or len(units.indices) > 0)
-        if parameter.requires_grad:
-            chosen.append(_on_this_process(name, parameter, units))
+    layers = {layer.id for layer in selection.layers}
+    fixed = kept_fixed(model)
+    chosen: dict[str, SelectedParameter] = {}
+    unlisted, refused = [], []
+    for names, parameter in tied_names(model):
+        name, found = names[0], listing(names, layers)
+        if found is None:
+            unlisted.append(name)
+            continue
+        units = selection.units(found[0], tuple(parameter.shape))
+        if units.indices is not None and len(units.indices) == 0:
+            continue
+        if name in fixed:
+            refused.append(name)
+        else:
+            chosen[name] = _on_this_process(name, parameter, units)
     if not chosen:
-        raise ConfigurationError(
-            f"the selection for {selection.model_id} selects nothing in this model: are its tensors named otherwise?"
+        why = "all of it is frozen" if refused else "are its tensors named otherwise?"
+        raise ConfigurationError(f"the selection for {selection.model_id} selects nothing in this model: {why}")
+    unlisted = [name for name in unlisted if name not in fixed]
+    if unlisted:
+        warnings.warn(
+            f"the selection does not list {some(unlisted)}: frozen as they are. What has to be trained, such as a new "
+            "head, is named in select(..., also_train=[...])",
+            stacklevel=2,
         )
-    return chosen
+    if refused:
+        warnings.warn(f"selected, but frozen before and left so: {some(refused)}", stacklevel=2)
+    freeze(model, chosen.__contains__)
+    return list(chosen.values())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

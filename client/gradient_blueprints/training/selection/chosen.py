@@ -34,10 +34,12 @@ class SelectedLayer:
     """Blended share of the criterion, G' of Algorithm 1; they sum to 1 over the layers."""
     retained: float | None
     """Share of the score's mass (local gradient, factors) within the chosen; None where nothing was known."""
+    trained: int | None = None
+    """Parameters in whole parts of its tensors; None where their shapes were not known."""
 
     @property
     def selected(self) -> int:
-        return count(self.fraction, self.parameters)
+        return count(self.fraction, self.parameters) if self.trained is None else self.trained
 
 
 class Units(NamedTuple):
@@ -52,9 +54,9 @@ class Units(NamedTuple):
 class Selection:
     """Which parameters to train: immutable, deterministic, a small file.
 
-    `parts` holds the chosen parts of tensors that were ranked: flat indices, or rows with `unit="row"`. A tensor
-    without an entry is trained whole where its layer's fraction is 1, else at the parts that `units` derives from
-    `seed` and its name.
+    `parts` holds the chosen parts of tensors that were ranked: flat indices, or rows with `unit="row"`; an empty entry
+    keeps a tensor out. One without an entry is trained whole where its layer's fraction is 1, else at the parts that
+    `units` derives from `seed` and its name.
     """
 
     model_id: str
@@ -71,6 +73,8 @@ class Selection:
     exact: bool
     layers: tuple[SelectedLayer, ...]
     parts: Mapping[str, Indices]
+    random_tensors: int | None = None
+    """Tensors of which random parts are trained; None where their shapes were not known."""
 
     def __post_init__(self) -> None:
         frozen = {name: chosen.view() for name, chosen in sorted(self.parts.items())}
@@ -83,12 +87,12 @@ class Selection:
         """The chosen parts of a tensor of this shape."""
         width = width_of(self.unit, shape)
         layer = self.layer_of(parameter)
+        ranked = self.parts.get(parameter)
         if layer is None or layer.fraction == 0:
             return Units(np.empty(0, np.int64), width)
-        if layer.fraction == 1:
+        if layer.fraction == 1 and ranked is None:
             return Units(None, width)
         parts = math.prod(shape) // width if width else 0
-        ranked = self.parts.get(parameter)
         if ranked is not None:
             if len(ranked) and ranked[-1] >= parts:
                 raise ConfigurationError(f"{parameter} has the shape {shape}, less than the selection was made for")
@@ -119,7 +123,8 @@ class Selection:
 
     @property
     def selected(self) -> int:
-        """Parameters that are trained; an exact count may be lower by less than one part per tensor."""
+        """Parameters that are trained, exactly where the shapes of a layer's tensors were known (`model`, or a measured
+        gradient); else the true count may be lower by less than one part per tensor."""
         return sum(layer.selected for layer in self.layers)
 
     @property
@@ -141,7 +146,8 @@ class Selection:
         share = _percent(self.selected / max(1, self.parameters))
         saved = self.full_bytes - self.training_bytes
         sizes = f"training memory {self.training_bytes / 1e6:,.1f} MB, full AdamW {self.full_bytes / 1e6:,.1f} MB"
-        by = f"by {self.criterion}, within them by {self.score}; trust in the published side {self.trust:.2f}"
+        by = f"by {self.criterion}, within them by {self._within()}; trust in the published side {self.trust:.2f}"
+        empty = [layer.id for layer in self.layers if layer.fraction and layer.parameters and not layer.selected]
         lines = [
             f"{self.model_id} at {self.training_checkpoint:g}, by {self.unit}",
             f"{self.selected:,} of {self.parameters:,} parameters ({share})",
@@ -158,9 +164,21 @@ class Selection:
             )
         if len(chosen) > top:
             lines.append(f"and {len(chosen) - top} more layers")
+        if empty:
+            lines.append(
+                f"frozen, since their fraction is less than one {self.unit}: {len(empty)} layers ({empty[0]}…)"
+            )
         if not self.exact:
             lines.append("the search for the best whole layers was cut short: a better choice may exist")
         return "\n".join(lines)
+
+    def _within(self) -> str:
+        """The score, and how many tensors it ranked."""
+        if self.unit == "layer":
+            return self.score
+        ranked = sum(len(chosen) > 0 for chosen in self.parts.values())
+        by_chance = "the others" if self.random_tensors is None else str(self.random_tensors)
+        return f"{self.score} (tensors ranked: {ranked}, at random: {by_chance})"
 
     def save(self, path: str | Path) -> Path:
         """Write it as one safetensors file: a header, and per ranked tensor the packed indices of its chosen parts."""
@@ -196,12 +214,20 @@ _HEADER = (
     "seed",
     "copies",
     "exact",
+    "random_tensors",
 )
 
 
 def width_of(unit: SelectionUnit, shape: tuple[int, ...]) -> int:
-    """Entries of a part of a tensor: a row holds all inputs of one output channel; a vector's row is one entry."""
-    return math.prod(shape[1:]) if unit == "row" and len(shape) > 1 else 1
+    """Entries of a part of a tensor: a row is a matrix's row, in a stack of matrices (3 dimensions: experts) too.
+
+    It holds the inputs of one output channel where weights are (outputs, inputs), as in nn.Linear, and of a filter all
+    its places; the outputs of one input where they are (inputs, outputs), as in GPT-2's Conv1D. A vector's row is one
+    entry.
+    """
+    if unit != "row" or len(shape) < 2:
+        return 1
+    return shape[-1] if len(shape) == 3 else math.prod(shape[1:])
 
 
 def parts_of(fraction: float, shape: tuple[int, ...], width: int) -> int:

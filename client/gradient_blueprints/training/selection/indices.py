@@ -11,6 +11,8 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 _ESCAPE = 255
+_CHUNK = 1 << 18
+"""Entries hashed at a time: the 64-bit numbers of a whole embedding would take more memory than the choice itself."""
 
 
 def best(scores: Scores, count: int, name: str, seed: int, random_share: float = 0.0) -> Indices:
@@ -45,19 +47,29 @@ def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     above = np.flatnonzero(scores > threshold)
     tied = np.flatnonzero(scores == threshold)
-    order = np.argsort(random_scores(name, len(scores), seed)[tied], kind="stable") if len(tied) > 1 else [0]
+    order = np.argsort(_lots(name, tied, seed), kind="stable") if len(tied) > 1 else [0]
     return np.sort(np.concatenate([above, tied[order][: count - len(above)]]))
 
 
 def random_scores(name: str, size: int, seed: int) -> Scores:
     """Uniform in [0, 1) by hashing (name, seed, index): the same on every machine and version of every library."""
+    return _lots(name, range(size), seed)
+
+
+def _lots(name: str, indices: Indices | range, seed: int) -> Scores:
+    """The random scores of these indices."""
     start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    lots = np.empty(len(indices), np.float32)
     with np.errstate(over="ignore"):  # splitmix64 works modulo 2**64
-        z = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return np.asarray((z >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
+        for first in range(0, len(indices), _CHUNK):
+            part = indices[first : first + _CHUNK]
+            z = np.arange(part.start, part.stop, dtype=np.uint64) if isinstance(part, range) else part.astype(np.uint64)
+            z = z * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z ^= z >> np.uint64(31)
+            lots[first : first + _CHUNK] = (z >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    return lots
 
 
 def pack(chosen: Indices) -> npt.NDArray[np.uint8]:

@@ -80,12 +80,13 @@ def blended(*parts: tuple[float, Score]) -> Score:
 
 
 def empirical_bayes(
-    factors: Factors, statistics: LocalStatistics, validity: float = 1.0, blend: float | None = None
+    factors: Factors, statistics: LocalStatistics, validity: float = 1.0, trust: float | None = None
 ) -> Score:
     """Root of the expected squared mean gradient, given the published factors and the local sample.
 
     Prior: the true mean gradient μ_ij of this domain has variance τ²·v_ij, v the published factors' second moment,
-    flattened towards uniform where it is not to be believed: v ← validity·v/mean(v) + (1 − validity). Data: the local
+    flattened towards uniform where it is not to be believed: v ← α·v/mean(v) + (1 − α), α = validity·trust, `trust`
+    being the weight of the published side against the local one, 1 unless given. Data: the local
     mean ĝ_ij of b batches with noise variance e_ij = s²_ij/b, of rank one, from the local factors
     (`LocalStatistics.noise`). τ² is estimated per tensor from E ĝ² = τ²v + e. Then
 
@@ -93,9 +94,10 @@ def empirical_bayes(
 
     Without a local sample the factors alone, √v; with ever more of it the local gradient alone, |ĝ|. A tensor without
     factors has a uniform prior. Where the noise is not known (fewer than two batches) factors and gradient are blended
-    as shares with the weights `blend` and 1 − blend, `blend` being validity/(1 + validity) unless given.
+    as shares, `weight_of_published` and the rest.
     """
-    weight_of_prior = validity / (1 + validity) if blend is None else blend
+    believed = validity if trust is None else validity * trust
+    weight_of_prior = weight_of_published(validity, trust)
 
     def score(name: str, shape: Shape) -> Scores | None:
         known = name in factors and validity > 0
@@ -110,7 +112,7 @@ def empirical_bayes(
         prior = torch.ones_like(mean)
         if known:
             spread = outer(factors[name], name, shape).to(mean.device)
-            prior = spread.mul_(validity / float(spread.mean().clamp_min(_TINY))).add_(1 - validity)
+            prior = spread.mul_(believed / float(spread.mean().clamp_min(_TINY))).add_(1 - believed)
         squares = float(mean.square().mean())
         signal = max(squares - float(variance.mean()), LEAST_SIGNAL * squares) / float(prior.mean())
         prior.mul_(signal)
@@ -118,6 +120,11 @@ def empirical_bayes(
         return _flat((weight * mean).square_().add_(variance.mul_(weight)).sqrt_())
 
     return score
+
+
+def weight_of_published(validity: float, trust: float | None) -> float:
+    """Of the factors against the local gradient, as shares: validity·trust, or validity/(1 + validity) by default."""
+    return validity / (1 + validity) if trust is None else validity * trust
 
 
 _TINY = float(torch.finfo(torch.float32).tiny)

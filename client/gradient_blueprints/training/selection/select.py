@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from gradient_blueprints import allocation
 from gradient_blueprints.allocation import LayerValue, allocate, criterion_value, validity_of
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import Blueprint
+from gradient_blueprints.models import Blueprint, Layer
 from gradient_blueprints.selection_models import Criterion, SelectionUnit
 from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.selection.chosen import SelectedLayer, Selection, parts_of, width_of
-from gradient_blueprints.training.selection.indices import Indices, best, drawn, prefixes
+from gradient_blueprints.training.selection.indices import Indices, best, drawn
+from gradient_blueprints.training.selection.listed_tensors import ListedTensor, ModelTensors, listing, some, tensors_of
 from gradient_blueprints.training.selection.local import LocalStatistics
 from gradient_blueprints.training.selection.scores import (
     Factors,
@@ -30,6 +32,7 @@ from gradient_blueprints.training.selection.scores import (
     published_factors,
     random_coordinates,
     row_scores,
+    weight_of_published,
 )
 
 Unit = SelectionUnit
@@ -63,12 +66,13 @@ def select(
     random_share: float | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    also_train: Sequence[str] = (),
 ) -> Selection:
     """Choose what to train (Algorithm 1): blend, rank, pick.
 
     1. Between layers as `allocation.allocate` says: shares of the criterion blended by `trust` (the paper's α), then
        whole layers by an exact 0/1 knapsack (`unit="layer"`), or a fraction of every layer.
-    2. Within each tensor coordinates (`"coordinate"`), or output channels (`"row"`), by their `score`. The default
+    2. Within each tensor coordinates (`"coordinate"`), or rows (`"row"`, see `width_of`), by their `score`. The default
        weighs the published factors against the local sample by how noisy that is (`empirical_bayes`). The largest
        scores are taken; with a `temperature` they are drawn with chances that grow with score^(1/`temperature`). A
        tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
@@ -82,22 +86,27 @@ def select(
         budget: a fraction such as 0.1, or a `Budget` in parameters or bytes of training memory, or of a device.
         factors: as `GradientProfiler.factors()` or a blueprint's attachment holds them, `{domain}/{tensor}/row` and
             `.../column`, of the adapter's own domain; `domain` names it when they hold several.
-        trust: weight of the published side, between layers and within tensors. Else `default_trust` between layers;
-            within tensors the factors are believed unless `staleness` speaks against it.
+        trust: weight of the published side against the local one, between layers and within tensors, times what
+            `staleness` leaves of it. Else `default_trust` between layers; within tensors the factors are believed
+            unless `staleness` speaks against it. Where a tensor has one side alone that side decides.
         criterion: what a layer is worth: a name, or a function of a `Layer`. `absolute` is Σ|g|, from factors and
             local gradients, which have to cover every layer.
         score: a name, or a function (tensor name, shape) → float32 array that `scores` describes.
         statistics: of the local sample, `LocalStatistics.gather`; `gradients` is its mean alone, noise unknown.
         staleness: of `client.check_staleness`. Stale: the published side has no say, not even its factors; where a
             coarser level holds, its norms have one between the groups of that level.
-        model: counts parameters where the blueprint does not say how many a layer has, and knows the tensors' shapes
-            and precision; needed for a score of your own or rows without local statistics.
+        model: what it has of the blueprint's layers and may be trained is chosen from: no layer that it lacks (with a
+            warning), no tied tensor twice, nothing that you froze (`requires_grad`), no integers. It knows the tensors'
+            shapes and precision; needed for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another.
         random_share: share of each tensor's budget drawn at random, instead of what 3. says.
         temperature: 0 takes the largest scores, more spreads the choice, towards chance.
+        also_train: tensors or modules of the model (`"score"`, `"*.norm"`) that are trained whole, beside the budget: a
+            new head, which no blueprint lists.
 
-    Raises ConfigurationError when a layer's parameter count is unknown or a tensor's shape does not fit.
+    Raises ConfigurationError when a layer's parameter count is unknown, a tensor's shape does not fit, factors, sample
+    or a score that you named know none of the tensors, or the budget pays for nothing.
     """
     budget = budget if isinstance(budget, allocation.Budget) else allocation.Budget.fraction(budget)
     if unit not in get_args(SelectionUnit):
@@ -108,65 +117,93 @@ def select(
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
     if not 0 <= temperature < float("inf"):
         raise ConfigurationError(f"a temperature is 0 (the largest scores) or a positive number, got {temperature}")
+    if random_share is not None and not 0 <= random_share <= 1:
+        raise ConfigurationError(f"random_share is a share in [0, 1], got {random_share}")
+    if not callable(criterion) and criterion not in list(Criterion):
+        raise ConfigurationError(f"there is no criterion {criterion!r}: {', '.join(Criterion)}, or a function")
+    if also_train and model is None:
+        raise ConfigurationError("also_train names tensors of a model: pass model=")
     verdict = None if staleness is None else staleness.verdict
     known = _Known(
         of_domain(factors, domain),
         statistics or LocalStatistics(mean=dict(gradients or {}), sequences=None if gradients else 0),
         trust,
-        validity_of(verdict) if trust is None else trust,
+        validity_of(verdict),
     )
     if staleness is not None and groups is None:
         groups = staleness.groups
-    shapes = _shapes(model, known)
-    sizes = _layer_sizes(blueprint, shapes, counts=model is not None)
-    copies = model is not None and any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
-    named = criterion if callable(criterion) else Criterion(criterion).value
-    value, local_value = _values(criterion, blueprint, sizes, known, shapes)
-    allocation_ = allocate(
-        blueprint.layers,
-        None if local is None else local.layers,
-        sizes,
-        budget,
-        unit,
-        value=value,
-        local_value=local_value,
-        trust=trust,
-        validity=1.0 if groups is not None else validity_of(verdict),
-        groups=groups,
-        copies=copies,
-    )
-    fractions = {layer.id: part for layer, part in zip(blueprint.layers, allocation_.fractions, strict=True)}
+    ids = {layer.id for layer in blueprint.layers}
+    held = tensors_of(model, ids, also_train) if model is not None else known.tensors(ids)
+    tensors = held.listed
+    layers = list(blueprint.layers)
+    if model is not None:
+        with_tensors = {tensor.layer for tensor in tensors.values()}
+        layers = [layer for layer in layers if layer.id in with_tensors]
+    sizes = _layer_sizes(layers, tensors, counts=model is not None)
+    known.check(tensors, None if unit == "layer" else score)
+    value, local_value = _values(criterion, layers, sizes, known, tensors)
+
+    def spend(budget: allocation.Budget) -> allocation.Allocation:
+        return allocate(
+            layers,
+            None if local is None else local.layers,
+            sizes,
+            budget,
+            unit,
+            value=value,
+            local_value=local_value,
+            trust=trust,
+            validity=1.0 if groups is not None else validity_of(verdict),
+            groups=groups,
+            copies=held.copies,
+        )
+
+    spent = spend(budget)
+    trained = _trained(layers, sizes, spent.fractions, tensors, unit)
+    if not any(count != 0 for count in trained):
+        least = _least_budget(layers, sizes, tensors, unit, spend)
+        raise ConfigurationError(
+            f"the budget of {budget.amount:g} ({budget.measure}) does not pay for one {unit} anywhere: "
+            f"the least that does is Budget.parameters({least})"
+        )
+    fractions = {layer.id: part for layer, part in zip(layers, spent.fractions, strict=True)}
+    partial = {name: tensor for name, tensor in sorted(tensors.items()) if 0 < fractions[tensor.layer] < 1}
     chosen: dict[str, _Chosen] = {}
     if unit != "layer":
         rank = score if callable(score) else known.score(score or DEFAULT_SCORE, seed)
         hedged = score is None and random_share is None
-        for name, shape in sorted(shapes.items()):
-            layer = next((prefix for prefix in prefixes(name) if prefix in fractions), None)
-            if layer is None or not 0 < fractions[layer] < 1:
-                continue
+        for name, tensor in partial.items():
             at_random = known.hedge(name) if hedged else (random_share or 0.0)
-            found = _choose(name, shape, fractions[layer], unit, rank, at_random, temperature, seed)
+            found = _choose(name, tensor.shape, fractions[tensor.layer], unit, rank, at_random, temperature, seed)
             if found is not None:
                 chosen[name] = found
+        if callable(score) and not chosen and any(0 < fraction < 1 for fraction in spent.fractions):
+            raise ConfigurationError(
+                f"{_name(score, 0)} ranks none of the tensors that are trained in part"
+                + ("" if model is not None else ": pass model=, which knows their names and shapes")
+            )
+    decided = [
+        SelectedLayer(layer.id, size, fraction, share, _retained(layer.id, fraction, tensors, chosen, known), count)
+        for layer, size, fraction, share, count in zip(
+            layers, sizes, spent.fractions, spent.shares, trained, strict=True
+        )
+    ]
+    parts = {tensors[name].listed_as: found.parts for name, found in chosen.items()}
     return Selection(
         model_id=blueprint.model_id,
         training_checkpoint=blueprint.training_checkpoint,
         blueprint_digest=blueprint.digest,
         unit=unit,
-        criterion=named if isinstance(named, str) else getattr(named, "__name__", "custom"),
+        criterion=getattr(criterion, "__name__", "custom") if callable(criterion) else str(Criterion(criterion)),
         score="whole layers" if unit == "layer" else _name(score or DEFAULT_SCORE, temperature),
-        trust=allocation_.trust,
+        trust=spent.trust,
         validity=known.validity,
         seed=seed,
-        copies=copies,
-        exact=allocation_.exact,
-        layers=tuple(
-            SelectedLayer(layer.id, size, fraction, share, _retained(layer.id, fraction, chosen))
-            for layer, size, fraction, share in zip(
-                blueprint.layers, sizes, allocation_.fractions, allocation_.shares, strict=True
-            )
-        ),
-        parts={name: found.parts for name, found in chosen.items()},
+        copies=held.copies,
+        exact=spent.exact,
+        layers=(*decided, *(SelectedLayer(name, size, 1.0, 0.0, 1.0, size) for name, size in held.also.items())),
+        parts=parts | {name: np.empty(0, np.int64) for name in held.fixed},
+        random_tensors=None if model is None else len(partial.keys() - chosen.keys()),
     )
 
 
@@ -179,10 +216,47 @@ class _Known:
     trust: float | None
     validity: float
 
+    def tensors(self, layers: Set[str]) -> ModelTensors:
+        """The tensors in these layers, as far as they were measured."""
+        shapes = {
+            name: tuple(tensor.shape) for name, tensor in {**self.statistics.square, **self.statistics.mean}.items()
+        }
+        for name, sides in (*self.factors.items(), *self.statistics.factors().items()):
+            row, column = sides["row"], sides.get("column")
+            shapes.setdefault(name, tuple(row.shape) if column is None else (*row.shape, column.shape[-1]))
+        listed = {
+            name: ListedTensor(found[1], name, shape)
+            for name, shape in shapes.items()
+            if (found := listing([name], layers)) is not None
+        }
+        return ModelTensors(listed, fixed=(), also={}, copies=False)
+
+    def check(self, tensors: Mapping[str, ListedTensor], score: ScoreName | Score | None) -> None:
+        """Raise ConfigurationError for what was given, or a score that was named, and knows none of the tensors."""
+        measured = {**self.statistics.row, **self.statistics.square, **self.statistics.mean}
+        for what, names in (("factors", self.factors.keys()), ("local statistics", measured.keys())):
+            if names and not names & tensors.keys():
+                raise ConfigurationError(
+                    f"the {what} know no tensor of the blueprint's layers: they have {some(sorted(names))}"
+                )
+        sources: dict[ScoreName, Set[str]] = {
+            "empirical_bayes": self.factors.keys() | self.statistics.mean.keys(),
+            "blend": self.factors.keys() | self.statistics.mean.keys(),
+            "factors": self.factors.keys(),
+            "mean_gradient": self.statistics.mean.keys(),
+            "rms": self.statistics.square.keys(),
+            "local_factors": self.statistics.row.keys(),
+        }
+        if isinstance(score, str) and score != "random" and not sources[score] & tensors.keys():
+            raise ConfigurationError(
+                f"the score {score!r} knows no tensor: give it factors, or statistics that were gathered for it; "
+                "score='random' draws by chance"
+            )
+
     def score(self, name: ScoreName, seed: int) -> Score:
         """The score of that name."""
         ours, theirs = published_factors(self.factors), local_gradient(self.statistics.mean)
-        weight = self.validity / (1 + self.validity) if self.trust is None else self.trust
+        weight = weight_of_published(self.validity, self.trust)
         match name:
             case "empirical_bayes":
                 return empirical_bayes(self.factors, self.statistics, self.validity, self.trust)
@@ -199,6 +273,10 @@ class _Known:
             case "random":
                 return random_coordinates(seed)
 
+    def local_mass(self, name: str) -> float:
+        """Σ|g| of a tensor's mean local gradient; 0 where there is none."""
+        return float(self.statistics.mean[name].float().abs().sum()) if name in self.statistics.mean else 0.0
+
     def hedge(self, name: str) -> float:
         """Share of a tensor's budget for which neither side vouches."""
         published = self.validity if name in self.factors else 0.0
@@ -211,8 +289,9 @@ class _Known:
 @dataclass(frozen=True)
 class _Chosen:
     parts: Indices
-    entries: int
     retained: float
+    mass: float
+    """Sum of the score over the whole tensor."""
 
 
 def _choose(
@@ -243,43 +322,76 @@ def _choose(
         by_part = drawn(by_part, temperature, name, seed)
     parts = best(by_part, parts_of(fraction, shape, width), name, seed, at_random)
     kept = scores.reshape(-1, width)[parts].sum(dtype=np.float64)
-    return _Chosen(parts, len(parts) * width, float(kept) / total)
+    return _Chosen(parts, float(kept) / total, total)
 
 
-def _retained(layer: str, fraction: float, chosen: Mapping[str, _Chosen]) -> float | None:
+def _retained(
+    layer: str,
+    fraction: float,
+    tensors: Mapping[str, ListedTensor],
+    chosen: Mapping[str, _Chosen],
+    known: _Known,
+) -> float | None:
+    """Mean over the layer's ranked tensors, each with the weight of its own mass."""
     if fraction in (0.0, 1.0):
         return fraction
-    kept = [found for name, found in chosen.items() if layer in prefixes(name)]
-    total = sum(found.entries for found in kept)
-    return sum(found.entries * found.retained for found in kept) / total if total else None
+    ranked = {name: found for name, found in chosen.items() if tensors[name].layer == layer}
+    # Blended scores are shares of their own tensor, so that their sums compare no tensors; local gradients do.
+    masses = {name: known.local_mass(name) or found.mass for name, found in ranked.items()}
+    kept = sum(found.retained * masses[name] for name, found in ranked.items())
+    return kept / sum(masses.values()) if ranked else None
 
 
-def _shapes(model: nn.Module | None, known: _Known) -> dict[str, Shape]:
-    """Shapes of the tensors that may be ranked."""
-    if model is not None:
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in {**known.statistics.square, **known.statistics.mean}.items()
-    }
-    for name, sides in known.factors.items():
-        row, column = sides["row"], sides.get("column")
-        shapes.setdefault(name, tuple(row.shape) if column is None else (*row.shape, column.shape[-1]))
-    return shapes
+def _trained(
+    layers: Sequence[Layer],
+    sizes: Sequence[int],
+    fractions: Sequence[float],
+    tensors: Mapping[str, ListedTensor],
+    unit: Unit,
+) -> list[int | None]:
+    """Parameters per layer in whole parts of its tensors; None where parts are chosen and not all shapes are known."""
+    shapes: dict[str, list[Shape]] = {}
+    for tensor in tensors.values():
+        shapes.setdefault(tensor.layer, []).append(tensor.shape)
+
+    def of_layer(layer: str, size: int, fraction: float) -> int | None:
+        known = shapes.get(layer, [])
+        if fraction in (0.0, 1.0):
+            return int(fraction) * size
+        if sum(map(math.prod, known)) != size:
+            return None if allocation.count(fraction, size) else 0
+        widths = [width_of(unit, shape) for shape in known]
+        return sum(parts_of(fraction, shape, width) * width for shape, width in zip(known, widths, strict=True))
+
+    return [of_layer(layer.id, size, fraction) for layer, size, fraction in zip(layers, sizes, fractions, strict=True)]
 
 
-def _layer_sizes(blueprint: Blueprint, shapes: Mapping[str, Shape], *, counts: bool) -> list[int]:
+def _least_budget(
+    layers: Sequence[Layer],
+    sizes: Sequence[int],
+    tensors: Mapping[str, ListedTensor],
+    unit: Unit,
+    spend: Callable[[allocation.Budget], allocation.Allocation],
+) -> int:
+    """The fewest parameters with which something is chosen."""
+    too_few, enough = 0, sum(sizes)
+    while enough - too_few > 1:
+        count = (too_few + enough) // 2
+        fractions = spend(allocation.Budget.parameters(count)).fractions
+        if any(trained != 0 for trained in _trained(layers, sizes, fractions, tensors, unit)):
+            enough = count
+        else:
+            too_few = count
+    return enough
+
+
+def _layer_sizes(layers: Sequence[Layer], tensors: Mapping[str, ListedTensor], *, counts: bool) -> list[int]:
     """Parameters per layer: counted in the model, else as the blueprint says, else counted in what was measured."""
     counted: dict[str, int] = {}
-    ids = {layer.id for layer in blueprint.layers}
-    for name, shape in shapes.items():
-        owner = next((prefix for prefix in prefixes(name) if prefix in ids), None)
-        if owner is not None:
-            counted[owner] = counted.get(owner, 0) + int(np.prod(shape))
-    sizes = [
-        counted.get(layer.id, layer.parameters) if counts or layer.parameters is None else layer.parameters
-        for layer in blueprint.layers
-    ]
-    unknown = [layer.id for layer, size in zip(blueprint.layers, sizes, strict=True) if size is None]
+    for tensor in tensors.values():
+        counted[tensor.layer] = counted.get(tensor.layer, 0) + math.prod(tensor.shape)
+    sizes = [counted.get(layer.id) if counts or layer.parameters is None else layer.parameters for layer in layers]
+    unknown = [layer.id for layer, size in zip(layers, sizes, strict=True) if size is None]
     if unknown:
         raise ConfigurationError(
             f"the blueprint does not say how many parameters {unknown[0]!r} has "
@@ -290,32 +402,30 @@ def _layer_sizes(blueprint: Blueprint, shapes: Mapping[str, Shape], *, counts: b
 
 def _values(
     criterion: str | LayerValue,
-    blueprint: Blueprint,
+    layers: Sequence[Layer],
     sizes: Sequence[int],
     known: _Known,
-    shapes: Mapping[str, Shape],
+    tensors: Mapping[str, ListedTensor],
 ) -> tuple[LayerValue, LayerValue]:
     """What the published and the local side say that a layer is worth."""
     if callable(criterion):
         return criterion, criterion
-    by_id = {layer.id: size for layer, size in zip(blueprint.layers, sizes, strict=True)}
+    by_id = {layer.id: size for layer, size in zip(layers, sizes, strict=True)}
     if Criterion(criterion) is not Criterion.ABSOLUTE:
         value = criterion_value(Criterion(criterion), by_id)
         return value, value
-    ours = _sums(blueprint, published_factors(known.factors), shapes)
-    theirs = _sums(blueprint, local_gradient(known.statistics.mean), shapes)
+    ours = _sums(published_factors(known.factors), tensors)
+    theirs = _sums(local_gradient(known.statistics.mean), tensors)
     return (lambda layer: ours.get(layer.id, theirs.get(layer.id))), (lambda layer: theirs.get(layer.id))
 
 
-def _sums(blueprint: Blueprint, score: Score, shapes: Mapping[str, Shape]) -> dict[str, float]:
+def _sums(score: Score, tensors: Mapping[str, ListedTensor]) -> dict[str, float]:
     """Σ|g| per layer of the blueprint, of the tensors that the score knows."""
-    ids = {layer.id for layer in blueprint.layers}
     sums: dict[str, float] = {}
-    for name, shape in shapes.items():
-        owner = next((prefix for prefix in prefixes(name) if prefix in ids), None)
-        found = score(name, shape) if owner is not None else None
-        if owner is not None and found is not None:
-            sums[owner] = sums.get(owner, 0.0) + float(found.sum(dtype=np.float64))
+    for name, tensor in tensors.items():
+        found = score(name, tensor.shape)
+        if found is not None:
+            sums[tensor.layer] = sums.get(tensor.layer, 0.0) + float(found.sum(dtype=np.float64))
     return sums
 
 

@@ -1,0 +1,118 @@
+"""The tensors of a model as a blueprint lists them, tied ones once, and which of them are free to be trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.selection.indices import prefixes
+
+_FROZEN = "_frozen_by_selection"
+"""Where a model keeps the names of the tensors that `apply_selection` froze: a next selection may have them, unlike
+those that its owner froze. On the model, so that a copy of it knows them too."""
+
+
+@dataclass(frozen=True)
+class ListedTensor:
+    """A tensor that may be trained, and the layer of the blueprint that lists it."""
+
+    layer: str
+    listed_as: str
+    """The name by which the layer lists it: of a tied tensor it may be another than the model's first."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """Tensors of a model by the names of `named_parameters`."""
+
+    listed: dict[str, ListedTensor]
+    fixed: tuple[str, ...]
+    """Names, as listed, of those in the blueprint's layers that are frozen or hold no floating-point numbers."""
+    also: dict[str, int]
+    """Sizes of those that are trained whole beside the blueprint's."""
+    copies: bool
+    """Whether weights that may be trained are of a lower precision than float32."""
+
+
+def tensors_of(model: nn.Module, layers: Set[str], also_train: Sequence[str] = ()) -> ModelTensors:
+    """The model's tensors in the blueprint's `layers`, and those that `also_train` names (see `select`).
+
+    Warns of layers that the model does not have; raises ConfigurationError when it has none of them that may be
+    trained, or nothing of an entry of `also_train`.
+    """
+    fixed, listed, also = [], {}, {}
+    unused, missing, copies = set(also_train), set(layers), False
+    frozen = kept_fixed(model)
+    for names, parameter in tied_names(model):
+        missing.difference_update(prefix for name in names for prefix in prefixes(name))
+        found = listing(names, layers)
+        if names[0] in frozen:
+            if found is not None:
+                fixed.append(found[0])
+            continue
+        asked = {entry for entry in also_train for name in names if _names(entry, name)}
+        unused -= asked
+        if asked:
+            also[names[0]] = parameter.numel()
+        elif found is not None:
+            listed[names[0]] = ListedTensor(found[1], found[0], tuple(parameter.shape))
+        copies |= bool(asked or found) and parameter.dtype.itemsize < 4
+    if unused:
+        raise ConfigurationError(f"also_train: nothing in the model that may be trained is named {min(unused)!r}")
+    if not listed:
+        why = "everything that it lists is frozen" if fixed else "are its tensors named otherwise?"
+        raise ConfigurationError(f"the blueprint lists nothing that may be trained in this model: {why}")
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of the blueprint's {len(layers)} layers are not in the model and are left out: "
+            f"{some(sorted(missing))}",
+            stacklevel=3,
+        )
+    return ModelTensors(listed, tuple(fixed), also, copies)
+
+
+def tied_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Every parameter once, with all its names; the first is that of `named_parameters`."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def listing(names: Sequence[str], layers: Set[str]) -> tuple[str, str] | None:
+    """The first of a tensor's names that a layer lists, and that layer, the narrowest."""
+    return next(((name, prefix) for name in names for prefix in prefixes(name) if prefix in layers), None)
+
+
+def kept_fixed(model: nn.Module) -> set[str]:
+    """Names of the tensors that are not to be trained: frozen, though not by a selection, or not floating-point."""
+    by_selection: frozenset[str] = getattr(model, _FROZEN, frozenset())
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_floating_point() or not (parameter.requires_grad or name in by_selection)
+    }
+
+
+def freeze(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+    """Train the chosen tensors; freeze the others until another selection has them. What is fixed stays so."""
+    fixed = kept_fixed(model)
+    free = [(name, parameter) for name, parameter in model.named_parameters() if name not in fixed]
+    for name, parameter in free:
+        parameter.requires_grad_(chosen(name))
+    setattr(model, _FROZEN, frozenset(name for name, _ in free if not chosen(name)))
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _names(entry: str, parameter: str) -> bool:
+    return any(fnmatchcase(prefix, entry) for prefix in prefixes(parameter))

@@ -1,0 +1,182 @@
+"""A blueprint on a model that it does not quite fit: other layers, tied, frozen and new tensors."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradient_blueprints.allocation import LayerValue
+from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.selection import Budget, Selection, Unit, select
+
+
+class Tied(nn.Module):
+    """An embedding that is the head too, and a block between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.block = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embedding(inputs)))  # type: ignore[no-any-return]  # a module is untyped
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(8, 8)
+        self.score = nn.Linear(8, 3)
+
+
+def blueprint_of(*layers: str, sizes: dict[str, int] | None = None) -> Blueprint:
+    return Blueprint.from_dict(
+        {
+            "model_id": "m",
+            "training_checkpoint": 1.0,
+            "layers": [
+                {"id": name, "gradient_norm": 1.0, "parameters": (sizes or {}).get(name, 72)} for name in layers
+            ],
+        }
+    )
+
+
+def trained(model: nn.Module, selection: Selection) -> dict[str, int]:
+    return {entry.name: entry.selected for entry in apply_selection(model, selection)}
+
+
+@pytest.mark.parametrize("unit", ["coordinate", "row", "layer"])
+def test_layers_that_the_model_does_not_have_get_nothing_of_the_budget(unit: Unit) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="2 of the blueprint's 4 layers are not in the model and are left out: 2, 3"):
+        selection = select(blueprint_of("0", "1", "2", "3"), budget=0.5, unit=unit, model=model)
+    assert [layer.id for layer in selection.layers] == ["0", "1"]
+    assert selection.parameters == 144
+    assert selection.selected == sum(trained(model, selection).values()) >= 64
+
+
+def test_a_blueprint_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="are its tensors named otherwise"):
+        select(blueprint_of("model.0"), model=nn.Sequential(nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize(
+    "layers", [("embedding", "block", "head"), ("embedding.weight", "block", "head.weight"), ("head", "block")]
+)
+@pytest.mark.parametrize("unit", ["coordinate", "row", "layer"])
+def test_tied_tensors_count_once_whatever_name_the_blueprint_has_for_them(layers: tuple[str, ...], unit: Unit) -> None:
+    model = Tied()
+    selection = select(blueprint_of(*layers), budget=1.0, unit=unit, model=model)
+    assert selection.parameters == 160 + 72
+    assert trained(model, selection) == {"embedding.weight": 160, "block.weight": 64, "block.bias": 8}
+    gradients = {"embedding.weight": torch.rand(20, 8)}
+    ranked = select(blueprint_of(*layers), budget=0.5, model=model, gradients=gradients)
+    chosen = next(entry for entry in apply_selection(model, ranked) if entry.name == "embedding.weight")
+    assert chosen.indices is not None
+    largest = gradients["embedding.weight"].flatten().topk(80).indices
+    assert chosen.indices.tolist() == sorted(largest.tolist())
+
+
+# --- frozen tensors
+
+
+@pytest.mark.parametrize("unit", ["coordinate", "row", "layer"])
+def test_what_was_frozen_is_not_selected(unit: Unit) -> None:
+    model = Tied()
+    model.embedding.weight.requires_grad_(False)
+    model.block.bias.requires_grad_(False)
+    selection = select(blueprint_of("embedding", "block"), budget=Budget.parameters(64), unit=unit, model=model)
+    assert trained(model, selection) == {"block.weight": 64}
+    assert selection.parameters == selection.selected == 64
+    assert not model.embedding.weight.requires_grad
+    assert not model.block.bias.requires_grad
+
+
+def test_numbers_that_have_no_gradient_are_not_selected() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    selection = select(blueprint_of("a", "b"), budget=0.5, model=model)
+    assert trained(model, selection) == {"a.weight": 32, "a.bias": 4, "b.bias": 4}
+    assert not selection.copies, "the integers are not trained"
+
+
+def test_a_selection_made_without_the_model_leaves_frozen_tensors_and_says_so() -> None:
+    model = Tied()
+    model.embedding.weight.requires_grad_(False)
+    selection = select(blueprint_of("embedding", "block", sizes={"embedding": 160}), budget=0.5)
+    with pytest.warns(UserWarning, match=r"frozen before and left so: embedding\.weight"):
+        assert "embedding.weight" not in trained(model, selection)
+    assert not model.embedding.weight.requires_grad
+    model.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match="all of it is frozen"):
+        apply_selection(model, selection)
+    with pytest.raises(ConfigurationError, match="everything that it lists is frozen"):
+        select(blueprint_of("block"), model=model)
+
+
+def test_what_an_earlier_selection_froze_is_free_for_the_next() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["c"].requires_grad_(False)
+    worth: dict[str, LayerValue] = {
+        "a": lambda layer: float(layer.id == "a"),
+        "b": lambda layer: float(layer.id == "b"),
+    }
+    for layer in ("a", "b", "a"):
+        selection = select(blueprint_of("a", "b"), budget=0.5, unit="layer", criterion=worth[layer], model=model)
+        assert trained(model, selection) == {f"{layer}.weight": 64, f"{layer}.bias": 8}
+        assert not model["c"].weight.requires_grad
+    copied = copy.deepcopy(model)
+    assert len(trained(copied, select(blueprint_of("a", "b"), budget=0.5, model=copied))) == 4
+
+
+# --- tensors outside the blueprint
+
+
+def test_a_new_head_is_frozen_with_a_warning_or_trained_on_request() -> None:
+    model, blueprint = Classifier(), blueprint_of("block")
+    with pytest.warns(UserWarning, match=r"does not list score\.weight, score\.bias: frozen .* also_train"):
+        assert trained(model, select(blueprint, budget=0.5, model=model)) == {"block.weight": 32, "block.bias": 4}
+    for pattern in ("score", "score.*", "sc*"):
+        selection = select(blueprint, budget=0.5, model=model, also_train=[pattern])
+        assert trained(model, selection) == {"block.weight": 32, "block.bias": 4, "score.weight": 24, "score.bias": 3}
+        assert (selection.selected, selection.parameters) == (63, 99)
+    with pytest.raises(ConfigurationError, match="nothing in the model that may be trained is named 'classifier'"):
+        select(blueprint, model=model, also_train=["classifier", "score"])
+
+
+def test_a_tensor_of_the_blueprint_can_be_trained_whole_beside_the_budget() -> None:
+    model = Classifier()
+    blueprint = blueprint_of("block", "score", sizes={"score": 27})
+    selection = select(blueprint, budget=0.5, model=model, also_train=["*.bias", "score"])
+    assert trained(model, selection) == {"block.weight": 32, "block.bias": 8, "score.weight": 24, "score.bias": 3}
+
+
+def test_a_selection_on_a_model_survives_its_file(tmp_path: Path) -> None:
+    model = Classifier()
+    model.block.bias.requires_grad_(False)
+    selection = select(blueprint_of("block"), budget=0.5, model=model, also_train=["score"])
+    again = Selection.load(selection.save(tmp_path / "selection"))
+    assert again.layers == selection.layers
+    assert again.summary() == selection.summary()
+    assert trained(copy.deepcopy(model), again) == trained(model, selection)
+
+
+def test_a_new_head_learns_beside_the_selection() -> None:
+    torch.manual_seed(0)
+    model = Classifier()
+    before = copy.deepcopy(model)
+    selection = select(blueprint_of("block"), budget=0.5, model=model, also_train=["score"])
+    optimizer = SelectedAdamW(apply_selection(model, selection), lr=0.1)
+    model.score(model.block(torch.ones(2, 8))).square().sum().backward()
+    optimizer.step()
+    assert not torch.isclose(model.score.weight, before.score.weight).any()
+    assert np.isclose((model.block.weight != before.block.weight).float().mean().item(), 0.5)
