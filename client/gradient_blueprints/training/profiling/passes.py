@@ -120,10 +120,10 @@ class GradientPass:
         ]
         self._ranks = Ranks(model)
         self._unread = ExitStack()
-        self._unread.enter_context(unread(self._parameters().values()))
         self._require(dict.fromkeys(self._names, False))
         self._offloaded = OffloadedWeights(model, self._names)
         try:
+            self._unread.enter_context(unread(self._parameters().values()))
             self._capture = Capture(model, self._names, self._arrive)
         except BaseException:
             self.close()
