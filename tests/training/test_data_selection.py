@@ -92,10 +92,10 @@ def test_an_example_without_targets_has_no_score_and_shifts_no_other(model: nn.M
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[2] = -100
     silent = batch | {"labels": labels}
-    for strategy in (Loss(), ErrorNorm(), GradientNorm(), Loss("middle")):
+    for strategy in (Loss(), ErrorNorm(), GradientNorm(), Loss("middle"), Random()):
         scores = strategy(model, [batch, silent])
         assert np.flatnonzero(np.isnan(scores)).tolist() == [8]
-        if strategy != Loss("middle"):
+        if strategy not in (Loss("middle"), Random()):
             assert scores[[6, 7, 9, 10, 11]] == pytest.approx(scores[[0, 1, 3, 4, 5]], rel=1e-4)
     assert 8 not in select_data(model, [batch, silent], 1.0, Loss())
 
@@ -138,6 +138,20 @@ def test_chance_is_the_same_for_the_same_seed_and_another_for_another(model: nn.
     assert Random(1)(model, batches).tolist() == Random(1)(model, batches).tolist()
     assert Random(1)(model, batches).tolist() != Random(2)(model, batches).tolist()
     assert len(Random()(model, batches)) == 12
+
+
+def test_chance_too_knows_that_a_causal_model_has_no_target_in_its_first_label() -> None:
+    labels = torch.full((2, 6), -100)
+    labels[0, 0] = labels[1, 3] = 1
+    batch = padded((6, 6)) | {"labels": labels}
+    assert np.isnan(Random()(llama().eval(), [batch])).tolist() == [True, False]
+    assert np.isnan(Random()(bert().eval(), [batch])).tolist() == [False, False]
+
+
+def test_a_predictor_is_fitted_to_an_iterator_as_to_a_list(model: nn.Module) -> None:
+    sample = [padded(LENGTHS * 2, seed) for seed in range(2)]
+    predictor = fit_influence(model, iter(sample), depth=1)
+    assert predictor.influences.tolist() == fit_influence(model, sample, depth=1).influences.tolist()
 
 
 def test_scoring_leaves_the_model_as_it_was() -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.deltas import Delta, DeltaStack, save_delta
+from gradient_blueprints.training.deltas import Delta, DeltaStack, Weights, save_delta
 from gradient_blueprints.training.selection.indices import pack, unpack
-from tests.training.test_finetuning import make_model, make_selection, train_selected
+from tests.training.test_finetuning import make_model, make_selection, train_selected, weight_of
 
 
 def equal(left: nn.Module, right: nn.Module) -> bool:
@@ -96,6 +99,97 @@ def test_a_delta_is_not_put_on_another_model(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="another model"):
             DeltaStack(model).apply("task", delta)
     assert equal(other, before)
+
+
+def tune_by_hand(model: nn.Module) -> nn.Module:
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter[0] += 1
+    return tuned
+
+
+def test_weights_that_changed_since_a_delta_was_removed_are_another_model(tmp_path: Path) -> None:
+    base = make_model()
+    delta = Delta.load(save_delta(base, tune_by_hand(base), None, tmp_path / "d"))
+    stack = DeltaStack(base)
+    stack.apply("task", delta)
+    stack.remove("task")
+    with torch.no_grad():
+        next(base.parameters()).add_(1)
+    with pytest.raises(ConfigurationError, match="another model"):
+        stack.apply("task", delta)
+
+
+def test_a_tensor_that_is_not_contiguous_takes_deltas_too(tmp_path: Path) -> None:
+    base = make_model()
+    tuned = tune_by_hand(base)
+    delta = Delta.load(save_delta(base, tuned, None, tmp_path / "d"))
+    model = copy.deepcopy(base)
+    weight = weight_of(model)
+    weight.data = weight.data.t().contiguous().t()
+    stack = DeltaStack(model)
+    stack.apply("task", delta)
+    assert equal(model, tuned)
+    assert not weight.is_contiguous()
+    stack.remove("task")
+    assert equal(model, base)
+
+
+def test_removing_what_is_not_applied_says_what_is(tmp_path: Path) -> None:
+    base = make_model()
+    stack = DeltaStack(base)
+    stack.apply("task", Delta.load(save_delta(base, tune_by_hand(base), None, tmp_path / "d")))
+    with pytest.raises(ConfigurationError, match="'tusk' is not applied; there is task"):
+        stack.remove("tusk")
+
+
+def test_one_shard_of_a_tuned_checkpoint_is_refused(tmp_path: Path) -> None:
+    base = make_model()
+    shard = {name: value for name, value in tune_by_hand(base).state_dict().items() if name.startswith("2.")}
+    with pytest.raises(ConfigurationError, match=r"0\.weight is not in the tuned weights, 4 tensors"):
+        save_delta(base, shard, None, tmp_path / "d")
+
+
+class Tied(nn.Module):
+    """A head that is the embedding, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("seen", torch.zeros(1))
+
+
+@pytest.mark.parametrize("base_is", ["model", "state"])
+@pytest.mark.parametrize("tuned_is", ["model", "state", "file"])
+def test_a_tied_head_is_saved_once_from_models_and_from_mappings(tmp_path: Path, base_is: str, tuned_is: str) -> None:
+    base = Tied()
+    tuned = tune_by_hand(base)
+    forms: dict[str, Weights] = {
+        "model": tuned,
+        "state": tuned.state_dict(),
+        "file": {name: value for name, value in tuned.state_dict().items() if name != "head.weight"},
+    }
+    start = base if base_is == "model" else base.state_dict()
+    delta = Delta.load(save_delta(start, forms[tuned_is], None, tmp_path / "d"))
+    assert delta.changes.keys() == {"embedding.weight"}
+    DeltaStack(base).apply("task", delta)
+    assert equal(base, tuned)
+
+
+def test_shards_are_refused_with_how_to_gather_them(tmp_path: Path) -> None:
+    base, sharded = nn.Linear(2, 2), nn.Linear(2, 2)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # torch's own, without a peer
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ConfigurationError, match="full_state_dict"):
+            save_delta(base, sharded, None, tmp_path / "d")
+        with pytest.raises(ConfigurationError, match="full_state_dict"):
+            DeltaStack(sharded)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_merged_deltas_are_the_new_base(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def weight_of(model: nn.Module) -> torch.Tensor:
     return middle.weight
 
 
-def make_selection(budget: float = 0.3, unit: Unit = "coordinate") -> Selection:
+def make_selection(budget: float = 0.3, unit: Unit = "coordinate", seed: int = 0) -> Selection:
     blueprint = Blueprint.from_dict(
         {
             "model_id": "m",
@@ -47,7 +47,7 @@ def make_selection(budget: float = 0.3, unit: Unit = "coordinate") -> Selection:
             ],
         }
     )
-    return select(blueprint, budget=budget, unit=unit)
+    return select(blueprint, budget=budget, unit=unit, seed=seed)
 
 
 def decaying(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -208,11 +208,89 @@ def test_training_continues_from_a_file_as_if_it_had_not_stopped(
         assert torch.equal(expected, found)
 
 
-def test_the_state_of_another_selection_is_refused() -> None:
-    _, optimizer = train_selected(make_model(), make_selection(), 1)
-    other = SelectedAdamW(apply_selection(make_model(), make_selection(0.5)))
+@pytest.mark.parametrize("unit", ["coordinate", "row"])
+@pytest.mark.parametrize(("budget", "seed"), [(0.5, 0), (0.3, 1)])
+def test_the_state_of_another_selection_is_refused(unit: Unit, budget: float, seed: int) -> None:
+    _, optimizer = train_selected(make_model(), make_selection(0.3, unit), 1)
+    other = SelectedAdamW(apply_selection(make_model(), make_selection(budget, unit, seed)))
     with pytest.raises(ConfigurationError, match="another selection"):
         other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+def test_a_state_that_names_no_selection_is_refused() -> None:
+    optimizer = SelectedAdamW(apply_selection(model := make_model(), make_selection()))
+    with pytest.raises(ConfigurationError, match="does not say to which selection"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+def test_a_newer_optimizer_closes_the_older_and_trains_as_if_it_were_the_only_one() -> None:
+    selection = make_selection()
+    alone, _ = train_selected(make_model(), selection, 3)
+    model = make_model()
+    older = SelectedAdamW(apply_selection(model, selection))
+    train_selected(model, selection, 3)
+    for expected, found in zip(alone.parameters(), model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    with pytest.raises(ConfigurationError, match="closed"):
+        older.step()
+
+
+def test_a_discarded_optimizer_no_longer_takes_gradients() -> None:
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()))
+    del optimizer
+    backward(model, batches_for(model, 1)[0])
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_weights_that_were_changed_from_outside_count_and_not_the_copies_of_before() -> None:
+    selection = make_selection()
+    model, optimizer = train_selected(make_model(torch.bfloat16), selection, 3)
+    fresh = make_model(torch.bfloat16)
+    assert not torch.equal(weight_of(model), weight_of(fresh))
+    model.load_state_dict(fresh.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    backward(model, batches_for(model, 1)[0])
+    optimizer.step()
+    for expected, found in zip(fresh.parameters(), model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_a_model_that_is_made_bfloat16_after_its_first_step_keeps_small_updates_too() -> None:
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()), lr=1e-4, weight_decay=0.0)
+    pair = batches_for(model, 1)[0]
+    backward(model, pair)
+    optimizer.step()
+    model.to(torch.bfloat16)
+    before = weight_of(model).detach().clone()
+    for _ in range(200):
+        backward(model, (pair[0].bfloat16(), pair[1].bfloat16()))
+        optimizer.step()
+    moved = (weight_of(model).detach() - before).flatten()[torch.tensor(make_selection().indices("2.weight", 256))]
+    assert float(moved.abs().float().median()) > 5e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"max_norm": 0.0}]
+)
+def test_options_with_which_adamw_would_not_descend_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        SelectedAdamW(apply_selection(make_model(), make_selection()), **options)
+
+
+def test_plain_parameters_are_refused_with_what_to_give_instead() -> None:
+    with pytest.raises(ConfigurationError, match="apply_selection"):
+        SelectedAdamW(make_model().parameters())  # type: ignore[arg-type]  # what is refused
+
+
+def test_a_sparse_gradient_is_refused_by_the_name_of_its_tensor() -> None:
+    model = nn.ModuleDict({"0": nn.Embedding(26, 8, sparse=True)})
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()))
+    with pytest.raises(ConfigurationError, match=r"0\.weight has a sparse gradient"):
+        model["0"](torch.tensor([1, 2])).sum().backward()
+    optimizer.close()
 
 
 def test_bfloat16_weights_keep_updates_below_their_resolution() -> None:

@@ -100,6 +100,12 @@ def test_one_pass_gives_mean_square_factors_and_the_noise_of_the_mean() -> None:
             torch.testing.assert_close(noise["row"], variance, rtol=1e-3, atol=1e-9)
 
 
+def test_a_sample_may_be_an_iterator() -> None:
+    model, batches = Scorer(), batches_of(3)
+    for name, mean in mean_gradients(model, batches).items():
+        assert torch.equal(mean, mean_gradients(model, iter(batches))[name])
+
+
 def test_half_the_memory_is_right_on_average() -> None:
     """Rounded to the nearest, the sum of 200 equal parts would stop growing."""
     torch.manual_seed(0)

@@ -9,13 +9,17 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.lightning_callback import CapabilityCallback
 from gradient_blueprints.training.selection import Selection, select
-from gradient_blueprints.training.trainer import trainer_arguments
+from gradient_blueprints.training.trainer import SelectionCallback, trainer_arguments
 from tests.training.profiling.small_models import Rows, build
 
 
@@ -88,6 +92,28 @@ def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
         assert torch.equal(expected, found)
 
 
+def test_the_trainer_takes_callbacks_of_ones_own_beside_those_of_the_selection(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    model, own = copy.deepcopy(base), TrainerCallback()
+    trainer = Trainer(model=model, args=arguments, **trainer_arguments(model, selection, arguments, callbacks=[own]))
+    assert own in trainer.callback_handler.callbacks
+    assert any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_the_trainer_of_several_processes_is_refused_before_it_starts(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # torch's own, without a peer
+    try:
+        with pytest.raises(ConfigurationError, match="one process only"):
+            trainer_arguments(copy.deepcopy(base), selection, arguments)
+    finally:
+        distributed.destroy_process_group()
+
+
 class Module(lightning.LightningModule):
     def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
         super().__init__()
@@ -102,7 +128,12 @@ class Module(lightning.LightningModule):
 
 
 def fit(
-    base: PreTrainedModel, selection: Selection, folder: Path, epochs: int, checkpoint: Path | None = None
+    base: PreTrainedModel,
+    selection: Selection,
+    folder: Path,
+    epochs: int,
+    checkpoint: Path | None = None,
+    **options: Any,
 ) -> Module:
     module = Module(copy.deepcopy(base).train(), selection)
     trainer = lightning.Trainer(
@@ -114,6 +145,7 @@ def fit(
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
+        **options,
     )
     trainer.fit(module, DataLoader(Rows(), batch_size=2), ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / f"{epochs}.ckpt")
@@ -136,3 +168,11 @@ def test_lightning_trains_and_resumes_a_selection(base: PreTrainedModel, selecti
     resumed = fit(base, selection, tmp_path, 2, tmp_path / "1.ckpt")
     for expected, found in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_clipping_that_lightning_cannot_do_is_refused(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match="gradient_clip_val"):
+        fit(base, selection, tmp_path, 1, gradient_clip_val=1.0, callbacks=[CapabilityCallback()])

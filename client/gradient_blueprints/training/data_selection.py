@@ -157,7 +157,7 @@ class InfluencePredictor:
 
 def fit_influence(
     model: nn.Module,
-    sample: Sequence[Batch],
+    sample: Iterable[Batch],
     *,
     depth: int = 2,
     with_loss: bool = True,
@@ -175,6 +175,7 @@ def fit_influence(
 
     Raises ConfigurationError for fewer than 20 examples with a gradient.
     """
+    sample = list(sample)  # it is run through twice, in the same order
     influences = exact_influences(model, sample, length_normalised=length_normalised)
     features = np.concatenate(list(_features(model, sample, depth, with_loss=with_loss)))  # (examples, features)
     known = np.flatnonzero((influences > 0) & np.isfinite(features).all(1))
@@ -235,7 +236,20 @@ class Random:
     seed: int = 0
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
-        return np.random.default_rng(self.seed).random(sum(examples_in(batch) for batch in batches))
+        silent = _joined([_without_targets(model, with_labels(batch, None)) for batch in batches])
+        scores = np.random.default_rng(self.seed).random(len(silent))
+        scores[silent > 0] = np.nan
+        return scores
+
+
+def _without_targets(model: nn.Module, batch: Batch) -> Scores:
+    """1 for an example without a target, else 0, (examples,); the model runs only where its shift decides."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return np.zeros(examples_in(batch))
+    shifted, unshifted = (target_tokens(labels, shift=shift) == 0 for shift in (True, False))
+    silent = shifted if not torch.equal(shifted, unshifted) and _shifts(model, batch) else unshifted
+    return silent.double().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -341,18 +355,12 @@ def _forwards(
     model: nn.Module, batches: Iterable[Batch], block: nn.Module | None = None, *, stop: bool = False
 ) -> Iterator[_Forward]:
     """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
-    device = next(model.parameters()).device
     shift: bool | None = None
     for given in batches:
-        batch = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in with_labels(given, None).items()
-        }
+        batch = _on_device(model, with_labels(given, None))
         with evaluating(model), torch.no_grad():
-            if shift is None:  # read off the model's own loss, as the profiler does
-                reader = LossReader(model)
-                reader.run(slice_examples(batch, 0, 1))
-                shift = bool(reader.shift)
+            if shift is None:
+                shift = _shifts(model, batch)
             run = _Forward(batch, shift)
 
             def note(module: nn.Module, inputs: Any, output: Any, run: _Forward = run) -> None:
@@ -369,6 +377,19 @@ def _forwards(
                 if hook is not None:
                     hook.remove()
         yield run
+
+
+def _shifts(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model shifts its labels by one: read off its own loss, as the profiler does."""
+    reader = LossReader(model)
+    with evaluating(model), torch.no_grad():
+        reader.run(_on_device(model, slice_examples(batch, 0, 1)))
+    return bool(reader.shift)
+
+
+def _on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection
@@ -70,12 +71,17 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     """Write the coordinates in which `tuned` differs from `base`, bit by bit, as one safetensors file.
 
     `base` and `tuned` are models, or mappings of tensors by name such as `safetensors.torch.load_file` of a checkpoint.
-    With a selection nothing else may have changed: ConfigurationError otherwise, and when shapes differ.
+    A tensor that has several names (a tied head) is saved under its first.
+    With a selection nothing else may have changed: ConfigurationError otherwise, when shapes differ, when `tuned` lacks
+    tensors of the base, and for shards (gather them first).
     """
-    before, after = _tensors(base), _tensors(tuned)
+    before, after = _tensors(base, tuned), _tensors(tuned, base)
+    missing = [name for name in _without_aliases(before) if name not in after]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not in the tuned weights, {len(missing)} tensors in all: one shard?")
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
-    for name, new in after.items():
+    for name, new in _without_aliases(after).items():
         old = before.get(name)
         if old is None or old.shape != new.shape or old.dtype != new.dtype:
             raise ConfigurationError(f"{name} is not in the base, or has another shape or precision there")
@@ -113,8 +119,9 @@ class DeltaStack:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        _check_whole(self._parameters)
         self._applied: dict[str, tuple[Delta, float]] = {}
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, str] = {}  # of the originals of the tensors that are changed now
         self._originals: dict[str, tuple[Tensor, Tensor]] = {}  # indices, values
 
     @property
@@ -126,14 +133,18 @@ class DeltaStack:
         """Put a delta on. ConfigurationError, and nothing changed, unless it was made for these tensors."""
         if name in self._applied:
             raise ConfigurationError(f"{name!r} is applied already: remove it first")
+        digests = {tensor: self._base_digest(tensor) for tensor in delta.changes if tensor in self._parameters}
         for tensor, change in delta.changes.items():
-            if tensor not in self._parameters or self._base_digest(tensor) != change.base:
+            if digests.get(tensor) != change.base:
                 raise ConfigurationError(f"{name!r} was made for another model: {tensor} is not what it is a change of")
+        self._digests |= digests
         self._applied[name] = delta, weight
         self._rewrite(delta.changes)
 
     def remove(self, name: str) -> None:
-        """Take a delta off."""
+        """Take a delta off. ConfigurationError when it is not on."""
+        if name not in self._applied:
+            raise ConfigurationError(f"{name!r} is not applied; there is {', '.join(self._applied) or 'nothing'}")
         delta, _ = self._applied.pop(name)
         self._rewrite(delta.changes)
 
@@ -144,32 +155,30 @@ class DeltaStack:
         self._digests.clear()
 
     def _base_digest(self, tensor: str) -> str:
-        if tensor not in self._digests:
-            self._digests[tensor] = digest_of(self._parameters[tensor])
-        return self._digests[tensor]
+        # Read anew where nothing is applied: training or loading may have changed the weights meanwhile.
+        return self._digests[tensor] if tensor in self._originals else digest_of(self._parameters[tensor])
 
     @torch.no_grad()
     def _rewrite(self, names: Mapping[str, Change]) -> None:
         for name in names:
             weights = self._parameters[name].detach()
-            if not weights.is_contiguous():
-                raise ConfigurationError(
-                    f"{name} is not contiguous in memory: its coordinates cannot be updated in place"
-                )
-            flat = weights.view(-1)
-            if name in self._originals:
-                indices, values = self._originals.pop(name)
-                flat[indices] = values
-            changes = [
-                (delta.changes[name], weight) for delta, weight in self._applied.values() if name in delta.changes
-            ]
-            if not changes:
-                continue
-            sets = [change.indices for change, _ in changes]
-            touched = (sets[0] if len(sets) == 1 else torch.unique(torch.cat(sets))).to(flat.device)
-            base = flat[touched]
-            self._originals[name] = touched, base
-            flat[touched] = _stacked(base, touched, changes)
+            flat = weights.reshape(-1)
+            self._rewrite_flat(name, flat)
+            if not weights.is_contiguous():  # then `flat` is a copy
+                weights.copy_(flat.view_as(weights))
+
+    def _rewrite_flat(self, name: str, flat: Tensor) -> None:
+        if name in self._originals:
+            indices, values = self._originals.pop(name)
+            flat[indices] = values
+        changes = [(delta.changes[name], weight) for delta, weight in self._applied.values() if name in delta.changes]
+        if not changes:
+            return
+        sets = [change.indices for change, _ in changes]
+        touched = (sets[0] if len(sets) == 1 else torch.unique(torch.cat(sets))).to(flat.device)
+        base = flat[touched]
+        self._originals[name] = touched, base
+        flat[touched] = _stacked(base, touched, changes)
 
 
 def _stacked(base: Tensor, touched: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
@@ -196,10 +205,34 @@ def digest_of(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tensors(weights: Weights) -> dict[str, Tensor]:
+def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
+    """Parameters by each of their names; a mapping without what is a buffer of the other side's model."""
     if isinstance(weights, nn.Module):
-        return {name: parameter.detach() for name, parameter in weights.named_parameters()}
-    return dict(weights)
+        found = {name: each.detach() for name, each in weights.named_parameters(remove_duplicate=False)}
+    else:
+        buffers = dict(other.named_buffers()) if isinstance(other, nn.Module) else {}
+        found = {name: tensor for name, tensor in weights.items() if name not in buffers}
+    _check_whole(found)
+    return found
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once, under the first of its names."""
+    first: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        first.setdefault(memory if tensor.numel() else name, name)
+    return {name: tensors[name] for name in first.values()}
+
+
+def _check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """ConfigurationError for shards."""
+    shards = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
+    if shards:
+        raise ConfigurationError(
+            f"{shards[0]} is sharded (FSDP2), and deltas take whole tensors: gather them first, get_model_state_dict("
+            "model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+        )
 
 
 def _bits(tensor: Tensor) -> Tensor:

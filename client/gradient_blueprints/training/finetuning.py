@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.gradient_hooks import GradientHook, readers_of
 from gradient_blueprints.training.selected_parameters import SelectedParameter, apply_selection, local
 
 __all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes"]
@@ -27,10 +29,12 @@ class SelectedAdamW(torch.optim.Optimizer):
     None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which
     clips by the global norm of the selected gradient, as clipping masked gradients would. Several backward passes
     before a step add up, and the step uses them up. State is float32 or wider; of weights of lower precision a float32
-    copy of the chosen is kept.
+    copy of the chosen is kept, which gives way wherever the weights were changed from outside.
+    One optimizer trains a parameter: a newer one closes the older.
     Not for use with `torch.amp.GradScaler` (its unscaling needs `parameter.grad`); bfloat16 needs no scaler.
 
     `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
+    Raises ConfigurationError for anything else, and for options that AdamW cannot have.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
     gradients, and nothing else, are averaged over it in `step`. Leave `DistributedDataParallel` away: it would keep,
@@ -48,6 +52,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         process_group: ProcessGroup | Literal["alone"] | None = None,
     ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigurationError(f"max_norm = {max_norm} has to be positive; None does not clip")
         self.selected: list[SelectedParameter] = []
         self.max_norm = max_norm
         self.process_group = process_group
@@ -67,25 +73,35 @@ class SelectedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more selected parameters, with options of their own."""
         entries: list[SelectedParameter] = list(param_group["params"])
+        if not all(isinstance(entry, SelectedParameter) for entry in entries):
+            raise ConfigurationError("SelectedAdamW takes what apply_selection(model, selection) returns")
+        _check_options(self.defaults | param_group)
         super().add_param_group(param_group | {"params": [entry.parameter for entry in entries]})
         for entry in entries:
             if self.process_group is not None and entry.shard_group is not None:
                 raise ConfigurationError(f"{entry.name} is sharded, and so averaged already: leave process_group away")
             self.selected.append(entry)
             self._by_parameter[entry.parameter] = entry
-            hook = entry.parameter.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]  # torch has no types for it
+            for older in readers_of(entry.parameter):
+                if isinstance(older, SelectedAdamW):
+                    older.close()
+            hook = entry.parameter.register_post_accumulate_grad_hook(GradientHook(self._take_gradient))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._hooks.append(hook)
 
     def close(self) -> None:
-        """Remove the hooks and drop the gradients; the model trains as any other again."""
+        """Remove the hooks and drop the gradients; the model trains as any other again, and `step` refuses."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         self._gradients.clear()
 
-    def _take_gradient(self, parameter: torch.Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
+        if gradient.layout != torch.strided:
+            raise ConfigurationError(
+                f"{self._by_parameter[parameter].name} has a sparse gradient: make its embedding with sparse=False"
+            )
         self.largest_gradient_bytes = max(self.largest_gradient_bytes, local(gradient).nbytes)
         chosen = self._by_parameter[parameter].entries(gradient).to(_state_dtype(parameter))
         kept = self._gradients.get(parameter)
@@ -117,6 +133,8 @@ class SelectedAdamW(torch.optim.Optimizer):
 
     def _check_gradients(self) -> None:
         """Refuse what would train silently on wrong gradients or on none."""
+        if not self._hooks:
+            raise ConfigurationError("this optimizer is closed: close() was called, or a newer one trains the model")
         if any(entry.parameter.grad is not None for entry in self.selected):
             raise ConfigurationError(
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
@@ -185,8 +203,6 @@ class SelectedAdamW(torch.optim.Optimizer):
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
-            if entry.parameter.dtype != gradient.dtype:
-                state["value"] = entry.entries(entry.parameter.detach()).to(gradient.dtype)
         if clip != 1.0:
             gradient = gradient.mul_(clip)
         state["step"] += 1
@@ -195,7 +211,7 @@ class SelectedAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(correction2)).add_(group["eps"])
-        value = state["value"] if "value" in state else entry.entries(entry.parameter.detach())
+        value = _values(entry, state, gradient.dtype)
         value.mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
         entry.write(value)
@@ -215,13 +231,14 @@ class SelectedAdamW(torch.optim.Optimizer):
         return optimizer_bytes(self) + indices
 
     def state_dict(self) -> dict[str, Any]:
-        """State by tensor name, with the number of coordinates it stands for; the selection is saved on its own.
+        """State by tensor name, with a digest of what is selected of it; the selection is saved on its own.
 
         Of a sharded model each process has, and saves, its own part.
         """
         return {
+            "selection": self._digests(),
             "state": {
-                entry.name: {"selected": entry.selected, **self.state[entry.parameter]}
+                entry.name: dict(self.state[entry.parameter])
                 for entry in self.selected
                 if self.state.get(entry.parameter)
             },
@@ -231,11 +248,17 @@ class SelectedAdamW(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of an optimizer over the same selection."""
+        """Continue from `state_dict()` of an optimizer over the same selection; ConfigurationError for another's."""
         entries = {entry.name: entry for entry in self.selected}
-        for name, saved in state_dict["state"].items():
-            if name not in entries or saved["selected"] != entries[name].selected:
-                raise ConfigurationError(f"the state of {name} belongs to another selection")
+        if "selection" not in state_dict:
+            raise ConfigurationError(
+                "the state does not say to which selection it belongs: it is another optimizer's, or of a version "
+                "of this package that did not note it"
+            )
+        theirs, ours = state_dict["selection"], self._digests()
+        other = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        if other:
+            raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
         if len(state_dict["param_groups"]) != len(self.param_groups):
             raise ConfigurationError("the state has another number of parameter groups")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -246,8 +269,43 @@ class SelectedAdamW(torch.optim.Optimizer):
             self.state[entries[name].parameter] = {
                 key: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
                 for key, value in saved.items()
-                if key != "selected"
             }
+
+    def _digests(self) -> dict[str, str]:
+        """SHA-256, by tensor name, of which parts are selected and how wide they are; "all" where all is."""
+        return {
+            entry.name: "all"
+            if entry.indices is None
+            else hashlib.sha256(f"{entry.width} ".encode() + entry.indices.cpu().long().numpy().tobytes()).hexdigest()
+            for entry in self.selected
+        }
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """ConfigurationError for numbers with which AdamW would not descend."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not options[name] >= 0:
+            raise ConfigurationError(f"{name} = {options[name]} must not be negative")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ConfigurationError(f"betas = {options['betas']} have to lie in [0, 1)")
+
+
+def _values(entry: SelectedParameter, state: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    """The chosen weights in the state's precision: the copy that outlasts rounding, or the weights themselves.
+
+    What the copy does not round to was changed from outside (a checkpoint loaded, a delta put on): the weight counts.
+    """
+    weights = entry.entries(entry.parameter.detach())
+    if weights.dtype == dtype:
+        state.pop("value", None)
+        return weights
+    wide = weights.to(dtype)
+    if "value" not in state:
+        state["value"] = wide
+    else:
+        value = state["value"]
+        torch.where(value.to(weights.dtype) == weights, value, wide, out=value)
+    return cast(torch.Tensor, state["value"])
 
 
 def _state_dtype(parameter: torch.Tensor) -> torch.dtype:

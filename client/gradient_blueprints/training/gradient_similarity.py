@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import Scores, evaluating
+from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.losses import Batch, LossReader, examples_in, slice_examples, with_labels
 
 
@@ -81,7 +82,7 @@ def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, see
             batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in labelled.items()}
             for position in range(examples_in(batch)):
                 projected.zero_()
-                with evaluating(model), torch.enable_grad():
+                with unread(parameters.values()), evaluating(model), torch.enable_grad():
                     losses = reader.run(slice_examples(batch, position, position + 1))
                     if int(losses.tokens[0]):
                         losses.values.sum().backward()  # type: ignore[no-untyped-call]  # torch has no types

@@ -11,6 +11,7 @@ from torch import nn
 
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError, MissingExtra
+from gradient_blueprints.training.finetuning import SelectedAdamW
 from gradient_blueprints.training.metered_run import DecayGuard, MeteredRun
 from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.run_reporting import RunReporter
@@ -30,7 +31,8 @@ class CapabilityCallback(Callback):
     Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
     attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
     EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
-    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`.
+    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Raises ConfigurationError where
+    Lightning would clip the gradients of a `SelectedAdamW`, which it cannot.
     """
 
     def __init__(
@@ -52,6 +54,11 @@ class CapabilityCallback(Callback):
             self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=rule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.gradient_clip_val and any(isinstance(each, SelectedAdamW) for each in trainer.optimizers):
+            raise ConfigurationError(
+                "gradient_clip_val does nothing to SelectedAdamW, whose gradients Lightning cannot see: "
+                "leave it away and give the optimizer max_norm"
+            )
         meter = self.run.meter
         meter.model = self._network(pl_module)
         meter.optimizer = trainer.optimizers[0] if trainer.optimizers else None

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.selection import Selection
 
 
-def trainer_arguments(model: nn.Module, selection: Selection, arguments: TrainingArguments) -> dict[str, Any]:
-    """The optimizer and the callback with which a `Trainer` trains a selection.
+def trainer_arguments(
+    model: nn.Module,
+    selection: Selection,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+) -> dict[str, Any]:
+    """The optimizer and the callbacks, `callbacks` among them, with which a `Trainer` trains a selection.
 
     >>> trainer = Trainer(model, arguments, **trainer_arguments(model, selection, arguments))      # doctest: +SKIP
 
     Learning rate, betas, epsilon and decay are those of `arguments`; as in the Trainer vectors (biases, norms) do not
     decay. Clipping is the optimizer's, since the Trainer's finds no gradients. To resume, apply the same selection
-    again: its state is in the checkpoint. One process only, or FSDP2: the Trainer wraps replicas in
-    `DistributedDataParallel`, which `SelectedAdamW` refuses.
+    again: its state is in the checkpoint, and that of another selection is refused.
+
+    One process only, else ConfigurationError: the Trainer wraps or shards the model after the optimizer has been made,
+    and the optimizer has to know of shards. Several take a loop of your own.
     """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ConfigurationError(
+            "transformers.Trainer wraps or shards the model after SelectedAdamW has been made for it, so it trains "
+            "selections in one process only. With several write the loop: SelectedAdamW(..., process_group=...) on "
+            "replicas, or apply_selection after fully_shard."
+        )
     selected = apply_selection(model, selection)
     matrices = [entry for entry in selected if entry.parameter.dim() > 1]
     vectors = [entry for entry in selected if entry.parameter.dim() <= 1]
@@ -36,7 +51,7 @@ def trainer_arguments(model: nn.Module, selection: Selection, arguments: Trainin
         eps=arguments.adam_epsilon,
         max_norm=arguments.max_grad_norm or None,
     )
-    return {"optimizers": (optimizer, None), "callbacks": [SelectionCallback(optimizer)]}
+    return {"optimizers": (optimizer, None), "callbacks": [SelectionCallback(optimizer), *callbacks]}
 
 
 class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types

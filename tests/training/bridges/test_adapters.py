@@ -19,7 +19,7 @@ from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.adapters import SCALE, adapter_parameters, to_peft
 from gradient_blueprints.training.profiling.layers import Granularity, group_parameters
 from gradient_blueprints.training.selection import Budget, select
-from tests.training.profiling.small_models import VOCABULARY, gpt2, llama
+from tests.training.profiling.small_models import VOCABULARY, gpt2, llama, mixtral
 
 # peft 0.21 reads an attribute that transformers 5 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -140,6 +140,37 @@ def test_building_a_config_leaves_the_model_alone() -> None:
     assert {name for name, _ in model.named_parameters()} <= before.keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+# peft 0.21 looks for the patterns' names among modules alone, and heeds those of parameters nonetheless
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+def test_fused_experts_get_adapters_of_their_own_within_the_budget(tmp_path: Path) -> None:
+    model = mixtral()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = to_peft(blueprint_of(model, experts=0.5, self_attn=0.1), model, 0.1)
+    assert config.target_parameters == {
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
+    }
+    adapted = get_peft_model(model, config)
+    assert 0.09 * total < trainable(adapted) <= 0.1 * total
+    assert {scaling for _, _, scaling in built(mixtral(), config)} == {SCALE}
+    adapted.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    again.inference_mode = False
+    assert adapter_parameters(mixtral(), config) == adapter_parameters(mixtral(), again) == trainable(adapted)
+    shapes = {tuple(each.shape) for name, each in adapted.named_parameters() if "experts" in name and "lora_A" in name}
+    rank = config.rank_pattern.get("model.layers.0.mlp.experts.gate_up_proj", config.r)
+    assert (4 * rank, 16) in shapes, "four experts' adapters of this rank, on inputs of 16"
+    ids = torch.randint(VOCABULARY, (2, 6))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def test_fused_experts_are_left_out_on_request() -> None:
+    model = mixtral()
+    config = to_peft(blueprint_of(model), model, 0.02, experts=False, lora_dropout=0.1)
+    assert not config.target_parameters
+    assert len(list(built(model, config))) == 8
 
 
 def test_a_budget_below_every_adapter_is_refused() -> None:

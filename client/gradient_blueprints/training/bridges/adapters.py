@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ def to_peft(
     by: Literal["k_star", "share"] = "k_star",
     largest_rank: int = 256,
     scale: float = SCALE,
+    experts: bool = True,
     **options: Any,
 ) -> LoraConfig:
     """A peft `LoraConfig` whose ranks follow the blueprint: `get_peft_model(model, to_peft(blueprint, model, 0.01))`.
@@ -49,10 +50,14 @@ def to_peft(
 
     A module that would get less than half a rank is left out of `target_modules`. Every linear module (torch's, and
     Hugging Face's Conv1D) that a layer of the blueprint covers takes part, but the head, whose weight is often the
-    embedding's. `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
+    embedding's. So do fused experts, an E × d × p tensor with E adapters of one rank, by `target_parameters`;
+    `experts=False` leaves them out, which options that peft has for modules alone (lora_dropout, use_dora) need.
+    `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
     builds.
     """
-    matrices = _matrices(model, {layer.id for layer in source.layers})
+    known = {layer.id for layer in source.layers}
+    fused = _fused_experts(model, known) if experts else {}
+    matrices = _matrices(model, known) | fused
     if not matrices:
         raise ConfigurationError("No linear module of the model lies in a layer of the blueprint: another model?")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -64,13 +69,15 @@ def to_peft(
     ranks = _ranks(matrices, weights, capacity, largest_rank)
     if not ranks:
         raise ConfigurationError(f"{capacity:,} parameters pay for no adapter of rank 1: raise the budget.")
+    adapted = sorted(ranks.keys() & fused.keys())
     usual = Counter(ranks.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=usual,
         lora_alpha=_alpha(usual, scale),
-        target_modules=sorted(ranks),
+        target_modules=sorted(ranks.keys() - fused.keys()),
         rank_pattern={name: rank for name, rank in sorted(ranks.items()) if rank != usual},
         alpha_pattern={name: _alpha(rank, scale) for name, rank in sorted(ranks.items()) if rank != usual},
+        **({"target_parameters": adapted} if adapted else {}),  # which peft below 0.17 does not know
         **options,
     )
     wanted = sum(rank * matrices[name].cost for name, rank in ranks.items())
@@ -90,26 +97,26 @@ def adapter_parameters(model: nn.Module, config: LoraConfig) -> int:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A linear module: its layer in the blueprint and its shape."""
+    """A linear module, or experts fused into one tensor: its layer in the blueprint and its shape."""
 
     layer: str
     rows: int
     columns: int
+    experts: int = 1
 
     @property
     def size(self) -> int:
-        return self.rows * self.columns
+        return self.experts * self.rows * self.columns
 
     @property
     def cost(self) -> int:
-        """Parameters of an adapter, per rank."""
-        return self.rows + self.columns
+        """Parameters of its adapters, per rank."""
+        return self.experts * (self.rows + self.columns)
 
 
-def _matrices(model: nn.Module, layers: Iterable[str]) -> dict[str, _Matrix]:
+def _matrices(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    known = set(layers)
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -118,6 +125,18 @@ def _matrices(model: nn.Module, layers: Iterable[str]) -> dict[str, _Matrix]:
             layer = layer_of(f"{name}.weight", known)
             if layer is not None:
                 found[name] = _Matrix(layer, *weight.shape)
+    return found
+
+
+def _fused_experts(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
+    """Tensors (experts, ·, ·) as transformers has them since version 5, by parameter name."""
+    found = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            layer = layer_of(name, known)
+            if layer is not None and parameter.dim() == 3 and getattr(module, "num_experts", None) == len(parameter):
+                experts, rows, columns = parameter.shape
+                found[name] = _Matrix(layer, rows, columns, experts)
     return found
 
 

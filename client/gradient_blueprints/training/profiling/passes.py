@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import BlueprintsError, ConfigurationError
+from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.capture import Capture, ExamplesMixed, UncoveredParameter
 from gradient_blueprints.training.profiling.contributions import Contribution, square, squares_of_sum
 from gradient_blueprints.training.profiling.distributed import Ranks
@@ -118,9 +119,11 @@ class GradientPass:
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         self._ranks = Ranks(model)
+        self._unread = ExitStack()
         self._require(dict.fromkeys(self._names, False))
         self._offloaded = OffloadedWeights(model, self._names)
         try:
+            self._unread.enter_context(unread(self._parameters().values()))
             self._capture = Capture(model, self._names, self._arrive)
         except BaseException:
             self.close()
@@ -128,6 +131,7 @@ class GradientPass:
 
     def close(self) -> None:
         """Take the hooks away and restore the requires_grad flags."""
+        self._unread.close()
         for hook in self._root_hooks:
             hook.remove()
         if hasattr(self, "_capture"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.losses import examples_in, with_labels
 
 Kept = Literal["mean", "square", "factors"]
@@ -37,7 +38,7 @@ class LocalStatistics:
     def gather(
         cls,
         model: nn.Module,
-        batches: Sequence[Mapping[str, Any]],
+        batches: Iterable[Mapping[str, Any]],
         keep: Kept = "mean",
         *,
         dtype: torch.dtype = torch.float32,
@@ -45,12 +46,14 @@ class LocalStatistics:
     ) -> LocalStatistics:
         """Measure the batches; a gradient is read as soon as it is there, tensor by tensor, and freed.
 
+        The batches are held in a list meanwhile: a mean needs their number.
         `dtype=torch.bfloat16` halves what is kept; it is rounded stochastically, so that small batches do not vanish
         in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
         Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigurationError(f"the mean gradient is kept in float32 or bfloat16, not in {dtype}")
+        batches = list(batches)
         found = cls()
         lots = torch.Generator().manual_seed(0)
 
@@ -111,7 +114,7 @@ class LocalStatistics:
         }
 
 
-def mean_gradients(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def mean_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Mean gradient of the local batches' losses, by tensor name, in float32; see `LocalStatistics.gather`."""
     return LocalStatistics.gather(model, batches).mean
 
@@ -146,7 +149,8 @@ def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> It
         for name, parameter in trained
     ]
     try:
-        yield
+        with unread(parameter for _, parameter in trained):
+            yield
     finally:
         for registered in hooks:
             registered.remove()
