@@ -64,7 +64,7 @@ up: $(INSTALLED)
 	@exec $(PYTHON) -m app up --data-dir '$(DATA_DIR)' --port $(PORT)
 
 test: $(INSTALLED) browser
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 # Finds or installs a Chromium for the tests of the pages; without one they are left out, and say so.
 browser: $(INSTALLED)

@@ -117,11 +117,10 @@ def test_the_head_of_a_stream_without_end_cannot_be_had(server: Server) -> None:
     assert httpx2.head(f"{server.url}/v1/jobs/{job}/events").status_code == 405
 
 
-def test_a_request_that_takes_too_long_is_answered_all_the_same(settings: Settings) -> None:
+def test_a_request_that_takes_too_long_is_answered_all_the_same(settings: Settings, server: Server) -> None:
     """A lock that somebody holds in the database keeps the publication waiting for longer than it may."""
-    impatient = settings.model_copy(update={"request_seconds": 0.4})
-    with serving(impatient) as server:
-        headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+    headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
+    with serving(settings.model_copy(update={"request_seconds": 0.4})) as impatient:
         locked, release = threading.Event(), threading.Event()
 
         async def hold() -> None:
@@ -136,40 +135,40 @@ def test_a_request_that_takes_too_long_is_answered_all_the_same(settings: Settin
         holder.start()
         try:
             assert locked.wait(20)
-            late = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
+            late = httpx2.post(f"{impatient.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
             assert (late.status_code, late.json()["code"]) == (503, "service_unavailable")
             assert "within 0.4 seconds" in late.json()["detail"]
             assert int(late.headers["retry-after"]) >= 1
         finally:
             release.set()
             holder.join()
-        assert httpx2.get(f"{server.url}/v1/models/slow").status_code == 404  # nothing of it was done
-        again = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
-        assert again.status_code == 201
+    assert httpx2.get(f"{server.url}/v1/models/slow").status_code == 404  # nothing of it was done
+    again = httpx2.post(f"{server.url}/v1/blueprints", json=blueprint_document("slow"), headers=headers)
+    assert again.status_code == 201
 
 
-def test_a_stream_of_events_outlives_the_time_for_an_answer(settings: Settings) -> None:
-    with serving(settings.model_copy(update={"request_seconds": 0.2})) as server:
+def test_a_stream_of_events_outlives_the_time_for_an_answer(settings: Settings, server: Server) -> None:
+    with serving(settings.model_copy(update={"request_seconds": 2.0})) as impatient:
         headers = {"Authorization": f"Bearer {server.key('lab-a')}"}
         new = {"model_id": "m", "training_checkpoint": 0.8, "source": "/m", "data": {"general": {"source": "/t"}}}
         job = httpx2.post(f"{server.url}/v1/jobs", json=new, headers=headers).raise_for_status().json()
-        with httpx2.stream("GET", f"{server.url}/v1/jobs/{job['id']}/events", headers=headers) as events:
+        with httpx2.stream("GET", f"{impatient.url}/v1/jobs/{job['id']}/events", headers=headers) as events:
             lines = events.iter_lines()
             while "queued" not in next(lines):
                 pass
             notify = f"UPDATE jobs SET request = request WHERE id = '{job['id']}'"
             for _ in range(3):  # three more looks of the watcher
-                execute(settings.database_url, "SELECT pg_sleep(0.2)", notify)
+                execute(settings.database_url, "SELECT pg_sleep(0.8)", notify)
             httpx2.post(f"{server.url}/v1/jobs/{job['id']}/cancel", headers=headers).raise_for_status()
             assert any("cancelled" in line for line in lines)
 
 
 def test_a_slow_body_has_its_own_time_and_not_that_of_the_answer(settings: Settings) -> None:
-    impatient = settings.model_copy(update={"request_seconds": 0.3, "body_seconds": 30.0})
+    impatient = settings.model_copy(update={"request_seconds": 1.0, "body_seconds": 30.0})
     with serving(impatient) as server, _connection(server) as connection:
         connection.sendall(b"POST /v1/aggregate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
         connection.sendall(b"Content-Length: 4\r\n\r\n{")
-        execute(settings.database_url, "SELECT pg_sleep(0.6)")
+        execute(settings.database_url, "SELECT pg_sleep(1.2)")
         connection.sendall(b"}  ")
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 422")
 
