@@ -81,6 +81,8 @@ def first_step(model: str, choice: Choice) -> int:
     if choice.arm not in ("coordinates", "library"):
         return 2 - lower
     spread = "random" in choice.score or "sampled" in choice.score
+    if model == "smollm2" and not spread and choice.share <= 0.02:
+        return -2
     return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
 
 
@@ -174,9 +176,9 @@ def ablation(share: float) -> list[Choice]:
 
 def short_ablation(share: float) -> list[Choice]:
     """The same in fewer arms, for a model of which a run takes minutes."""
-    sizes = [choice for local in (8, 128) for choice in (by_local(share, local), ours(share, "code", local))]
+    few, many = ([by_local(share, local), ours(share, "code", local)] for local in (8, 128))
     bad = ("documentation", "english", "code*")
-    return sizes + [by_factors(share, published) for published in bad] + [ours(share, each) for each in bad]
+    return few + [by_factors(share, each) for each in bad] + [ours(share, each) for each in bad] + many
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -260,6 +262,7 @@ def _plan() -> list[Cell]:
     cells += _cells("25 %", "smollm2", "code", main_arms(0.25))
     cells += _cells("10 %", "smollm2", "code", rivals(0.1))
     cells += _cells("equal memory", "smollm2", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
+    cells += _library("smollm2")
     cells += _metered("smollm2")
     cells += _cells(
         "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
@@ -269,12 +272,10 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation of what was drawn", "gpt", "code", ablation_of_drawn(0.1))
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
     cells += _constant_rates("gpt")
-    for model in ("gpt", "smollm2"):
-        for share, stage in ((0.1, "10 %"), (0.01, "1 %")):
-            cells += _cells(stage, model, "code", [library(share)])
+    cells += _library("gpt")
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
-    cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
     cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+    cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
     return cells
@@ -285,6 +286,11 @@ def _constant_rates(model: str) -> list[Cell]:
     return [
         replace(cell, schedule="constant") for cell in _cells("schedule", model, "code", main_arms(0.1) + rivals(0.1))
     ]
+
+
+def _library(model: str) -> list[Cell]:
+    stages = ((0.1, "10 %"), (0.01, "1 %"))
+    return [cell for share, stage in stages for cell in _cells(stage, model, "code", [library(share)])]
 
 
 def _products(model: str) -> list[Cell]:
