@@ -162,7 +162,7 @@ def of_domain(factors: Mapping[str, Tensor] | None, domain: str | None) -> dict[
     if domain is None or domain not in parsed:
         raise ConfigurationError(
             f"the factors hold the domains {', '.join(sorted(parsed))}: name yours with domain=; factors of a wrong "
-            "domain choose worse than chance, so leave them out when yours is not there"
+            "domain may choose worse than chance, so leave them out when yours is not there"
         )
     return parsed[domain]
 

@@ -76,7 +76,7 @@ def select(
        weighs the published factors against the local sample by how noisy that is (`empirical_bayes`). The largest
        scores are taken; with a `temperature` they are drawn with chances that grow with score^(1/`temperature`). A
        tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
-       beat, and safer than statistics of a wrong domain, which choose worse than chance.
+       beat, and safer than statistics of a wrong domain, which may choose worse than chance.
     3. Under the default score a share (1 − validity)·(1 − n/32) of each tensor's budget goes to chance, n the local
        sequences, validity what is to be believed of the published factors: nothing is left to evidence that in the
        pilot did worse than chance.
