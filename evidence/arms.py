@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 
 from evidence import allocation, layers, scores
 from evidence.gradients import (
-    LOCAL_SEED,
     Factors,
     Moments,
     local_moments,
+    local_sample,
     profile,
     published_factors,
     published_profile,
-    sample,
 )
 from evidence.models import Subject
 from evidence.runs import Choice, Run
@@ -70,7 +69,7 @@ def _of_the_library(subject: Subject, run: Run) -> Selection:
     choice = run.choice
     sequences = PUBLISHED_SEQUENCES[subject.name]
     blueprint, factors = published_profile(subject, choice.published, sequences, run.length)
-    batches = sample(subject, run.domain, "local", choice.local, run.length, LOCAL_SEED + run.seed)
+    batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
     local, _ = profile(subject, batches, run.domain)
     model = subject.fresh()
     statistics = LocalStatistics.gather(model, batches)

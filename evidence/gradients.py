@@ -55,9 +55,14 @@ def sample(subject: Subject, domain: str, part: str, count: int, length: int, se
     return list(random_batches(tokens, count, 1, length, seed))
 
 
+def local_sample(subject: Subject, domain: str, count: int, length: int, seed: int) -> list[Batch]:
+    """What an adapter has of their own, by the run's seed."""
+    return sample(subject, domain, "local", count, length, LOCAL_SEED + seed)
+
+
 def local_moments(subject: Subject, domain: str, count: int, length: int, seed: int, autocast: bool) -> Moments:
     """Moments of a local sample."""
-    return moments(subject, sample(subject, domain, "local", count, length, LOCAL_SEED + seed), autocast)
+    return moments(subject, local_sample(subject, domain, count, length, seed), autocast)
 
 
 def moments(subject: Subject, batches: list[Batch], autocast: bool) -> Moments:
@@ -95,10 +100,8 @@ def published_factors(subject: Subject, published: str, count: int, length: int)
         _save(_movement(subject, domain, count, length), path)
     if not path.is_file():
         batches = _published_batches(subject, published.rstrip("*"), count, length)
-        with GradientProfiler(subject.fresh(), verify=False) as profiler:
-            for batch in batches:
-                profiler.step(batch, domain=domain)
-        found = {key.removeprefix(f"{domain}/"): each.numpy() for key, each in profiler.factors().items()}
+        _, factors_of_domain = profile(subject, batches, domain)
+        found = {key.removeprefix(f"{domain}/"): each.numpy() for key, each in factors_of_domain.items()}
         _save(found, path)
     factors = _read_factors(path)
     return _permuted(factors) if published.endswith("*") else factors

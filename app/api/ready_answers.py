@@ -76,9 +76,6 @@ class ReadyAnswer:
     route: Route
     standing: Standing
 
-    async def still_stands(self) -> bool:
-        return await self.standing.holds(self.found)
-
 
 class ReadyAnswers:
     """The most recently used."""
@@ -172,7 +169,7 @@ class FastFetches:
         if charge is not None and charge.wait > 0:
             return False  # the gate refuses it
         state = scope.setdefault("state", {})
-        if not await ready.still_stands():
+        if not await ready.standing.holds(ready.found):
             state["begun"] = Begun(began, charge)
             return False
         request_id = request_id_of(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -112,8 +113,7 @@ class CurrentRows:
         self._lost = True
         self._wake.clear()
         asked, self._asked = self._asked, {}
-        for future in _waiting(asked):
-            future.set_exception(NotFoundOut())
+        _refuse(asked)
 
     async def _answer(self, driver: Any) -> None:
         self._wake.clear()
@@ -124,8 +124,7 @@ class CurrentRows:
             # With a limit of our own: a connection whose other end has gone without a word would hold all of them up.
             rows = await driver.fetch(self._query, *zip(*asked, strict=True), timeout=self._patience)
         except BaseException:
-            for future in _waiting(asked):
-                future.set_exception(NotFoundOut())
+            _refuse(asked)
             raise
         found: dict[int, Row] = {row["place"]: row for row in rows}
         for place, futures in enumerate(asked.values()):
@@ -134,5 +133,7 @@ class CurrentRows:
                     future.set_result(found.get(place))
 
 
-def _waiting(asked: dict[Name, list[asyncio.Future[Row | None]]]) -> list[asyncio.Future[Row | None]]:
-    return [future for futures in asked.values() for future in futures if not future.done()]
+def _refuse(asked: dict[Name, list[asyncio.Future[Row | None]]]) -> None:
+    for future in itertools.chain.from_iterable(asked.values()):
+        if not future.done():
+            future.set_exception(NotFoundOut())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -99,24 +99,35 @@ class FrozenDict(dict[str, Any]):
 
 
 def _frozen_json(value: Any) -> Any:
-    """The same JSON value with its containers closed to changes; integers that no digest could name are refused."""
-    return _frozen(value, "")
-
-
-def _frozen(value: Any, pointer: str) -> Any:
-    if isinstance(value, dict):
-        return FrozenDict(
-            {name: _frozen(member, f"{pointer}/{escaped_in_pointer(name)}") for name, member in value.items()}
-        )
-    if isinstance(value, list):
-        return FrozenList(_frozen(member, f"{pointer}/{index}") for index, member in enumerate(value))
-    if type(value) is int and not is_exact(value):
+    """As `_frozen`; integers that no digest could name are refused."""
+    pointer = next(_inexact(value), None)
+    if pointer is not None:
         raise PydanticCustomError(
             "integer_too_large",
             "{pointer}: the canonical form of this integer would denote another one: send it as text",
             {"pointer": pointer},
         )
+    return _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    """The same JSON value with its containers closed to changes."""
+    if isinstance(value, dict):
+        return FrozenDict({name: _frozen(member) for name, member in value.items()})
+    if isinstance(value, list):
+        return FrozenList(_frozen(member) for member in value)
     return value
+
+
+def _inexact(value: Any) -> Iterator[str]:
+    """JSON pointers to integers that have no exact canonical form, put together on the way back."""
+    if type(value) is int:
+        if not is_exact(value):
+            yield ""
+    elif isinstance(value, dict | list):
+        for part, member in value.items() if isinstance(value, dict) else enumerate(value):
+            for pointer in _inexact(member):
+                yield f"/{escaped_in_pointer(part)}{pointer}"
 
 
 def escaped_in_pointer(part: str | int) -> str:
@@ -197,7 +208,7 @@ Text = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00]*$")
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen_json)]
+Weights = Annotated[dict[Tag, NonNegative], Field(min_length=1, max_length=256), AfterValidator(_frozen)]
 FrozenJson = Annotated[dict[Tag, JsonValue], AfterValidator(_frozen_json)]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_SAFE_INTEGER)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
@@ -214,10 +225,11 @@ def parse_checkpoint(text: str | float | Decimal) -> Decimal:
     >>> parse_checkpoint("0.80") == parse_checkpoint("8e-1")
     True
     """
+    spelled = str(text)
     try:
-        if not _DECIMAL.fullmatch(str(text)):
+        if not _DECIMAL.fullmatch(spelled):
             raise InvalidOperation
-        value = Decimal(str(text))
+        value = Decimal(spelled)
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a training checkpoint: give a fraction such as 0.8") from None
     if not value.is_finite() or not 0 < value <= 1 or value != round(value, 4):

@@ -102,7 +102,7 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
         )
     if refused:
         warnings.warn(f"selected, but frozen before and left so: {some(refused)}", stacklevel=2)
-    freeze(model, chosen.__contains__)
+    freeze(model, chosen.keys(), fixed)
     return list(chosen.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -100,13 +100,12 @@ def kept_fixed(model: nn.Module) -> set[str]:
     }
 
 
-def freeze(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+def freeze(model: nn.Module, chosen: Set[str], fixed: Set[str]) -> None:
     """Train the chosen tensors; freeze the others until another selection has them. What is fixed stays so."""
-    fixed = kept_fixed(model)
     free = [(name, parameter) for name, parameter in model.named_parameters() if name not in fixed]
     for name, parameter in free:
-        parameter.requires_grad_(chosen(name))
-    setattr(model, _FROZEN, frozenset(name for name, _ in free if not chosen(name)))
+        parameter.requires_grad_(name in chosen)
+    setattr(model, _FROZEN, frozenset(name for name, _ in free if name not in chosen))
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
