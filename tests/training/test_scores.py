@@ -210,15 +210,58 @@ def test_with_a_right_prior_it_finds_more_of_the_gradient_than_either_side_alone
     assert both > max(published, local)
 
 
-def test_a_prior_that_is_not_believed_leaves_the_local_gradient(prior: torch.Tensor, truth: torch.Tensor) -> None:
+def wrong_factors(prior: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    return factors_of(prior.flip(0, 1))
+
+
+def test_factors_that_do_not_fit_the_sample_have_no_say(prior: torch.Tensor, truth: torch.Tensor) -> None:
+    for batches in (4, 8, 32):
+        statistics = sample(truth, torch.full(SHAPE, 0.3), batches)
+        alone = empirical_bayes({}, statistics)("w", SHAPE)
+        np.testing.assert_array_equal(empirical_bayes(wrong_factors(prior), statistics)("w", SHAPE), alone)
+        believed = empirical_bayes(wrong_factors(prior), statistics, trust=1.0)("w", SHAPE)
+        assert correlation(alone, truth.abs()) > correlation(believed, truth.abs())
+
+
+def test_factors_that_fit_are_believed(prior: torch.Tensor, truth: torch.Tensor) -> None:
+    for batches in (2, 8, 32):
+        statistics = sample(truth, torch.full(SHAPE, 0.5), batches)
+        believed = empirical_bayes(factors_of(prior), statistics, trust=1.0)("w", SHAPE)
+        np.testing.assert_array_equal(empirical_bayes(factors_of(prior), statistics)("w", SHAPE), believed)
+
+
+def test_a_million_coordinates_judge_factors_as_all_do() -> None:
+    shape = (1500, 1400)
+    generator = torch.Generator().manual_seed(3)
+    prior = torch.outer(torch.rand(1500, generator=generator), torch.rand(1400, generator=generator)) ** 2
+    truth = prior.sqrt() * torch.randn(shape, generator=generator)
+    statistics = LocalStatistics(batches=4, sequences=4)
+    drawn = truth + 0.3 * torch.randn(4, *shape, generator=generator)
+    statistics.mean["w"] = drawn.mean(0)
+    statistics.row["w"], statistics.column["w"] = drawn.square().mean(2).sum(0), drawn.square().mean(1).sum(0)
+    for factors, trust in ((factors_of(prior), 1.0), (wrong_factors(prior), 0.0)):
+        chosen = empirical_bayes(factors, statistics)("w", shape)
+        np.testing.assert_array_equal(chosen, empirical_bayes(factors, statistics, trust=trust)("w", shape))
+
+
+def test_trust_and_validity_weigh_the_factors_against_the_sample(prior: torch.Tensor, truth: torch.Tensor) -> None:
     statistics = sample(truth, torch.full(SHAPE, 0.3), 8)
-    wrong = factors_of(prior.flip(0, 1))
-    misled = correlation(empirical_bayes(wrong, statistics)("w", SHAPE), truth.abs())
-    flattened = correlation(empirical_bayes(wrong, statistics, validity=0.0)("w", SHAPE), truth.abs())
-    halfway = correlation(empirical_bayes(wrong, statistics, validity=0.5)("w", SHAPE), truth.abs())
-    assert flattened > halfway > misled + 0.01
+    wrong = wrong_factors(prior)
+
+    def right(validity: float, trust: float | None) -> float:
+        return correlation(empirical_bayes(wrong, statistics, validity, trust)("w", SHAPE), truth.abs())
+
+    assert right(1.0, 0.0) > right(1.0, 0.5) > right(1.0, 1.0) + 0.01
+    assert right(0.5, 1.0) == right(1.0, 0.5)
     without = empirical_bayes({}, statistics)("w", SHAPE)
     np.testing.assert_array_equal(empirical_bayes(wrong, statistics, validity=0.0)("w", SHAPE), without)
+
+
+def test_factors_of_zeros_choose_nothing_when_they_are_believed(truth: torch.Tensor) -> None:
+    statistics = sample(truth, torch.full(SHAPE, 0.3), 8)
+    score = empirical_bayes(factors_of(torch.zeros(SHAPE)), statistics, trust=1.0)("w", SHAPE)
+    assert score is not None
+    assert not score.any()
 
 
 def test_a_sample_without_any_signal_leaves_the_prior_to_rank(prior: torch.Tensor) -> None:

@@ -512,15 +512,9 @@ def test_trust_does_not_bring_back_what_is_stale() -> None:
 
 
 @pytest.mark.parametrize("trust", [0.9, 0.5, 0.1])
-def test_trust_is_a_weight_between_two_sides_and_gives_nothing_to_chance(trust: float) -> None:
+def test_the_side_that_is_alone_decides_whatever_its_trust(trust: float) -> None:
     alone = select(PUBLISHED, budget=0.1, factors=FACTORS).parts["a.weight"]
     assert np.array_equal(select(PUBLISHED, budget=0.1, factors=FACTORS, trust=trust).parts["a.weight"], alone)
-    statistics = LocalStatistics(mean=gradients_of(), batches=1, sequences=8)
-    both = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, trust=trust)
-    without_chance = select(
-        PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, trust=trust, random_share=0.0
-    )
-    assert np.array_equal(both.parts["a.weight"], without_chance.parts["a.weight"])
 
 
 def test_a_coarser_level_that_holds_keeps_its_say_between_its_groups() -> None:
@@ -530,25 +524,14 @@ def test_a_coarser_level_that_holds_keeps_its_say_between_its_groups() -> None:
     assert shares(coarse) == shares(select(PUBLISHED, groups=groups))
 
 
-@pytest.mark.parametrize(("sequences", "at_random"), [(8, 75), (16, 50), (32, 0), (128, 0)])
-def test_what_neither_side_vouches_for_goes_to_chance(sequences: int, at_random: int) -> None:
+@pytest.mark.parametrize("sequences", [2, 8, 128])
+def test_a_small_sample_decides_alone_where_the_published_side_is_stale(sequences: int) -> None:
+    """Random coordinates beside ranked ones would need another learning rate."""
     statistics = LocalStatistics(mean=gradients_of(), batches=1, sequences=sequences)
     stale = checked(Verdict.STALE)
     chosen = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, staleness=stale).parts["a.weight"]
     largest = select(PUBLISHED, budget=0.1, gradients=gradients_of()).parts["a.weight"]
-    assert len(chosen) == 100
-    expected_overlap = 100 - at_random
-    assert expected_overlap <= len(np.intersect1d(chosen, largest)) <= expected_overlap + 10
-    believed = select(PUBLISHED, budget=0.1, factors=FACTORS, statistics=statistics, staleness=checked(Verdict.FRESH))
-    asked = select(
-        PUBLISHED,
-        budget=0.1,
-        factors=FACTORS,
-        statistics=statistics,
-        staleness=checked(Verdict.FRESH),
-        random_share=0.0,
-    )
-    assert np.array_equal(believed.parts["a.weight"], asked.parts["a.weight"])
+    assert np.array_equal(chosen, largest)
 
 
 def test_a_share_of_the_budget_is_random_on_request() -> None:

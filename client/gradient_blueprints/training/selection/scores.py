@@ -84,19 +84,18 @@ def empirical_bayes(
 ) -> Score:
     """Root of the expected squared mean gradient, given the published factors and the local sample.
 
-    Prior: the true mean gradient μ_ij of this domain has variance τ²·v_ij, v the published factors' second moment,
-    flattened towards uniform where it is not to be believed: v ← α·v/mean(v) + (1 − α), α = validity·trust, `trust`
-    being the weight of the published side against the local one, 1 unless given. Data: the local
-    mean ĝ_ij of b batches with noise variance e_ij = s²_ij/b, of rank one, from the local factors
-    (`LocalStatistics.noise`). τ² is estimated per tensor from E ĝ² = τ²v + e. Then
+    Prior: the true mean gradient μ_ij of this domain has variance τ²·v_ij, v = α·v̂ + (1 − α)·u with v̂ the second
+    moment of the published factors and u that of the local sample's own, both over their mean, α = validity·trust.
+    `trust` is the weight of the published side; unless given, the one of 0, ½ and 1 under which the sample is likeliest
+    (Akaike's criterion, per tensor), so that factors which do not fit the sample have no say. Data: the local mean ĝ_ij
+    of b batches with noise variance e_ij = s²_ij/b, of rank one, from the local factors (`LocalStatistics.noise`).
+    τ² is estimated per tensor from E ĝ² = τ²v + e. Then
 
         E[μ² | ĝ] = (w ĝ)² + w e,   w = τ²v / (τ²v + e).
 
-    Without a local sample the factors alone, √v; with ever more of it the local gradient alone, |ĝ|. A tensor without
-    factors has a uniform prior. Where the noise is not known (fewer than two batches) factors and gradient are blended
-    as shares, `weight_of_published` and the rest.
+    Without a local sample the factors alone, √v̂; with ever more of it the local gradient alone, |ĝ|. Where the noise is
+    not known (fewer than two batches) factors and gradient are blended as shares, `weight_of_published` and the rest.
     """
-    believed = validity if trust is None else validity * trust
     weight_of_prior = weight_of_published(validity, trust)
 
     def score(name: str, shape: Shape) -> Scores | None:
@@ -109,17 +108,62 @@ def empirical_bayes(
             return blended((weight_of_prior, ours), (1 - weight_of_prior, theirs))(name, shape)
         mean = statistics.mean[name].detach().float()
         variance = outer(noise, name, shape).to(mean.device)
-        prior = torch.ones_like(mean)
+        prior, parameters = _own_prior(statistics, name, mean)
         if known:
-            spread = outer(factors[name], name, shape).to(mean.device)
-            prior = spread.mul_(believed / float(spread.mean().clamp_min(_TINY))).add_(1 - believed)
-        squares = float(mean.square().mean())
-        signal = max(squares - float(variance.mean()), LEAST_SIGNAL * squares) / float(prior.mean())
-        prior.mul_(signal)
+            published = _over_its_mean(outer(factors[name], name, shape).to(mean.device))
+            weights = (0.0, 0.5, 1.0) if trust is None else (trust,)
+            fit = _Fit(mean, variance, published, prior, parameters)
+            prior.lerp_(published, max((validity * each for each in weights), key=fit))
+        prior.mul_(_signal(mean, variance) / max(float(prior.mean()), _TINY))
         weight = prior.div_((prior + variance).clamp_min_(_TINY))
         return _flat((weight * mean).square_().add_(variance.mul_(weight)).sqrt_())
 
     return score
+
+
+class _Fit:
+    """Log likelihood of the local mean under α·published + (1 − α)·own, less the own factors' parameters (Akaike).
+
+    Of a large tensor a million coordinates drawn once stand for all.
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor, published: Tensor, own: Tensor, parameters: int) -> None:
+        self._signal = _signal(mean, variance)
+        self._parameters = parameters / mean.numel()
+        places: Tensor | slice = slice(None)
+        if mean.numel() > _JUDGED_BY:
+            lots = torch.Generator().manual_seed(0)
+            places = torch.randint(0, mean.numel(), (_JUDGED_BY,), generator=lots).to(mean.device)
+        self._square, self._variance, self._published, self._own = (
+            each.flatten()[places] for each in (mean, variance, published, own)
+        )
+        self._square = self._square.square()
+
+    def __call__(self, weight: float) -> float:
+        """Per coordinate, up to a constant."""
+        expected = torch.lerp(self._own, self._published, weight).mul_(self._signal).add_(self._variance)
+        expected.clamp_min_(max(_TINY, _LEAST_VARIANCE * self._signal))
+        likelihood = -float((self._square / expected + expected.log()).double().mean()) / 2
+        return likelihood - (self._parameters if weight < 1 else 0.0)
+
+
+def _own_prior(statistics: LocalStatistics, name: str, mean: Tensor) -> tuple[Tensor, int]:
+    """The second moment by the sample's own row and column factors over its mean, and their number; of a vector 1."""
+    own = statistics.factors()[name]
+    if "column" not in own:
+        return torch.ones_like(mean), 1
+    parameters = own["row"].numel() + own["column"].numel()
+    return _over_its_mean(outer(own, name, tuple(mean.shape)).to(mean.device)), parameters
+
+
+def _over_its_mean(moment: Tensor) -> Tensor:
+    return moment.div_(float(moment.mean().clamp_min(_TINY)))
+
+
+def _signal(mean: Tensor, variance: Tensor) -> float:
+    """τ², of a prior whose mean is 1."""
+    squares = float(mean.square().mean())
+    return max(squares - float(variance.mean()), LEAST_SIGNAL * squares)
 
 
 def weight_of_published(validity: float, trust: float | None) -> float:
@@ -128,6 +172,9 @@ def weight_of_published(validity: float, trust: float | None) -> float:
 
 
 _TINY = float(torch.finfo(torch.float32).tiny)
+_JUDGED_BY = 1 << 20
+_LEAST_VARIANCE = 1e-6
+"""Of τ²: a coordinate that a prior holds for unused and is not says no more than this against it."""
 
 
 def outer(factor: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:

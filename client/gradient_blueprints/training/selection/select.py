@@ -40,9 +40,6 @@ ScoreName = Literal["empirical_bayes", "blend", "factors", "mean_gradient", "rms
 DEFAULT_SCORE: ScoreName = "empirical_bayes"
 """The one place that says by what coordinates are chosen where factors or a local sample are given. Without them they
 are drawn at random. What either was measured to be worth: docs/evidence.md."""
-FEWEST_SEQUENCES = 32
-"""Local sequences from which on their mean gradient is believed by itself: in the pilot 8 chose worse than chance, 32
-better. Below, and where the published side is not to be believed either, a share of the budget goes to chance."""
 
 
 def select(
@@ -63,7 +60,7 @@ def select(
     domain: str | None = None,
     model: nn.Module | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-    random_share: float | None = None,
+    random_share: float = 0.0,
     temperature: float = 0.0,
     seed: int = 0,
     also_train: Sequence[str] = (),
@@ -73,13 +70,10 @@ def select(
     1. Between layers as `allocation.allocate` says: shares of the criterion blended by `trust` (the paper's α), then
        whole layers by an exact 0/1 knapsack (`unit="layer"`), or a fraction of every layer.
     2. Within each tensor coordinates (`"coordinate"`), or rows (`"row"`, see `width_of`), by their `score`. The default
-       weighs the published factors against the local sample by how noisy that is (`empirical_bayes`). The largest
-       scores are taken; with a `temperature` they are drawn with chances that grow with score^(1/`temperature`). A
-       tensor for which nothing is known gets random parts, the same ones each time for one `seed`: a rival hard to
-       beat, and safer than statistics of a wrong domain, which may choose worse than chance.
-    3. Under the default score a share (1 − validity)·(1 − n/32) of each tensor's budget goes to chance, n the local
-       sequences, validity what is to be believed of the published factors: nothing is left to evidence that in the
-       pilot did worse than chance.
+       weighs the published factors against the local sample by how noisy that is, and leaves factors away that the
+       sample does not fit (`empirical_bayes`). The largest scores are taken; with a `temperature` they are drawn with
+       chances that grow with score^(1/`temperature`). A tensor for which nothing is known gets random parts, the same
+       ones each time for one `seed`: a rival hard to beat.
 
     Args:
         local: a blueprint of the local sample (`GradientProfiler`).
@@ -87,8 +81,8 @@ def select(
         factors: as `GradientProfiler.factors()` or a blueprint's attachment holds them, `{domain}/{tensor}/row` and
             `.../column`, of the adapter's own domain; `domain` names it when they hold several.
         trust: weight of the published side against the local one, between layers and within tensors, times what
-            `staleness` leaves of it. Else `default_trust` between layers; within tensors the factors are believed
-            unless `staleness` speaks against it. Where a tensor has one side alone that side decides.
+            `staleness` leaves of it. Else `default_trust` between layers, and within tensors as well as the factors fit
+            the local sample. Where a tensor has one side alone that side decides.
         criterion: what a layer is worth: a name, or a function of a `Layer`. `absolute` is Σ|g|, from factors and
             local gradients, which have to cover every layer.
         score: a name, or a function (tensor name, shape) → float32 array that `scores` describes.
@@ -100,7 +94,7 @@ def select(
             shapes and precision; needed for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another.
-        random_share: share of each tensor's budget drawn at random, instead of what 3. says.
+        random_share: share of each tensor's budget drawn at random among the others.
         temperature: 0 takes the largest scores, more spreads the choice, towards chance.
         also_train: tensors or modules of the model (`"score"`, `"*.norm"`) that are trained whole, beside the budget: a
             new head, which no blueprint lists.
@@ -117,7 +111,7 @@ def select(
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
     if not 0 <= temperature < float("inf"):
         raise ConfigurationError(f"a temperature is 0 (the largest scores) or a positive number, got {temperature}")
-    if random_share is not None and not 0 <= random_share <= 1:
+    if not 0 <= random_share <= 1:
         raise ConfigurationError(f"random_share is a share in [0, 1], got {random_share}")
     if not callable(criterion) and criterion not in list(Criterion):
         raise ConfigurationError(f"there is no criterion {criterion!r}: {', '.join(Criterion)}, or a function")
@@ -171,10 +165,8 @@ def select(
     chosen: dict[str, _Chosen] = {}
     if unit != "layer":
         rank = score if callable(score) else known.score(score or DEFAULT_SCORE, seed)
-        hedged = score is None and random_share is None
         for name, tensor in partial.items():
-            at_random = known.hedge(name) if hedged else (random_share or 0.0)
-            found = _choose(name, tensor.shape, fractions[tensor.layer], unit, rank, at_random, temperature, seed)
+            found = _choose(name, tensor.shape, fractions[tensor.layer], unit, rank, random_share, temperature, seed)
             if found is not None:
                 chosen[name] = found
         if callable(score) and not chosen and any(0 < fraction < 1 for fraction in spent.fractions):
@@ -277,14 +269,6 @@ class _Known:
         """Σ|g| of a tensor's mean local gradient; 0 where there is none."""
         return float(self.statistics.mean[name].float().abs().sum()) if name in self.statistics.mean else 0.0
 
-    def hedge(self, name: str) -> float:
-        """Share of a tensor's budget for which neither side vouches."""
-        published = self.validity if name in self.factors else 0.0
-        sequences = self.statistics.sequences
-        if name not in self.statistics.mean:
-            return 1 - published
-        return 0.0 if sequences is None else (1 - published) * max(0.0, 1 - sequences / FEWEST_SEQUENCES)
-
 
 @dataclass(frozen=True)
 class _Chosen:
@@ -300,7 +284,7 @@ def _choose(
     fraction: float,
     unit: Unit,
     score: Score,
-    at_random: float,
+    random_share: float,
     temperature: float,
     seed: int,
 ) -> _Chosen | None:
@@ -320,7 +304,7 @@ def _choose(
     by_part = scores if width == 1 else row_scores(scores, width)
     if temperature > 0:
         by_part = drawn(by_part, temperature, name, seed)
-    parts = best(by_part, parts_of(fraction, shape, width), name, seed, at_random)
+    parts = best(by_part, parts_of(fraction, shape, width), name, seed, random_share)
     kept = scores.reshape(-1, width)[parts].sum(dtype=np.float64)
     return _Chosen(parts, float(kept) / total, total)
 
