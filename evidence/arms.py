@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
@@ -24,8 +24,9 @@ from evidence.gradients import (
 )
 from evidence.models import Subject
 from evidence.runs import Choice, Run
+from gradient_blueprints.training.bridges.adapters import to_peft
 from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter, apply_selection
-from gradient_blueprints.training.selection import LocalStatistics, Selection, select
+from gradient_blueprints.training.selection import Budget, LocalStatistics, Selection, select
 
 PUBLISHED_SEQUENCES = {"gpt": 512, "smollm2": 64, "tiny": 16}
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "shira")
@@ -48,6 +49,8 @@ def build(subject: Subject, run: Run, autocast: bool) -> Arm:
         return Arm(model, _adamw(model, run.rate), sum(each.numel() for each in model.parameters()))
     if choice.arm in ADAPTERS:
         return _adapter(model, run)
+    if choice.arm == "bridged":
+        return _bridged(model, subject, run)
     if choice.arm == "library":
         selected = apply_selection(model, _of_the_library(subject, run))
         return _partial(model, selected, run.rate)
@@ -65,12 +68,18 @@ def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: fl
 
 
 def _of_the_library(subject: Subject, run: Run) -> Selection:
-    """`select` with its defaults, on what an adapter has: a published document, its factors, and a local sample."""
+    """`select` with its defaults, on what an adapter has: a published document and its factors, and a local sample.
+
+    With nothing published the document is the sample's own.
+    """
     choice = run.choice
-    sequences = PUBLISHED_SEQUENCES[subject.name]
-    blueprint, factors = published_profile(subject, choice.published, sequences, run.length)
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
     local, _ = profile(subject, batches, run.domain)
+    blueprint, factors = (
+        published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+        if choice.published
+        else (local, {})
+    )
     model = subject.fresh()
     statistics = LocalStatistics.gather(model, batches)
     return select(blueprint, local, choice.share, factors=factors, statistics=statistics, model=model)
@@ -119,13 +128,8 @@ def _published(subject: Subject, run: Run) -> Factors | None:
 
 
 def _adapter(model: PreTrainedModel, run: Run) -> Arm:
-    """A `peft` adapter on every linear layer, of the rank whose parameters come nearest to the share."""
-    linear = [each for name, each in model.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name]
-    sides = sum(each.in_features + each.out_features for each in linear)
-    extra = sum(each.out_features for each in linear) if run.choice.arm == "dora" else 0
-    wanted = run.choice.share * sum(each.numel() for each in model.parameters()) - extra
-    smallest = min(min(each.in_features, each.out_features) for each in linear)
-    rank = max(1, min(smallest, round(wanted / sides)))
+    """A `peft` adapter on every linear layer."""
+    rank = _rank(model, run.choice)
     common: dict[str, Any] = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -139,9 +143,41 @@ def _adapter(model: PreTrainedModel, run: Run) -> Arm:
                 use_dora=run.choice.arm == "dora",
                 init_lora_weights="pissa" if run.choice.arm == "pissa" else True,
             )
+    return _adapted(model, config, run.rate)
+
+
+def _bridged(model: PreTrainedModel, subject: Subject, run: Run) -> Arm:
+    """LoRA with the ranks that `to_peft` deals out, of as many parameters as LoRA with one rank has."""
+    choice = run.choice
+    blueprint, _ = published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+    by: Literal["k_star", "share"] = "k_star" if choice.score == "k_star" else "share"
+    parameters = _rank(model, choice) * sum(each.in_features + each.out_features for each in _linear(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = to_peft(blueprint, model, Budget.parameters(parameters), by=by, task_type="CAUSAL_LM")
+    return _adapted(model, config, run.rate)
+
+
+def _rank(model: nn.Module, choice: Choice) -> int:
+    """The rank whose parameters come nearest to the share."""
+    linear = _linear(model)
+    sides = sum(each.in_features + each.out_features for each in linear)
+    extra = sum(each.out_features for each in linear) if choice.arm == "dora" else 0
+    wanted = choice.share * sum(each.numel() for each in model.parameters()) - extra
+    smallest = min(min(each.in_features, each.out_features) for each in linear)
+    return max(1, min(smallest, round(wanted / sides)))
+
+
+def _linear(model: nn.Module) -> list[nn.Linear]:
+    return [each for name, each in model.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name]
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig | ShiraConfig, rate: float) -> Arm:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config)
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-    return Arm(adapted, _adamw(adapted, run.rate), trained)
+    return Arm(adapted, _adamw(adapted, rate), trained)
 
 
 def _adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:

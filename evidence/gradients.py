@@ -116,10 +116,14 @@ def profile(subject: Subject, batches: list[Batch], domain: str) -> tuple[Bluepr
 
 
 def published_profile(subject: Subject, domain: str, count: int, length: int) -> tuple[Blueprint, dict[str, Tensor]]:
-    """What a lab publishes of a domain, from the sequences of `published_factors`."""
+    """What a lab publishes, from the sequences of `published_factors`; of `domain*` the factors are permuted."""
     key = (subject.name, domain, count, length)
     if key not in _PROFILES:
-        _PROFILES[key] = profile(subject, _published_batches(subject, domain, count, length), domain)
+        batches = _published_batches(subject, domain.rstrip("*"), count, length)
+        document, factors = profile(subject, batches, domain.rstrip("*"))
+        if domain.endswith("*"):
+            factors = {name: torch.from_numpy(_shuffled(name, each.numpy())) for name, each in factors.items()}
+        _PROFILES[key] = document, factors
     return _PROFILES[key]
 
 
@@ -173,13 +177,14 @@ def _read_factors(path: Path) -> Factors:
 
 
 def _permuted(factors: Factors) -> Factors:
-    def shuffle(name: str, values: Array) -> Array:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        order = list(range(len(values)))
-        random.Random(seed).shuffle(order)  # noqa: S311 - no secret
-        return np.asarray(values[order])
-
     return Factors(
-        {name: shuffle(f"{name}/row", values) for name, values in factors.row.items()},
-        {name: shuffle(f"{name}/column", values) for name, values in factors.column.items()},
+        {name: _shuffled(f"{name}/row", values) for name, values in factors.row.items()},
+        {name: _shuffled(f"{name}/column", values) for name, values in factors.column.items()},
     )
+
+
+def _shuffled(name: str, values: Array) -> Array:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    order = list(range(len(values)))
+    random.Random(seed).shuffle(order)  # noqa: S311 - no secret
+    return np.asarray(values[order])

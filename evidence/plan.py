@@ -13,8 +13,8 @@ TUNING_SEEDS = (900,)
 EXPLORING_SEEDS = (901,)
 METERED_SEED = 0
 SEEDS = {"gpt": range(5), "smollm2": range(3), "tiny": range(2)}
-DRAWS = {"gpt": range(10), "smollm2": range(3), "tiny": range(2)}
-"""Of arms that are drawn at random."""
+DRAWS = {"gpt": range(10), "smollm2": range(10), "tiny": range(2)}
+"""Of full fine-tuning, of what is drawn at random, of the small model's main tables and of `JUDGED` arms."""
 SIZES = {  # steps, sequences a step, tokens a sequence
     "gpt": (60, 8, 64),
     "smollm2": (30, 4, 64),
@@ -26,6 +26,8 @@ DRAWN = "sampled2:bayes"
 """Our first selection: the score that exploration chose, frozen before the first confirming run."""
 DEFAULT = "bayes"
 """Our selection since the second hypothesis (evidence/hypothesis.md)."""
+FITTED = "fitted"
+"""What `select` does since the third hypothesis; its runs before that have no score's name."""
 EQUAL_MEMORY = 0.075
 """Of the coordinates: with their indices they take the training memory of 10 % of the parameters in adapters."""
 
@@ -99,6 +101,11 @@ def pending(cells: Sequence[Cell], store: Store) -> Iterator[Run]:
 # --- the arms
 
 
+def ablated(model: str) -> tuple[float, ...]:
+    """The shares at which the published side is taken apart."""
+    return (0.1, 0.01) if model == "gpt" else (0.01,)
+
+
 def ours(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
     """Published factors of the domain as the prior, the local sample as the correction."""
     return Choice("coordinates", DEFAULT, share, local, domain)
@@ -109,9 +116,14 @@ def drawn(share: float, domain: str = "code", local: int = LOCAL) -> Choice:
     return Choice("coordinates", DRAWN, share, local, domain)
 
 
-def library(share: float) -> Choice:
-    """`select` as an adapter calls it: `ours` within each tensor, and fractions between layers by k* and the norms."""
-    return Choice("library", share=share, local=LOCAL, published="code")
+def library(share: float, published: str = "code", local: int = LOCAL) -> Choice:
+    """`select` as an adapter calls it: factors as far as the sample bears them out, fractions by k* and the norms."""
+    return Choice("library", FITTED, share, local, published)
+
+
+def bridged(rule: Literal["k_star", "share"], share: float) -> Choice:
+    """LoRA with the ranks of `to_peft`, from a published document."""
+    return Choice("bridged", rule, share, 0, "code")
 
 
 def by_factors(share: float, published: str = "code") -> Choice:
@@ -131,13 +143,23 @@ def of_layers(rule: str, share: float, domain: str = "code") -> Choice:
 
 
 FULL = Choice("full")
+JUDGED: tuple[Choice, ...] = (
+    *(ours(share) for share in (0.01, 0.1, 0.25)),
+    by_factors(0.1),
+    by_local(0.1),
+    Choice("lora", share=0.1),
+    of_layers("norm", 0.1),
+)
+"""What the goals and claims are judged by."""
 
 
 def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> list[Cell]:
-    return [
-        Cell(stage, model, domain, "confirm", choice, (DRAWS if choice.score == "random" else SEEDS)[model])
-        for choice in choices
-    ]
+    return [Cell(stage, model, domain, "confirm", each, _seeds(stage, model, each)) for each in choices]
+
+
+def _seeds(stage: str, model: str, choice: Choice) -> Sequence[int]:
+    judged = model == "gpt" or choice in JUDGED or choice == FULL or choice.score == "random"
+    return (DRAWS if judged and stage in ("1 %", "5 %", "10 %", "25 %", "equal memory") else SEEDS)[model]
 
 
 def main_arms(share: float, domain: str = "code") -> list[Choice]:
@@ -164,6 +186,11 @@ MISLEADING = ("documentation", "legal", "english", "code~25", "code*")
 """Published factors of other domains, stale ones and permuted ones."""
 
 
+def posterior_of_local(share: float, local: int = LOCAL) -> Choice:
+    """`ours` without anything published: the sample's own factors are the prior."""
+    return Choice("coordinates", DEFAULT, share, local)
+
+
 def ablation(share: float) -> list[Choice]:
     """What the published side adds, by the size of the local sample, and what a bad one costs."""
     sizes = [choice for local in LOCAL_SIZES for choice in (by_local(share, local), ours(share, "code", local))]
@@ -179,6 +206,12 @@ def short_ablation(share: float) -> list[Choice]:
     few, many = ([by_local(share, local), ours(share, "code", local)] for local in (8, 128))
     bad = ("documentation", "english", "code*")
     return few + [by_factors(share, each) for each in bad] + [ours(share, each) for each in bad] + many
+
+
+def ablation_of_library(share: float) -> list[Choice]:
+    """What `select` makes of little, of nothing published and of what misleads."""
+    few = [library(share, "", 8), library(share, "code", 8), library(share, "", LOCAL)]
+    return few + [library(share, published) for published in ("code*", "english", "documentation", "legal")]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -262,7 +295,6 @@ def _plan() -> list[Cell]:
     cells += _cells("25 %", "smollm2", "code", main_arms(0.25))
     cells += _cells("10 %", "smollm2", "code", rivals(0.1))
     cells += _cells("equal memory", "smollm2", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
-    cells += _library("smollm2")
     cells += _metered("smollm2")
     cells += _cells(
         "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
@@ -273,7 +305,14 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
     cells += _constant_rates("gpt")
     cells += _library("gpt")
+    for share in ablated("gpt"):
+        cells += _cells("ablation", "gpt", "code", [posterior_of_local(share), *ablation_of_library(share)])
+    cells += _bridged("gpt")
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
+    few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
+    cells += _cells("ablation", "smollm2", "code", few)
+    cells += _library("smollm2")
+    cells += _bridged("smollm2")
     cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
     cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
@@ -293,10 +332,16 @@ def _library(model: str) -> list[Cell]:
     return [cell for share, stage in stages for cell in _cells(stage, model, "code", [library(share)])]
 
 
+def _bridged(model: str) -> list[Cell]:
+    stages = ((0.1, "10 %"), (0.01, "1 %"))
+    choices = [(bridged(rule, share), stage) for share, stage in stages for rule in ("k_star", "share")]
+    return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
+
+
 def _products(model: str) -> list[Cell]:
     few = round(0.3 * SIZES[model][0])
     return [
-        replace(cell, steps=given)
+        replace(cell, steps=given, seeds=SEEDS[model])
         for given in (None, few)
         for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
     ]

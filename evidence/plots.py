@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from evidence.findings import Finding, find, name_of, pick
-from evidence.plan import LOCAL_SIZES, Cell, at_random, by_factors, by_local, ours
+from evidence.plan import LOCAL_SIZES, Cell, ablated, at_random, by_factors, by_local, ours
 from evidence.runs import Choice, Store
 
 SHARES = (0.01, 0.05, 0.1, 0.25)
@@ -77,18 +77,19 @@ def _budgets(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
 
 
 def _local(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
+    share = ablated(model)[0]
     by_size: dict[str, Callable[[int], Choice]] = {
-        "published factors and local sample": lambda size: ours(0.1, "code", size),
-        "local sample alone": lambda size: by_local(0.1, size),
-        "published factors alone": lambda size: by_factors(0.1),
-        "random": lambda size: at_random(0.1),
+        "published factors and local sample": lambda size: ours(share, "code", size),
+        "local sample alone": lambda size: by_local(share, size),
+        "published factors alone": lambda size: by_factors(share),
+        "random": lambda size: at_random(share),
     }
     lines: Lines = {
         name: {size: pick(choice(size), model, plan, store) for size in LOCAL_SIZES} for name, choice in by_size.items()
     }
     if sum(each is not None for each in lines["local sample alone"].values()) < 2:
         return None
-    return _lines(f"{model}, code, 10 %: what a blueprint adds to a local sample", "local sequences", lines)
+    return _lines(f"{model}, code, {share:.0%}: what a blueprint adds to a local sample", "local sequences", lines)
 
 
 def _arms(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:

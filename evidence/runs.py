@@ -20,9 +20,9 @@ class Choice:
     """What is trained, and what it is chosen from."""
 
     arm: str
-    """`full`, `coordinates`, `layers`, `library` or the name of an adapter."""
+    """`full`, `coordinates`, `layers`, `library`, `bridged` or the name of an adapter."""
     score: str = ""
-    """How coordinates or layers are ranked, a name in evidence.scores or evidence.layers."""
+    """How coordinates, layers or ranks are dealt out: a name in evidence.scores or evidence.layers, `by` of to_peft."""
     share: float = 1.0
     """Of the trainable parameters."""
     local: int = 0

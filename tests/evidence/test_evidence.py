@@ -10,8 +10,9 @@ import pytest
 
 from demo.texts import code_modules
 from evidence import models, plots, queue, report, runs, texts
-from evidence.findings import find, judge
-from evidence.plan import FULL, PLAN, Cell, at_random, library, of_layers, ours
+from evidence.findings import Finding, find, judge, within
+from evidence.hypotheses import judge_hypotheses
+from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, of_layers, ours
 from evidence.runs import Choice, Result, Run, Store
 from evidence.training import train
 
@@ -43,7 +44,10 @@ def finished(work: Path) -> tuple[Store, list[Cell]]:
         at_random(0.1),
         Choice("lora", share=0.1),
         of_layers("norm", 0.1),
-        replace(library(0.1), local=4),
+        library(0.1, local=4),
+        library(0.1, "code*", local=4),
+        library(0.1, "", local=4),
+        bridged("k_star", 0.1),
     )
     store = Store(work, kept=work / "kept")
     queue.work_off(plan, store, work, report=lambda line: None)
@@ -82,6 +86,33 @@ def test_a_finding_is_a_share_of_what_full_fine_tuning_gained(finished: tuple[St
     assert full.share == 1
     gains = [(lora.results[seed].gain, full.results[seed].gain) for seed in (0, 1)]
     assert lora.share == pytest.approx(sum(few / all_of_it for few, all_of_it in gains) / 2)
+
+
+def test_a_bridged_adapter_has_no_more_parameters_than_one_of_equal_ranks(finished: tuple[Store, list[Cell]]) -> None:
+    store, plan = finished
+    trained = {cell.choice.arm: cell.results(store)[0].trained for cell in plan}
+    assert 0.9 * trained["lora"] < trained["bridged"] <= trained["lora"]
+
+
+def finding(*shares: float, first_seed: int = 0) -> Finding:
+    by_seed = {first_seed + i: share for i, share in enumerate(shares)}
+    return Finding(cells(ours(0.1))[0], 1e-3, dict.fromkeys(by_seed, RESULT), by_seed)
+
+
+def test_a_verdict_is_decided_by_the_whole_interval() -> None:
+    rival = finding(0.90, 0.91, 0.92, 0.93)
+    ahead, behind = finding(0.95, 0.955, 0.975, 0.98), finding(0.85, 0.855, 0.875, 0.88)
+    assert within("", "tiny", ahead, rival).verdict == "holds"
+    assert within("", "tiny", behind, rival).verdict == "does not hold"
+    assert within("", "tiny", finding(0.8, 1.0, 0.9, 1.1), rival).verdict == "undecided"
+    assert within("", "tiny", ahead, rival, -0.1, 0.1).verdict == "holds"
+    assert within("", "tiny", ahead, rival, -0.1, 0.01).verdict == "does not hold"
+    assert within("", "tiny", None, rival).verdict == "not run yet"
+
+
+def test_added_seeds_are_judged_alone_too() -> None:
+    mine, rival = finding(0.9, 0.9, 0.95, 0.96), finding(0.9, 0.9, 0.90, 0.90)
+    assert "4 seeds; the 2 added alone +5.5 [" in within("", "tiny", mine, rival).why
 
 
 def test_new_runs_are_kept_once(finished: tuple[Store, list[Cell]], work: Path) -> None:
@@ -129,7 +160,8 @@ def test_the_document_is_what_the_stored_runs_say() -> None:
 
 def test_a_goal_of_which_nothing_was_run_is_not_judged(tmp_path: Path) -> None:
     empty = Store(tmp_path, kept=tmp_path / "kept")
-    assert {verdict.verdict for verdict in judge("gpt", PLAN, empty)} == {"not run yet"}
+    for judged in (judge, judge_hypotheses):
+        assert {verdict.verdict for verdict in judged("gpt", PLAN, empty)} == {"not run yet"}
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:

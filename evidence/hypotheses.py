@@ -1,0 +1,83 @@
+"""What evidence/hypothesis.md predicted, judged line by line; its number is the hypothesis's and then the line's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from evidence.findings import INFINITY, Finding, Verdict, at_least, pick, within
+from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, of_layers, ours
+from evidence.runs import Choice, Store
+from evidence.statistics import difference
+
+_Pick = Callable[[Choice], Finding | None]
+_RULES: tuple[Literal["k_star", "share"], ...] = ("k_star", "share")
+
+
+def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
+    """One verdict for each thing that was said of this model."""
+
+    def of(choice: Choice) -> Finding | None:
+        return pick(choice, model, plan, store)
+
+    return [*_first(model, of), *_second(model, of), *_third(model, of)]
+
+
+def _first(model: str, of: _Pick) -> Iterator[Verdict]:
+    """`ours` was the drawn selection then."""
+    yield at_least("1.1 drawn, at 10 %: at least 97 %", model, of(drawn(0.1)), 0.97)
+    yield at_least("1.1 drawn, at 1 %: at least 75 %", model, of(drawn(0.01)), 0.75)
+    chance = of(at_random(0.1))
+    yield within("1.2 drawn, at 10 %: within a point of chance", model, of(drawn(0.1)), chance, -0.01, 0.01)
+    if model == "gpt":
+        factors = of(by_factors(0.1))
+        yield at_least("1.3 factors alone, at 10 %: at least 93 %", model, factors, 0.93)
+        yield within("1.3 and not better than chance", model, factors, chance, -INFINITY, 0.0)
+    for name, rival in (("LoRA", Choice("lora", share=0.1)), ("layers by plain norm", of_layers("norm", 0.1))):
+        goal = f"1.4 {name}, at 10 %: more than 3 points behind chance"
+        yield within(goal, model, of(rival), chance, -INFINITY, -0.03)
+    if model == "gpt":
+        yield _forgets_less("1.5 factors alone, at 10 %: less English forgotten than by chance", model, factors, chance)
+
+
+def _second(model: str, of: _Pick) -> Iterator[Verdict]:
+    chance = {share: of(at_random(share)) for share in (0.01, 0.1)}
+    if model == "smollm2":
+        yield at_least("2.1 ours, at 1 %: at least 90 %", model, of(ours(0.01)), 0.9)
+        yield within("2.1 and ahead of chance", model, of(ours(0.01)), chance[0.01])
+        yield within("2.1 at 10 %: within 3 points of chance", model, of(ours(0.1)), chance[0.1], -0.03, 0.03)
+    for share, at_this in chance.items():
+        if model == "gpt":
+            goal = f"2.2 ours, at {share:.0%}: behind chance, by less than 1.5 points"
+            yield within(goal, model, of(ours(share)), at_this, -0.015, 0.0)
+        for name, side in (("factors", by_factors(share)), ("local sample", by_local(share))):
+            goal = f"2.3 ours, at {share:.0%}: at most 1 point behind the {name} alone"
+            yield within(goal, model, of(ours(share)), of(side), -0.01)
+        if model == "gpt":
+            goal = f"2.4 ours, at {share:.0%}: less English forgotten than by chance"
+            yield _forgets_less(goal, model, of(ours(share)), at_this)
+
+
+def _third(model: str, of: _Pick) -> Iterator[Verdict]:
+    share = 0.1 if model == "gpt" else 0.01
+    goal = f"3.1 `select` with permuted factors, at {share:.0%}: at most 2 points behind the local sample alone"
+    yield within(goal, model, of(library(share, "code*")), of(by_local(share)), -0.02)
+    for each in (0.01, 0.1):
+        goal = f"3.2 `select`, at {each:.0%}: within a point of ours"
+        yield within(goal, model, of(library(each)), of(ours(each)), -0.01, 0.01)
+    if model == "smollm2":
+        goal = "3.3 `select` with 8 local sequences and no factors, at 1 %: ahead of chance"
+        yield within(goal, model, of(library(0.01, "", 8)), of(at_random(0.01)))
+    for each in (0.01, 0.1):
+        for rule in _RULES:
+            goal = f"3.4 LoRA with ranks by {rule}, at {each:.0%}: within 1.5 points of LoRA with one rank"
+            yield within(goal, model, of(bridged(rule, each)), of(Choice("lora", share=each)), -0.015, 0.015)
+
+
+def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:
+    found = None if mine is None or rival is None else difference(mine.forgotten, rival.forgotten)
+    if found is None:
+        return Verdict(goal, model, "not run yet", "")
+    verdict = "holds" if found.high <= 0 else "does not hold" if found.low > 0 else "undecided"
+    why = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] nats per token, each at its own rate and gain"
+    return Verdict(goal, model, verdict, why)
