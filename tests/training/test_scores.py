@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,27 @@ def test_half_the_memory_is_right_on_average() -> None:
         torch.testing.assert_close(halved[name].float(), expected, rtol=0.1, atol=1e-3)
     with pytest.raises(ConfigurationError, match="bfloat16"):
         LocalStatistics.gather(model, batches, dtype=torch.float16)
+
+
+class Elsewhere(torch.Tensor):
+    """Refused by the embedding until it is moved, as if it were on another device."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.embedding:
+            raise RuntimeError("indices and weights are on different devices")
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # no types
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.to else result
+
+
+def test_batches_are_moved_to_the_models_device() -> None:
+    model, batches = Scorer(), batches_of(2)
+    elsewhere = [{name: value.as_subclass(Elsewhere) for name, value in batch.items()} for batch in batches]
+    found = mean_gradients(model, elsewhere)
+    for name, mean in mean_gradients(model, batches).items():
+        assert torch.equal(found[name], mean)
 
 
 def test_a_model_that_holds_gradients_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.gradient_hooks import unread
-from gradient_blueprints.training.profiling.losses import examples_in, with_labels
+from gradient_blueprints.training.profiling.losses import examples_in, on_device_of, with_labels
 
 Kept = Literal["mean", "square", "factors"]
 
@@ -65,7 +65,7 @@ class LocalStatistics:
 
         with gradients_taken(model, take):
             for batch in batches:
-                model(**with_labels(batch, None)).loss.backward()
+                model(**with_labels(on_device_of(model, batch), None)).loss.backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
         return found
