@@ -18,8 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.deltas import Delta, DeltaStack, Weights, save_delta
+from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.selection import select
 from gradient_blueprints.training.selection.indices import pack, unpack
 from tests.training.test_finetuning import make_model, make_selection, train_selected, weight_of
+from tests.training.test_selection import make_blueprint
 
 
 def equal(left: nn.Module, right: nn.Module) -> bool:
@@ -175,6 +178,29 @@ def test_a_tied_head_is_saved_once_from_models_and_from_mappings(tmp_path: Path,
     start = base if base_is == "model" else base.state_dict()
     delta = Delta.load(save_delta(start, forms[tuned_is], None, tmp_path / "d"))
     assert delta.changes.keys() == {"embedding.weight"}
+    DeltaStack(base).apply("task", delta)
+    assert equal(base, tuned)
+
+
+@pytest.mark.parametrize("layer", ["embedding", "head"])
+@pytest.mark.parametrize("tuned_is", ["model", "file"])
+def test_a_trained_tied_head_is_within_its_selection_by_whichever_name_the_blueprint_has_for_it(
+    tmp_path: Path, layer: str, tuned_is: str
+) -> None:
+    base = Tied()
+    tuned = copy.deepcopy(base)
+    blueprint, gradient = make_blueprint({layer: 1.0}), torch.arange(1.0, 16.0).view(5, 3)
+    selection = select(blueprint, budget=0.4, model=tuned, gradients={"embedding.weight": gradient})
+    optimizer = SelectedAdamW(apply_selection(tuned, selection), lr=0.1)
+    tuned.head(tuned.embedding(torch.arange(5))).square().sum().backward()
+    optimizer.step()
+    file = {name: value for name, value in tuned.state_dict().items() if name != "head.weight"}
+    result = tuned if tuned_is == "model" else file
+    delta = Delta.load(save_delta(base, result, selection, tmp_path / "d"))
+    assert delta.changed == selection.selected == 6
+    other = select(blueprint, budget=0.4, model=base, gradients={"embedding.weight": gradient.flip(0)})
+    with pytest.raises(ConfigurationError, match="outside the selection"):
+        save_delta(base, result, other, tmp_path / "d")
     DeltaStack(base).apply("task", delta)
     assert equal(base, tuned)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.finetuning import apply_selection
 from gradient_blueprints.training.selection import (
     LocalStatistics,
     Score,
@@ -117,6 +120,47 @@ def test_half_the_memory_is_right_on_average() -> None:
         torch.testing.assert_close(halved[name].float(), expected, rtol=0.1, atol=1e-3)
     with pytest.raises(ConfigurationError, match="bfloat16"):
         LocalStatistics.gather(model, batches, dtype=torch.float16)
+
+
+def test_what_an_earlier_selection_froze_is_measured_for_the_next_and_what_its_owner_froze_is_not() -> None:
+    model, batches = Scorer(), batches_of(2)
+    model.head.bias.requires_grad_(False)
+    whole = mean_gradients(model, batches)
+    layers = [{"id": name, "gradient_norm": norm} for name, norm in (("embedding", 1.0), ("head", 2.0))]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    apply_selection(model, select(blueprint, budget=0.5, unit="layer", model=model))
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert required == {"embedding.weight": False, "head.weight": True, "head.bias": False}
+    found = mean_gradients(model, batches)
+    assert found.keys() == whole.keys() == {"embedding.weight", "head.weight"}
+    for name, mean in whole.items():
+        assert torch.equal(found[name], mean)
+    assert select(blueprint, gradients=found, model=model).random_tensors == 0
+    with pytest.raises(TypeError, match="input_ids"):
+        mean_gradients(model, [*batches, {}])
+    assert required == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Elsewhere(torch.Tensor):
+    """Refused by the embedding until it is moved, as if it were on another device."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.embedding:
+            raise RuntimeError("indices and weights are on different devices")
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # no types
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.to else result
+
+
+def test_batches_are_moved_to_the_models_device() -> None:
+    model, batches = Scorer(), batches_of(2)
+    elsewhere = [{name: value.as_subclass(Elsewhere) for name, value in batch.items()} for batch in batches]
+    found = mean_gradients(model, elsewhere)
+    for name, mean in mean_gradients(model, batches).items():
+        assert torch.equal(found[name], mean)
 
 
 def test_a_model_that_holds_gradients_is_refused() -> None:

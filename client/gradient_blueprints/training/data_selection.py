@@ -32,6 +32,7 @@ from gradient_blueprints.training.profiling.losses import (
     Batch,
     LossReader,
     examples_in,
+    on_device_of,
     slice_examples,
     target_tokens,
     token_losses,
@@ -357,7 +358,7 @@ def _forwards(
     """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
     shift: bool | None = None
     for given in batches:
-        batch = _on_device(model, with_labels(given, None))
+        batch = on_device_of(model, with_labels(given, None))
         with evaluating(model), torch.no_grad():
             if shift is None:
                 shift = _shifts(model, batch)
@@ -383,13 +384,8 @@ def _shifts(model: nn.Module, batch: Batch) -> bool:
     """Whether the model shifts its labels by one: read off its own loss, as the profiler does."""
     reader = LossReader(model)
     with evaluating(model), torch.no_grad():
-        reader.run(_on_device(model, slice_examples(batch, 0, 1)))
+        reader.run(on_device_of(model, slice_examples(batch, 0, 1)))
     return bool(reader.shift)
-
-
-def _on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection
 from gradient_blueprints.training.selection.indices import pack, unpack
+from gradient_blueprints.training.selection.listed_tensors import listing
 
 DELTA_FORMAT = 1
 Weights = nn.Module | Mapping[str, Tensor]
@@ -76,18 +77,24 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     tensors of the base, and for shards (gather them first).
     """
     before, after = _tensors(base, tuned), _tensors(tuned, base)
-    missing = [name for name in _without_aliases(before) if name not in after]
+    names_before, names_after = _names(before), _names(after)
+    missing = [name for name, names in names_before.items() if name == names[0] and name not in after]
     if missing:
         raise ConfigurationError(f"{missing[0]} is not in the tuned weights, {len(missing)} tensors in all: one shard?")
+    layers = set() if selection is None else {layer.id for layer in selection.layers}
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
-    for name, new in _without_aliases(after).items():
+    for name, new in after.items():
+        if name != names_after[name][0]:
+            continue
         old = before.get(name)
         if old is None or old.shape != new.shape or old.dtype != new.dtype:
             raise ConfigurationError(f"{name} is not in the base, or has another shape or precision there")
         changed = (_bits(old) != _bits(new)).nonzero().flatten().cpu()
         if selection is not None:
-            allowed = selection.indices(name, tuple(new.shape))
+            # The blueprint may list a name that a checkpoint left out: take the side that has more of them.
+            listed = listing(max(names_before[name], names_after[name], key=len), layers)
+            allowed = selection.indices(listed[0] if listed else name, tuple(new.shape))
             outside = np.ones(new.numel(), np.bool_)
             outside[slice(None) if allowed is None else allowed] = False
             if outside[changed.numpy()].any():
@@ -216,13 +223,15 @@ def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
     return found
 
 
-def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor once, under the first of its names."""
-    first: dict[object, str] = {}
+def _names(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """By each name of a tensor all the names that it has, in the order of the mapping."""
+    named: dict[object, list[str]] = {}
+    found = {}
     for name, tensor in tensors.items():
         memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        first.setdefault(memory if tensor.numel() else name, name)
-    return {name: tensors[name] for name in first.values()}
+        found[name] = named.setdefault(memory if tensor.numel() else name, [])
+        found[name].append(name)
+    return found
 
 
 def _check_whole(tensors: Mapping[str, Tensor]) -> None:

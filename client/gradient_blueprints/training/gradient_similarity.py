@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import Scores, evaluating
 from gradient_blueprints.training.gradient_hooks import unread
-from gradient_blueprints.training.profiling.losses import Batch, LossReader, examples_in, slice_examples, with_labels
+from gradient_blueprints.training.profiling.losses import (
+    Batch,
+    LossReader,
+    examples_in,
+    on_device_of,
+    slice_examples,
+    with_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,6 @@ def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, see
     if any(parameter.grad is not None for parameter in parameters.values()):
         raise ConfigurationError("The model holds gradients: call model.zero_grad() first.")
     folds = {name: _fold(name, parameter.numel(), dimension, seed) for name, parameter in parameters.items()}
-    device = next(model.parameters()).device
     projected = torch.zeros(dimension)
 
     def take(name: str, parameter: Tensor) -> None:
@@ -78,8 +84,7 @@ def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, see
     reader = LossReader(model)
     try:
         for given in batches:
-            labelled = with_labels(given, None)
-            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in labelled.items()}
+            batch = on_device_of(model, with_labels(given, None))
             for position in range(examples_in(batch)):
                 projected.zero_()
                 with unread(parameters.values()), evaluating(model), torch.enable_grad():

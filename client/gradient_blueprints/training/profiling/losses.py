@@ -50,6 +50,14 @@ def slice_examples(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     }
 
 
+def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch on the model's device; as it is where weights are offloaded by accelerate, which moves it itself."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return dict(batch)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def with_labels(batch: Batch, pad_token_id: int | None) -> dict[str, Any]:
     """The batch with labels: those given, else the input ids with padding ignored."""
     batch = dict(batch)

@@ -35,6 +35,7 @@ from gradient_blueprints.training.profiling.losses import (
     Batch,
     LossFunction,
     examples_in,
+    on_device_of,
     slice_examples,
     with_labels,
 )
@@ -183,10 +184,7 @@ class GradientProfiler:
         state = self._state.domains.setdefault(domain, DomainState())
         key = self._key(state, domain, key)
         began = time.perf_counter()
-        device = next(self.model.parameters()).device
-        if device.type != "meta":  # offloaded by accelerate, which moves a batch itself
-            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        labelled = with_labels(batch, self._pad_token_id)
+        labelled = with_labels(on_device_of(self.model, batch), self._pad_token_id)
         with seeded(self._settings.seed, domain, key):
             if self._privacy is not None:
                 state.records[key] = self._measured_apart(gradients, labelled)

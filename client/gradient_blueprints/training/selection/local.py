@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.data_selection import evaluating
 from gradient_blueprints.training.gradient_hooks import unread
-from gradient_blueprints.training.profiling.losses import examples_in, with_labels
+from gradient_blueprints.training.profiling.losses import examples_in, on_device_of, with_labels
+from gradient_blueprints.training.selection.listed_tensors import kept_fixed
 
 Kept = Literal["mean", "square", "factors"]
 
@@ -50,6 +52,7 @@ class LocalStatistics:
         `dtype=torch.bfloat16` halves what is kept; it is rounded stochastically, so that small batches do not vanish
         in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
         Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
+        What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigurationError(f"the mean gradient is kept in float32 or bfloat16, not in {dtype}")
@@ -65,7 +68,7 @@ class LocalStatistics:
 
         with gradients_taken(model, take):
             for batch in batches:
-                model(**with_labels(batch, None)).loss.backward()
+                model(**with_labels(on_device_of(model, batch), None)).loss.backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
         return found
@@ -134,25 +137,26 @@ def _rounded(value: Tensor, dtype: torch.dtype, lots: torch.Generator) -> Tensor
 
 @contextmanager
 def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `take(name, parameter)` is called as soon as a gradient is there; in evaluation mode."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if any(parameter.grad is not None for _, parameter in trained):
+    """While open, `take(name, parameter)` is called as soon as a gradient is there; in evaluation mode.
+
+    Of every tensor that `select` may choose from: those that an earlier selection froze require gradients meanwhile.
+    """
+    fixed = kept_fixed(model)
+    free = {name: parameter for name, parameter in model.named_parameters() if name not in fixed}
+    if any(parameter.grad is not None for parameter in free.values()):
         raise ConfigurationError("the model holds gradients: call model.zero_grad() before local statistics are taken")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    frozen = [parameter for parameter in free.values() if not parameter.requires_grad]
 
     def hook(name: str) -> Callable[[Tensor], None]:
         return lambda parameter: take(name, parameter)
 
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]  # torch has no types
-        for name, parameter in trained
-    ]
-    try:
-        with unread(parameter for _, parameter in trained):
-            yield
-    finally:
-        for registered in hooks:
-            registered.remove()
-        for module, training in modes.items():
-            module.training = training
+    with ExitStack() as stack:
+        for parameter in frozen:
+            stack.callback(parameter.requires_grad_, False)
+            parameter.requires_grad_(True)
+        for name, parameter in free.items():
+            registered = parameter.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]  # torch has no types
+            stack.callback(registered.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(unread(free.values()))
+        yield
