@@ -116,7 +116,8 @@ def allocate(
        A layer that the local side lacks keeps its published share. Without a local side G̃ is the layers' sizes: what
        is not known of any layer is spread evenly.
     2. Whole layers: the largest sum of G' that fits, by an exact 0/1 knapsack. Else every layer gets the budget's
-       fraction, more where its k_star (blended too) is larger, within `K_STAR_RANGE`; a layer with G' = 0 gets none.
+       fraction, more where its k_star (blended too) is larger, within `K_STAR_RANGE`. Of G' nothing counts there but
+       whether it is 0: such a layer gets none, as where `first_order` is negative.
 
     A budget in bytes is spent at one price for every parameter, that of the unit and of the model's lowest precision
     (`copies`), but buys everything where it pays for a full AdamW update.

@@ -39,14 +39,16 @@ def make_batch(case: str) -> dict[str, torch.Tensor]:
 
 
 def make_selection(case: str) -> Selection | None:
-    if case != "selected":
-        return None
+    return select(make_blueprint(make_model(case)), budget=0.1) if case == "selected" else None
+
+
+def make_blueprint(model: nn.Module) -> Blueprint:
+    """One layer for each tensor."""
     layers = [
         {"id": name, "gradient_norm": 1.0, "parameters": parameter.numel()}
-        for name, parameter in make_model(case).named_parameters()
+        for name, parameter in model.named_parameters()
     ]
-    blueprint = Blueprint.from_dict({"model_id": "small", "training_checkpoint": 1.0, "layers": layers})
-    return select(blueprint, budget=0.1)
+    return Blueprint.from_dict({"model_id": "small", "training_checkpoint": 1.0, "layers": layers})
 
 
 def resident(field: str) -> int:

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.theory import optimizer_bytes
 from gradient_blueprints.training.memory import estimate_memory
-from tests.training.measured_training import CASES, make_batch, make_model, make_selection
+from gradient_blueprints.training.selection import Budget, select
+from tests.training.measured_training import CASES, make_batch, make_blueprint, make_model, make_selection
 
 WORST = 0.10
 
@@ -39,6 +40,15 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(case: str, measured
     estimate = estimate_memory(make_model(case), make_selection(case), batch=make_batch(case))
     assert estimate.peak == pytest.approx(measured[case]["allocator"], rel=0.02)
     assert estimate.peak == pytest.approx(measured[case]["resident"], rel=WORST)
+
+
+@pytest.mark.parametrize("free", [135e6, 200e6])
+def test_what_a_device_has_room_for_fits_on_it(free: float) -> None:
+    """`Budget.device` against the peak of the step that its selection is trained by."""
+    model, batch = make_model("selected"), make_batch("selected")
+    selection = select(make_blueprint(model), budget=Budget.device(model, batch, free=free), model=model)
+    estimate = estimate_memory(model, selection, batch=batch)
+    assert 0.8 * free < estimate.peak - estimate.weights <= free
 
 
 def test_the_parts_of_a_full_adamw_update_are_those_of_its_definition() -> None:

@@ -249,9 +249,34 @@ def test_a_selection_cannot_be_changed() -> None:
 
 
 def test_the_summary_says_what_is_trained_and_what_it_takes() -> None:
-    text = select(PUBLISHED, budget=0.1, gradients=gradients_of()).summary()
-    assert "220 of 2,200 parameters (10.0%)" in text
-    assert "a " in text
+    peaked = torch.ones(20, 50)
+    peaked[:, 0] = 181.0  # a fiftieth of the coordinates with 0.787 of the sum
+    blueprint = make_blueprint({"a": 3.0, "b": 1.0, "c": 0.0}, dict.fromkeys("abc", 1000))
+    chosen = select(blueprint, budget=Budget.parameters(40), gradients={"a.weight": peaked}, trust=1.0)
+    within = "empirical_bayes (tensors ranked: 1, at random: the others)"
+    assert chosen.summary().splitlines() == [
+        "m at 1, by coordinate",
+        "40 of 3,000 parameters (1.3%)",
+        f"in 2 of 3 layers by norm, within them by {within}; trust in the published side 1.00",
+        "training memory 0.0 MB, full AdamW 0.0 MB: 0.0 MB saved",
+        "layer                                         parameters  fraction   share  gradient kept         saved",
+        "a                                                  1,000      2.0%   75.0%          78.7%      11,680 B",
+        "b                                                  1,000      2.0%   25.0%              –      11,680 B",
+        "frozen, since their norm is 0: 1 layers (c…)",
+    ]
+
+
+def test_without_a_local_sample_the_summary_says_what_the_score_keeps() -> None:
+    chosen = select(PUBLISHED, budget=0.1, factors=FACTORS)
+    assert "score kept" in chosen.summary()
+    assert chosen.retained_of == "score"
+
+
+def test_the_gradient_that_is_kept_counts_what_is_drawn_at_random_too() -> None:
+    gradients = {"a.weight": torch.ones(20, 50), "a.bias": torch.zeros(1000)}
+    blueprint = make_blueprint({"a": 1.0}, {"a": 2000})
+    layer = select(blueprint, budget=0.1, gradients=gradients, random_share=1.0).layers[0]
+    assert layer.retained == pytest.approx(0.1)
 
 
 def test_whole_layers_are_chosen_by_value_and_not_by_density() -> None:
@@ -511,10 +536,13 @@ def test_trust_does_not_bring_back_what_is_stale() -> None:
     assert (half.trust, half.validity) == (0.4, 0.5)
 
 
-@pytest.mark.parametrize("trust", [0.9, 0.5, 0.1])
+@pytest.mark.parametrize("trust", [1.0, 0.5, 0.0])
 def test_the_side_that_is_alone_decides_whatever_its_trust(trust: float) -> None:
     alone = select(PUBLISHED, budget=0.1, factors=FACTORS).parts["a.weight"]
     assert np.array_equal(select(PUBLISHED, budget=0.1, factors=FACTORS, trust=trust).parts["a.weight"], alone)
+    local = select(PUBLISHED, budget=0.1, gradients=gradients_of()).parts["a.weight"]
+    believed = select(PUBLISHED, budget=0.1, gradients=gradients_of(), trust=trust).parts["a.weight"]
+    assert np.array_equal(believed, local)
 
 
 def test_a_coarser_level_that_holds_keeps_its_say_between_its_groups() -> None:

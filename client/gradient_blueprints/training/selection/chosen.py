@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -33,7 +33,7 @@ class SelectedLayer:
     share: float
     """Blended share of the criterion, G' of Algorithm 1; they sum to 1 over the layers."""
     retained: float | None
-    """Share of the score's mass (local gradient, factors) within the chosen; None where nothing was known."""
+    """Share of what `Selection.retained_of` names that lies within the chosen; None where nothing was known."""
     trained: int | None = None
     """Parameters in whole parts of its tensors; None where their shapes were not known."""
 
@@ -75,6 +75,9 @@ class Selection:
     parts: Mapping[str, Indices]
     random_tensors: int | None = None
     """Tensors of which random parts are trained; None where their shapes were not known."""
+    retained_of: Literal["gradient", "score"] = "score"
+    """Of what layers retain a share: Σ|g| of the local sample's mean gradient over all their tensors, else the score's
+    sum over those that it ranked."""
 
     def __post_init__(self) -> None:
         frozen = {name: chosen.view() for name, chosen in sorted(self.parts.items())}
@@ -141,29 +144,35 @@ class Selection:
         return self.parameters * BYTES_PER_DENSE_PARAMETER
 
     def summary(self, top: int = 8) -> str:
-        """The decision as a table for people: the totals and the `top` layers by selected parameters."""
+        """The decision as a table for people: the totals and the `top` layers by selected parameters.
+
+        `share` is the layer's of the criterion, `gradient kept` (or `score kept`) as `retained_of` says.
+        """
         chosen = sorted((layer for layer in self.layers if layer.selected), key=lambda layer: -layer.selected)
         share = _percent(self.selected / max(1, self.parameters))
         saved = self.full_bytes - self.training_bytes
         sizes = f"training memory {self.training_bytes / 1e6:,.1f} MB, full AdamW {self.full_bytes / 1e6:,.1f} MB"
         by = f"by {self.criterion}, within them by {self._within()}; trust in the published side {self.trust:.2f}"
+        worthless = [layer.id for layer in self.layers if not layer.share and not layer.fraction and layer.parameters]
         empty = [layer.id for layer in self.layers if layer.fraction and layer.parameters and not layer.selected]
         lines = [
             f"{self.model_id} at {self.training_checkpoint:g}, by {self.unit}",
             f"{self.selected:,} of {self.parameters:,} parameters ({share})",
             f"in {len(chosen)} of {len(self.layers)} layers {by}",
             f"{sizes}: {saved / 1e6:,.1f} MB saved",
-            f"{'layer':<44}{'parameters':>12}{'fraction':>10}{'norm share':>12}{'kept':>8}{'saved':>12}",
+            f"{'layer':<44}{'parameters':>12}{'fraction':>10}{'share':>8}{self.retained_of + ' kept':>15}{'saved':>14}",
         ]
         for layer in chosen[:top]:
             kept = "–" if layer.retained is None else _percent(layer.retained)
             held = layer.selected * bytes_each("layer" if layer.fraction == 1 else self.unit, copies=self.copies)
             lines.append(
                 f"{layer.id[-43:]:<44}{layer.parameters:>12,}{_percent(layer.fraction):>10}"
-                f"{_percent(layer.share):>12}{kept:>8}{layer.parameters * BYTES_PER_DENSE_PARAMETER - held:>10,} B"
+                f"{_percent(layer.share):>8}{kept:>15}{layer.parameters * BYTES_PER_DENSE_PARAMETER - held:>12,} B"
             )
         if len(chosen) > top:
             lines.append(f"and {len(chosen) - top} more layers")
+        if worthless and self.unit != "layer":
+            lines.append(f"frozen, since their {self.criterion} is 0: {len(worthless)} layers ({worthless[0]}…)")
         if empty:
             lines.append(
                 f"frozen, since their fraction is less than one {self.unit}: {len(empty)} layers ({empty[0]}…)"
@@ -215,6 +224,7 @@ _HEADER = (
     "copies",
     "exact",
     "random_tensors",
+    "retained_of",
 )
 
 

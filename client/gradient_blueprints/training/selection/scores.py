@@ -59,22 +59,18 @@ def random_coordinates(seed: int = 0) -> Score:
 
 
 def blended(*parts: tuple[float, Score]) -> Score:
-    """Weighted sum of scores as shares of their sums within a tensor; a part that knows nothing has no say."""
+    """Weighted sum of scores as shares of their sums within a tensor; what knows a tensor alone decides, any weight."""
 
     def score(name: str, shape: Shape) -> Scores | None:
-        total: Scores | None = None
-        fallback: Scores | None = None
-        for weight, part in parts:
-            found = part(name, shape)
-            if found is None:
-                continue
-            mass = float(found.sum(dtype=np.float64))
-            if mass == 0:
-                fallback = found
-                continue
-            share = np.asarray(found * np.float32(weight / mass), np.float32)
-            total = share if total is None else total + share
-        return fallback if total is None else total
+        known = [(weight, found) for weight, part in parts if (found := part(name, shape)) is not None]
+        masses = [float(found.sum(dtype=np.float64)) for _, found in known]
+        telling = [(weight / mass, found) for (weight, found), mass in zip(known, masses, strict=True) if mass > 0]
+        if len(telling) < 2:
+            return next((found for _, found in telling or known), None)
+        total = np.zeros_like(telling[0][1])
+        for scale, found in telling:
+            total += np.float32(scale) * found
+        return total
 
     return score
 

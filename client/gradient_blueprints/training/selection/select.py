@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -175,13 +175,13 @@ def select(
                 + ("" if model is not None else ": pass model=, which knows their names and shapes")
             )
     decided = [
-        SelectedLayer(layer.id, size, fraction, share, _retained(layer.id, fraction, tensors, chosen, known), count)
+        SelectedLayer(layer.id, size, fraction, share, _retained_score(layer.id, fraction, tensors, chosen), count)
         for layer, size, fraction, share, count in zip(
             layers, sizes, spent.fractions, spent.shares, trained, strict=True
         )
     ]
     parts = {tensors[name].listed_as: found.parts for name, found in chosen.items()}
-    return Selection(
+    selection = Selection(
         model_id=blueprint.model_id,
         training_checkpoint=blueprint.training_checkpoint,
         blueprint_digest=blueprint.digest,
@@ -197,6 +197,8 @@ def select(
         parts=parts | {name: np.empty(0, np.int64) for name in held.fixed},
         random_tensors=None if model is None else len(partial.keys() - chosen.keys()),
     )
+    mean = known.statistics.mean
+    return _with_retained_gradient(selection, tensors, mean) if mean else selection
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,6 @@ class _Known:
             case "random":
                 return random_coordinates(seed)
 
-    def local_mass(self, name: str) -> float:
-        """Σ|g| of a tensor's mean local gradient; 0 where there is none."""
-        return float(self.statistics.mean[name].float().abs().sum()) if name in self.statistics.mean else 0.0
-
 
 @dataclass(frozen=True)
 class _Chosen:
@@ -309,21 +307,41 @@ def _choose(
     return _Chosen(parts, float(kept) / total, total)
 
 
-def _retained(
-    layer: str,
-    fraction: float,
-    tensors: Mapping[str, ListedTensor],
-    chosen: Mapping[str, _Chosen],
-    known: _Known,
+def _retained_score(
+    layer: str, fraction: float, tensors: Mapping[str, ListedTensor], chosen: Mapping[str, _Chosen]
 ) -> float | None:
-    """Mean over the layer's ranked tensors, each with the weight of its own mass."""
+    """Of the layer's ranked tensors together."""
     if fraction in (0.0, 1.0):
         return fraction
-    ranked = {name: found for name, found in chosen.items() if tensors[name].layer == layer}
-    # Blended scores are shares of their own tensor, so that their sums compare no tensors; local gradients do.
-    masses = {name: known.local_mass(name) or found.mass for name, found in ranked.items()}
-    kept = sum(found.retained * masses[name] for name, found in ranked.items())
-    return kept / sum(masses.values()) if ranked else None
+    ranked = [found for name, found in chosen.items() if tensors[name].layer == layer]
+    return (
+        sum(found.retained * found.mass for found in ranked) / sum(found.mass for found in ranked) if ranked else None
+    )
+
+
+def _with_retained_gradient(
+    selection: Selection, tensors: Mapping[str, ListedTensor], mean: Mapping[str, Tensor]
+) -> Selection:
+    """Each layer with the share of Σ|mean gradient| that it trains, None where a tensor of it was not measured."""
+    held = {layer.id: [0.0, 0.0] for layer in selection.layers}
+    for name, tensor in tensors.items():
+        kept, total = math.nan, math.nan
+        if name in mean:
+            magnitudes = mean[name].detach().float().abs().flatten().cpu().numpy()
+            indices = selection.indices(tensor.listed_as, tensor.shape)
+            total = float(magnitudes.sum(dtype=np.float64))
+            kept = total if indices is None else float(magnitudes[indices].sum(dtype=np.float64))
+        held[tensor.layer][0] += kept
+        held[tensor.layer][1] += total
+
+    def of(layer: SelectedLayer) -> float | None:
+        if layer.fraction in (0.0, 1.0):
+            return layer.fraction
+        kept, total = held[layer.id]
+        return kept / total if total > 0 else None
+
+    layers = tuple(replace(layer, retained=of(layer)) for layer in selection.layers)
+    return replace(selection, layers=layers, retained_of="gradient")
 
 
 def _trained(
