@@ -312,9 +312,9 @@ def _plan() -> list[Cell]:
     few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
     cells += _cells("ablation", "smollm2", "code", few)
     cells += _library("smollm2")
-    cells += _bridged("smollm2")
-    cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
     cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
+    cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+    cells += _bridged("smollm2")
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
     return cells
