@@ -51,7 +51,20 @@ def trainer_arguments(
         eps=arguments.adam_epsilon,
         max_norm=arguments.max_grad_norm or None,
     )
-    return {"optimizers": (optimizer, None), "callbacks": [SelectionCallback(optimizer), *callbacks]}
+    return {"optimizers": (optimizer, None), "callbacks": FirstInFront([SelectionCallback(optimizer), *callbacks])}
+
+
+class FirstInFront(list[TrainerCallback | type[TrainerCallback]]):
+    """Callbacks the first of which is called before the Trainer's own; the others after them, as always.
+
+    The Trainer joins `its_own + given`, and a reporting integration among its own logs whatever has been corrected
+    before its turn. A list's subclass on the right is asked first how it wants to be added.
+    """
+
+    def __radd__(
+        self, others: list[TrainerCallback | type[TrainerCallback]]
+    ) -> list[TrainerCallback | type[TrainerCallback]]:
+        return [*self[:1], *others, *self[1:]]
 
 
 class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
