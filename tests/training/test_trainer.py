@@ -138,6 +138,16 @@ def test_the_trainer_of_several_processes_is_refused_before_it_starts(
         distributed.destroy_process_group()
 
 
+def test_fp16_is_refused_before_the_model_is_touched(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(base)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, fp16=True)
+    with pytest.raises(ConfigurationError, match="bf16=True"):
+        trainer_arguments(model, selection, arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 class Module(lightning.LightningModule):
     def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
         super().__init__()

@@ -28,13 +28,19 @@ def trainer_arguments(
     again: its state is in the checkpoint, and that of another selection is refused.
 
     One process only, else ConfigurationError: the Trainer wraps or shards the model after the optimizer has been made,
-    and the optimizer has to know of shards. Several take a loop of your own.
+    and the optimizer has to know of shards. Several take a loop of your own. Nor `fp16`, whose GradScaler unscales
+    gradients that are no longer there.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ConfigurationError(
             "transformers.Trainer wraps or shards the model after SelectedAdamW has been made for it, so it trains "
             "selections in one process only. With several write the loop: SelectedAdamW(..., process_group=...) on "
             "replicas, or apply_selection after fully_shard."
+        )
+    if arguments.fp16:
+        raise ConfigurationError(
+            "fp16 scales the loss, and its GradScaler finds no gradients to unscale: SelectedAdamW has taken them. Use "
+            "bf16=True, which needs no scaling."
         )
     selected = apply_selection(model, selection)
     matrices = [entry for entry in selected if entry.parameter.dim() > 1]
