@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -340,6 +342,17 @@ def test_a_compiled_model_trains_as_the_plain_one() -> None:
     for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_norm_is_put_together_from_several_devices() -> None:
+    """Tensors without contents follow devices that are not here, and refuse to mix them, as real ones would."""
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection(0.6)), max_norm=1.0)
+    with FakeTensorMode():
+        for number, entry in enumerate(optimizer.selected):
+            optimizer._gradients[entry.parameter] = torch.ones(entry.selected, device=f"cuda:{number % 2}")
+        with pytest.raises(DataDependentOutputException):  # the norm is there, a number it has not
+            optimizer._global_norm()
 
 
 def test_groups_of_parameters_have_options_of_their_own() -> None:

@@ -13,6 +13,7 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -51,11 +52,10 @@ def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: boo
         max_grad_norm=0.05,
         save_steps=2,
         logging_steps=1,
-        report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        **options,
+        **{"report_to": [], **options},
     )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Rows(), **trainer_arguments(model, selection, arguments)
@@ -92,14 +92,38 @@ def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
         assert torch.equal(expected, found)
 
 
+class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """A reporting integration: the Trainer makes it by its name and calls it before the callbacks it is given."""
+
+    norms: list[float]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
+        if "grad_norm" in logs:
+            self.norms.append(logs["grad_norm"])
+
+
+def test_reporting_integrations_see_the_norm_of_the_selected_gradient(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recorder, "norms", [], raising=False)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    trainer = train(base, selection, tmp_path, report_to=["recorder"])
+    kept = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(kept) == 4
+    assert kept == Recorder.norms
+    assert all(norm > 0.05 for norm in kept)
+
+
 def test_the_trainer_takes_callbacks_of_ones_own_beside_those_of_the_selection(
     base: PreTrainedModel, selection: Selection, tmp_path: Path
 ) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     model, own = copy.deepcopy(base), TrainerCallback()
     trainer = Trainer(model=model, args=arguments, **trainer_arguments(model, selection, arguments, callbacks=[own]))
-    assert own in trainer.callback_handler.callbacks
-    assert any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks)
+    first, *others = trainer.callback_handler.callbacks
+    assert isinstance(first, SelectionCallback)
+    assert own in others
+    assert others[0] is not own, "the Trainer's own come before the user's, as always"
 
 
 def test_the_trainer_of_several_processes_is_refused_before_it_starts(
@@ -112,6 +136,16 @@ def test_the_trainer_of_several_processes_is_refused_before_it_starts(
             trainer_arguments(copy.deepcopy(base), selection, arguments)
     finally:
         distributed.destroy_process_group()
+
+
+def test_fp16_is_refused_before_the_model_is_touched(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(base)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, fp16=True)
+    with pytest.raises(ConfigurationError, match="bf16=True"):
+        trainer_arguments(model, selection, arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 class Module(lightning.LightningModule):

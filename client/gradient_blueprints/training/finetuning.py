@@ -153,7 +153,10 @@ class SelectedAdamW(torch.optim.Optimizer):
                 )
 
     def _average(self) -> None:
-        """Mean over the processes; a tensor that some of them did not use counts as zero there."""
+        """Mean over the processes; a tensor that some of them did not use counts as zero there.
+
+        Each gradient is sent from its own device, so a tensor's device has to be the same kind in every process.
+        """
         group = self.process_group
         if not isinstance(group, ProcessGroup):
             return
@@ -188,7 +191,7 @@ class SelectedAdamW(torch.optim.Optimizer):
                 norms[entry.shard_group].append(self._gradients[entry.parameter].norm())
         device, total = self.selected[0].parameter.device, 0.0
         for group, found in norms.items():
-            norm = torch.stack(found).norm() if found else torch.zeros((), device=device)
+            norm = torch.stack([norm.to(device) for norm in found]).norm() if found else torch.zeros((), device=device)
             if group is None:
                 total = math.hypot(total, float(norm))
                 continue

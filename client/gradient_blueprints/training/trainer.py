@@ -28,13 +28,19 @@ def trainer_arguments(
     again: its state is in the checkpoint, and that of another selection is refused.
 
     One process only, else ConfigurationError: the Trainer wraps or shards the model after the optimizer has been made,
-    and the optimizer has to know of shards. Several take a loop of your own.
+    and the optimizer has to know of shards. Several take a loop of your own. Nor `fp16`, whose GradScaler unscales
+    gradients that are no longer there.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ConfigurationError(
             "transformers.Trainer wraps or shards the model after SelectedAdamW has been made for it, so it trains "
             "selections in one process only. With several write the loop: SelectedAdamW(..., process_group=...) on "
             "replicas, or apply_selection after fully_shard."
+        )
+    if arguments.fp16:
+        raise ConfigurationError(
+            "fp16 scales the loss, and its GradScaler finds no gradients to unscale: SelectedAdamW has taken them. Use "
+            "bf16=True, which needs no scaling."
         )
     selected = apply_selection(model, selection)
     matrices = [entry for entry in selected if entry.parameter.dim() > 1]
@@ -51,7 +57,20 @@ def trainer_arguments(
         eps=arguments.adam_epsilon,
         max_norm=arguments.max_grad_norm or None,
     )
-    return {"optimizers": (optimizer, None), "callbacks": [SelectionCallback(optimizer), *callbacks]}
+    return {"optimizers": (optimizer, None), "callbacks": FirstInFront([SelectionCallback(optimizer), *callbacks])}
+
+
+class FirstInFront(list[TrainerCallback | type[TrainerCallback]]):
+    """Callbacks the first of which is called before the Trainer's own; the others after them, as always.
+
+    The Trainer joins `its_own + given`, and a reporting integration among its own logs whatever has been corrected
+    before its turn. A list's subclass on the right is asked first how it wants to be added.
+    """
+
+    def __radd__(
+        self, others: list[TrainerCallback | type[TrainerCallback]]
+    ) -> list[TrainerCallback | type[TrainerCallback]]:
+        return [*self[:1], *others, *self[1:]]
 
 
 class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
