@@ -25,7 +25,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     >>> # loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     During `backward` a hook reads the chosen entries off each tensor's gradient as soon as it is accumulated and
-    frees the rest, so no more than one full gradient of one tensor exists at a time. `parameter.grad` is therefore
+    frees the rest, so no more than one full gradient of one tensor exists at a time; under `torch.compile` those of
+    one graph do, for a graph returns its gradients together, so compile block by block. `parameter.grad` is therefore
     None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which
     clips by the global norm of the selected gradient, as clipping masked gradients would. Several backward passes
     before a step add up, and the step uses them up. State is float32 or wider; of weights of lower precision a float32
@@ -62,7 +63,7 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.gradient_bytes = 0
         """Bytes of the selected gradients at the last step."""
         self.largest_gradient_bytes = 0
-        """Largest full gradient of one tensor seen, the only one that exists at a time."""
+        """Largest full gradient of one tensor seen; the only one at a time, but for the others of a compiled graph."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
