@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -386,6 +387,13 @@ def test_the_norm_is_put_together_from_several_devices() -> None:
             optimizer._gradients[entry.parameter] = torch.ones(entry.selected, device=f"cuda:{number % 2}")
         with pytest.raises(DataDependentOutputException):  # the norm is there, a number it has not
             optimizer._global_norm()
+
+
+def test_torchs_distributed_checkpoint_is_refused_with_what_to_save_instead() -> None:
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()))
+    with pytest.raises(ConfigurationError, match=r"save optimizer\.state_dict"):
+        get_optimizer_state_dict(model, optimizer)
 
 
 def test_groups_of_parameters_have_options_of_their_own() -> None:

@@ -139,7 +139,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         if any(entry.parameter.grad is not None for entry in self.selected):
             raise ConfigurationError(
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
-                "DistributedDataParallel keeps them. Train the model without it and give process_group."
+                "DistributedDataParallel keeps them. Train the model without it and give process_group. Where "
+                "get_optimizer_state_dict put them there, save optimizer.state_dict() instead."
             )
         if not self._gradients and not self.state:
             raise ConfigurationError(
@@ -237,10 +238,12 @@ class SelectedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by tensor name, with a digest of what is selected of it; the selection is saved on its own.
 
-        Of a sharded model each process has, and saves, its own part.
+        Of a sharded model each process has its own part, which it saves in a file of its own;
+        `torch.distributed.checkpoint.state_dict` cannot gather them.
         """
         return {
             "selection": self._digests(),
+            "shards": self._shards(),
             "state": {
                 entry.name: dict(self.state[entry.parameter])
                 for entry in self.selected
@@ -252,7 +255,10 @@ class SelectedAdamW(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of an optimizer over the same selection; ConfigurationError for another's."""
+        """Continue from `state_dict()` of an optimizer over the same selection; ConfigurationError for another's.
+
+        A sharded model continues in as many processes as saved it, each with what it saved; else ConfigurationError.
+        """
         entries = {entry.name: entry for entry in self.selected}
         if "selection" not in state_dict:
             raise ConfigurationError(
@@ -260,6 +266,13 @@ class SelectedAdamW(torch.optim.Optimizer):
                 "of this package that did not note it"
             )
         theirs, ours = state_dict["selection"], self._digests()
+        shards, held = state_dict.get("shards", {}), self._shards()
+        for name in sorted(theirs.keys() & ours.keys()):
+            if shards.get(name) != held.get(name):
+                raise ConfigurationError(
+                    f"the state is of {shards.get(name, 'the whole')} of {name}, and this process holds "
+                    f"{held.get(name, 'the whole')}: continue in as many processes as saved it, each from its own file"
+                )
         other = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if other:
             raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
@@ -274,6 +287,14 @@ class SelectedAdamW(torch.optim.Optimizer):
                 key: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
                 for key, value in saved.items()
             }
+
+    def _shards(self) -> dict[str, str]:
+        """Which part of a sharded tensor this process holds, by tensor name."""
+        return {
+            entry.name: f"shard {entry.shard_group.rank() + 1} of {entry.shard_group.size()}"
+            for entry in self.selected
+            if entry.shard_group is not None
+        }
 
     def _digests(self) -> dict[str, str]:
         """SHA-256, by tensor name, of which parts are selected and how wide they are; "all" where all is."""
