@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection, optimizer_bytes
+from gradient_blueprints.training.memory import peak_bytes
 from gradient_blueprints.training.selection import (
     BYTES_PER_COORDINATE,
     BYTES_PER_DENSE_PARAMETER,
@@ -344,6 +348,36 @@ def test_a_compiled_model_trains_as_the_plain_one() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
+def test_compiled_block_by_block_one_full_gradient_exists_at_a_time_and_as_one_graph_all_do() -> None:
+    def train(compiled: Callable[[nn.Sequential], Any]) -> tuple[nn.Sequential, float]:
+        """Also the peak of the second backward pass, in full gradients of one of the eight blocks."""
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+        layers = [{"id": str(block), "gradient_norm": 1.0, "parameters": 256 * 256} for block in range(8)]
+        blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+        optimizer = SelectedAdamW(apply_selection(model, select(blueprint, budget=0.01)), **OPTIONS)
+        run = compiled(model)
+        inputs = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
+        run(inputs).square().mean().backward()
+        optimizer.step()
+        loss = run(inputs).square().mean()
+        peak = peak_bytes(loss.backward)
+        optimizer.step()
+        return model, peak / optimizer.largest_gradient_bytes
+
+    compiled: Callable[[nn.Module], Any] = partial(torch.compile, backend="aot_eager")
+    plain, one = train(lambda model: model)
+    blocks, one_a_graph = train(lambda model: nn.Sequential(*[compiled(block) for block in model]))
+    whole, all_of_the_graph = train(compiled)
+    assert one < 1.3
+    assert one_a_graph < 1.3
+    assert 8 <= all_of_the_graph < 8.3
+    for found in (blocks, whole):
+        for expected, parameter in zip(plain.parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_norm_is_put_together_from_several_devices() -> None:
     """Tensors without contents follow devices that are not here, and refuse to mix them, as real ones would."""
     model = make_model()
@@ -353,6 +387,13 @@ def test_the_norm_is_put_together_from_several_devices() -> None:
             optimizer._gradients[entry.parameter] = torch.ones(entry.selected, device=f"cuda:{number % 2}")
         with pytest.raises(DataDependentOutputException):  # the norm is there, a number it has not
             optimizer._global_norm()
+
+
+def test_torchs_distributed_checkpoint_is_refused_with_what_to_save_instead() -> None:
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()))
+    with pytest.raises(ConfigurationError, match=r"save optimizer\.state_dict"):
+        get_optimizer_state_dict(model, optimizer)
 
 
 def test_groups_of_parameters_have_options_of_their_own() -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
+from gradient_blueprints.training.selected_parameters import local
 from gradient_blueprints.training.selection import Selection, Unit
 from tests.training.test_finetuning import OPTIONS, batches_for, make_model, make_selection
 
@@ -82,6 +83,10 @@ def process(rank: int, folder: str) -> None:
     model = make_model()
     train(model, make_selection(), share, lambda model: None, process_group="alone")
     note("alone", model)
+    straight, continued, refused = continue_from_files(rank, share, mesh, folder)
+    note("straight", straight)
+    note("continued", continued)
+    found["refused-states"] = torch.tensor(refused)
     found["rare"] = mean_where_one_process_has_no_gradient(rank, world)
     distributed.destroy_process_group()
     save_file({name: value.contiguous() for name, value in found.items()}, f"{folder}/{rank}.safetensors")
@@ -93,6 +98,51 @@ def shard(model: nn.Module, mesh: Any) -> None:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def continue_from_files(rank: int, share: slice, mesh: Any, folder: str) -> tuple[nn.Module, nn.Module, list[bool]]:
+    """Shards trained straight on, and from files in a new model; and whether states of other shards were refused."""
+    selection = make_selection(0.6, "layer")  # whole tensors: of each of their shards all is selected
+    batches = batches_for(make_model(), STEPS)
+
+    def sharded() -> tuple[nn.Module, SelectedAdamW]:
+        model = make_model()
+        shard(model, mesh)
+        return model, SelectedAdamW(apply_selection(model, selection), **OPTIONS, max_norm=MAX_NORM)
+
+    def go_on(model: nn.Module, optimizer: SelectedAdamW, steps: slice) -> None:
+        for inputs, targets in batches[steps]:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(inputs[share]), targets[share]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    def is_refused(optimizer: SelectedAdamW, state: dict[str, Any]) -> bool:
+        try:
+            optimizer.load_state_dict(state)
+        except ConfigurationError as error:
+            return "as many processes as saved it" in str(error)
+        return False
+
+    straight, first = sharded()
+    go_on(straight, first, slice(0, STEPS // 2))
+    shards = {name: local(parameter.detach()) for name, parameter in straight.named_parameters()}
+    torch.save({"shards": shards, "optimizer": first.state_dict()}, f"{folder}/{rank}.pt")
+    distributed.barrier()
+    own, other = (torch.load(f"{folder}/{which}.pt", weights_only=True) for which in (rank, 1 - rank))
+    go_on(straight, first, slice(STEPS // 2, STEPS))
+
+    continued, second = sharded()
+    for name, parameter in continued.named_parameters():
+        local(parameter.detach()).copy_(own["shards"][name])
+    alone = SelectedAdamW(apply_selection(make_model(), selection), process_group="alone")
+    refused = [
+        is_refused(second, other["optimizer"]),
+        is_refused(alone, own["optimizer"]),
+        is_refused(second, alone.state_dict()),
+    ]
+    second.load_state_dict(own["optimizer"])
+    go_on(continued, second, slice(STEPS // 2, STEPS))
+    return straight, continued, refused
 
 
 def refused_inside_a_wrapper(share: slice, world: Any) -> bool:
@@ -161,6 +211,19 @@ def test_each_process_holds_the_state_of_its_shard_alone(both: list[dict[str, to
         held = [int(found[f"held-{unit}"]) for found in both]
         assert sum(held) == whole
         assert all(0 < part < whole for part in held)
+
+
+def test_shards_continue_from_files_as_if_they_had_not_stopped(both: list[dict[str, torch.Tensor]]) -> None:
+    for found in both:
+        for name, start in weights(make_model()).items():
+            assert torch.equal(found[f"continued/{name}"], found[f"straight/{name}"])
+            if name.startswith("2."):
+                assert not torch.equal(found[f"straight/{name}"], start)
+
+
+def test_the_state_of_another_shard_or_number_of_processes_is_refused(both: list[dict[str, torch.Tensor]]) -> None:
+    for found in both:
+        assert found["refused-states"].all(), found["refused-states"]
 
 
 def test_wrong_averages_are_refused_loudly(both: list[dict[str, torch.Tensor]]) -> None:

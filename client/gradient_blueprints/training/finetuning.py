@@ -25,7 +25,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     >>> # loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     During `backward` a hook reads the chosen entries off each tensor's gradient as soon as it is accumulated and
-    frees the rest, so no more than one full gradient of one tensor exists at a time. `parameter.grad` is therefore
+    frees the rest, so no more than one full gradient of one tensor exists at a time; under `torch.compile` those of
+    one graph do, for a graph returns its gradients together, so compile block by block. `parameter.grad` is therefore
     None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which
     clips by the global norm of the selected gradient, as clipping masked gradients would. Several backward passes
     before a step add up, and the step uses them up. State is float32 or wider; of weights of lower precision a float32
@@ -62,7 +63,7 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.gradient_bytes = 0
         """Bytes of the selected gradients at the last step."""
         self.largest_gradient_bytes = 0
-        """Largest full gradient of one tensor seen, the only one that exists at a time."""
+        """Largest full gradient of one tensor seen; the only one at a time, but for the others of a compiled graph."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -138,7 +139,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         if any(entry.parameter.grad is not None for entry in self.selected):
             raise ConfigurationError(
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
-                "DistributedDataParallel keeps them. Train the model without it and give process_group."
+                "DistributedDataParallel keeps them. Train the model without it and give process_group. Where "
+                "get_optimizer_state_dict put them there, save optimizer.state_dict() instead."
             )
         if not self._gradients and not self.state:
             raise ConfigurationError(
@@ -236,10 +238,12 @@ class SelectedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by tensor name, with a digest of what is selected of it; the selection is saved on its own.
 
-        Of a sharded model each process has, and saves, its own part.
+        Of a sharded model each process has its own part, which it saves in a file of its own;
+        `torch.distributed.checkpoint.state_dict` cannot gather them.
         """
         return {
             "selection": self._digests(),
+            "shards": self._shards(),
             "state": {
                 entry.name: dict(self.state[entry.parameter])
                 for entry in self.selected
@@ -251,7 +255,10 @@ class SelectedAdamW(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of an optimizer over the same selection; ConfigurationError for another's."""
+        """Continue from `state_dict()` of an optimizer over the same selection; ConfigurationError for another's.
+
+        A sharded model continues in as many processes as saved it, each with what it saved; else ConfigurationError.
+        """
         entries = {entry.name: entry for entry in self.selected}
         if "selection" not in state_dict:
             raise ConfigurationError(
@@ -259,6 +266,13 @@ class SelectedAdamW(torch.optim.Optimizer):
                 "of this package that did not note it"
             )
         theirs, ours = state_dict["selection"], self._digests()
+        shards, held = state_dict.get("shards", {}), self._shards()
+        for name in sorted(theirs.keys() & ours.keys()):
+            if shards.get(name) != held.get(name):
+                raise ConfigurationError(
+                    f"the state is of {shards.get(name, 'the whole')} of {name}, and this process holds "
+                    f"{held.get(name, 'the whole')}: continue in as many processes as saved it, each from its own file"
+                )
         other = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if other:
             raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
@@ -273,6 +287,14 @@ class SelectedAdamW(torch.optim.Optimizer):
                 key: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
                 for key, value in saved.items()
             }
+
+    def _shards(self) -> dict[str, str]:
+        """Which part of a sharded tensor this process holds, by tensor name."""
+        return {
+            entry.name: f"shard {entry.shard_group.rank() + 1} of {entry.shard_group.size()}"
+            for entry in self.selected
+            if entry.shard_group is not None
+        }
 
     def _digests(self) -> dict[str, str]:
         """SHA-256, by tensor name, of which parts are selected and how wide they are; "all" where all is."""
