@@ -312,8 +312,9 @@ def _plan() -> list[Cell]:
     few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
     cells += _cells("ablation", "smollm2", "code", few)
     cells += _library("smollm2")
-    cells += _cells("5 %", "smollm2", "code", main_arms(0.05))
-    cells += _cells("legal", "smollm2", "legal", main_arms(0.1, "legal"))
+    for stage, domain, share in (("5 %", "code", 0.05), ("legal", "legal", 0.1)):  # what was drawn is refuted there
+        choices = [choice for choice in main_arms(share, domain) if choice.score != DRAWN]
+        cells += [replace(cell, seeds=SEEDS["smollm2"]) for cell in _cells(stage, "smollm2", domain, choices)]
     cells += _bridged("smollm2")
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
