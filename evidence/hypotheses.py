@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from evidence.findings import INFINITY, Finding, Verdict, at_least, pick, within
+from evidence.findings import Finding, pick
 from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, of_layers, ours
 from evidence.runs import Choice, Store
 from evidence.statistics import difference
+from evidence.verdicts import INFINITY, Verdict, at_least, within
 
 _Pick = Callable[[Choice], Finding | None]
 _RULES: tuple[Literal["k_star", "share"], ...] = ("k_star", "share")

@@ -7,21 +7,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from evidence.findings import (
-    Comparison,
-    Finding,
-    Verdict,
-    compare,
-    equal_memory,
-    find,
-    judge,
-    judge_claims,
-    metered,
-    name_of,
-    percent,
-    pick,
-    points,
-)
+from evidence.findings import Comparison, Finding, compare, equal_memory, find, metered, name_of, percent, pick, points
 from evidence.hypotheses import judge_hypotheses
 from evidence.plan import (
     DEFAULT,
@@ -41,6 +27,7 @@ from evidence.plan import (
 from evidence.runs import Store
 from evidence.statistics import difference, interval
 from evidence.training import JUDGED
+from evidence.verdicts import Verdict, judge, judge_claims
 
 Judge = Callable[[str, Sequence[Cell], Store], Sequence[Verdict]]
 

@@ -10,11 +10,12 @@ import pytest
 
 from demo.texts import code_modules
 from evidence import models, plots, queue, report, runs, texts
-from evidence.findings import Finding, find, judge, within
+from evidence.findings import Finding, find
 from evidence.hypotheses import judge_hypotheses
 from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, of_layers, ours
 from evidence.runs import Choice, Result, Run, Store
 from evidence.training import train
+from evidence.verdicts import judge, within
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
 RESULT = Result(6.0, 4.0, 3.0, 3.5, 10, 100, 120, 40, 40, None, 1.0, 1.0, 0.1, 4.1)
