@@ -40,7 +40,7 @@ class Finding:
 
     @property
     def selection_seconds(self) -> float:
-        """Processor time of the selection made afresh: the longest, since arms of one seed share a local sample."""
+        """Processor time of the selection: the longest, since arms of one seed share what they are made of."""
         return max(result.selection_cpu_seconds for result in self.results.values())
 
     def mean(self, of: str, seeds: Collection[int] | None = None) -> float:

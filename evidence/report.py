@@ -63,8 +63,8 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   held-out ones share passages with those trained on: read that table as adaptation to a narrow domain.
 - Memory is measured: moments, indices and the gradients held at a step; after the plus, the one whole gradient of a
   tensor that a partial update sees for a moment. SHiRA's indices, 8 bytes a weight in peft, are not in it. CPU seconds
-  are of the training loop on one thread of a shared machine; `selection` is what the choice takes before it, made
-  afresh, and for `select` of the library the lab's profile as well."""
+  are of the training loop on one thread of a shared machine; `selection` is what the choice takes before it, the
+  longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not."""
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, code.
 From this the first default (`{DRAWN}`) was frozen; nothing here confirms anything."""
 METERED_WORDS = """One more run of each arm at 10 %, seed 0, under the meter of resources (docs/resources.md). ΔΨ is
