@@ -273,7 +273,7 @@ def _ablation(model: str, share: float, plan: Sequence[Cell], store: Store) -> s
     mine = pick(ours(share), model, plan, store)
     rows = []
     for choice in choices:
-        each = pick(choice, model, plan, store) if choice.arm == "coordinates" else None
+        each = pick(choice, model, plan, store) if choice.arm in ("coordinates", "library") else None
         if each is None:
             continue
         compared = None if mine is None or each.cell.choice == mine.cell.choice else compare(mine, [each])
