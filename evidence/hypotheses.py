@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-from evidence.findings import Finding, pick
+from evidence.findings import DATA, Finding, pick, product
 from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, of_layers, ours
-from evidence.runs import Choice, Store
+from evidence.runs import Choice, Data, Store
 from evidence.statistics import difference
-from evidence.verdicts import INFINITY, Verdict, at_least, within
+from evidence.verdicts import INFINITY, Verdict, at_least, between, within
 
 _Pick = Callable[[Choice], Finding | None]
 _RULES: tuple[Literal["k_star", "share"], ...] = ("k_star", "share")
@@ -21,7 +21,7 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
     def of(choice: Choice) -> Finding | None:
         return pick(choice, model, plan, store)
 
-    return [*_first(model, of), *_second(model, of), *_third(model, of)]
+    return [*_first(model, of), *_second(model, of), *_third(model, of), *_fourth(model, of, plan, store)]
 
 
 def _first(model: str, of: _Pick) -> Iterator[Verdict]:
@@ -73,6 +73,26 @@ def _third(model: str, of: _Pick) -> Iterator[Verdict]:
         for rule in _RULES:
             goal = f"3.4 LoRA with ranks by {rule}, at {each:.0%}: within 1.5 points of LoRA with one rank"
             yield within(goal, model, of(bridged(rule, each)), of(Choice("lora", share=each)), -0.015, 0.015)
+
+
+def _fourth(model: str, of: _Pick, plan: Sequence[Cell], store: Store) -> Iterator[Verdict]:
+    products = {data: product(model, data, plan, store) for data in get_args(Data)}
+    on_few = {data: None if each is None else each.data for data, each in products.items()}
+    for data in ("influence", "predicted"):
+        goal = f"4.1 30 % of the data by {DATA[data]}: not ahead of any 30 % by more than 2 points"
+        yield within(goal, model, on_few[data], on_few["random"], -INFINITY, 0.02)
+    for data, each in products.items():
+        goal = f"4.2 20 % of the parameters × 30 % of the data, {DATA[data]}: within 3 points of the product"
+        both, multiplied = ({}, {}) if each is None else (each.both.shares, each.multiplied)
+        yield between(goal, model, both, multiplied, (-0.03, 0.03))
+    if model != "smollm2":
+        return
+    for published in ("english", "documentation", "legal"):
+        goal = f"4.3 `select` with factors of {published}, at 1 %: at most 2 points behind the local sample alone"
+        yield within(goal, model, of(library(0.01, published)), of(by_local(0.01)), -0.02)
+    for local, words, bounds in ((512, "less than 1 point", (-INFINITY, 0.01)), (2, "more than 5", (0.05, INFINITY))):
+        goal = f"4.4 what the right factors add to {local} local sequences, at 1 %: {words}"
+        yield within(goal, model, of(ours(0.01, "code", local)), of(by_local(0.01, local)), *bounds)
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from evidence.runs import Choice, Purpose, Result, Run, Store
+from evidence.runs import Choice, Data, Purpose, Result, Run, Store
 from evidence.tuning import Tuning
 
 TUNING_SEEDS = (900,)
@@ -45,6 +45,7 @@ class Cell:
     steps: int | None = None
     """Where they are not the model's."""
     schedule: Literal["linear", "constant"] = "linear"
+    data: Data = "random"
 
     def template(self) -> Run:
         steps, batch, length = SIZES[self.model]
@@ -59,6 +60,7 @@ class Cell:
             batch,
             length,
             self.schedule,
+            self.data,
         )
 
     def tuning(self, store: Store) -> Tuning:
@@ -202,10 +204,10 @@ def ablation(share: float) -> list[Choice]:
 
 
 def short_ablation(share: float) -> list[Choice]:
-    """The same in fewer arms, for a model of which a run takes minutes."""
-    few, many = ([by_local(share, local), ours(share, "code", local)] for local in (8, 128))
-    bad = ("documentation", "english", "code*")
-    return few + [by_factors(share, each) for each in bad] + [ours(share, each) for each in bad] + many
+    """The same in fewer arms, for a model of which a run takes half a minute."""
+    sizes = [[by_local(share, local), ours(share, "code", local)] for local in LOCAL_SIZES if local != LOCAL]
+    bad = [choice for each in MISLEADING for choice in (by_factors(share, each), ours(share, each))]
+    return [choice for pair in sizes for choice in pair] + bad
 
 
 def ablation_of_library(share: float) -> list[Choice]:
@@ -308,7 +310,6 @@ def _plan() -> list[Cell]:
     for share in ablated("gpt"):
         cells += _cells("ablation", "gpt", "code", [posterior_of_local(share), *ablation_of_library(share)])
     cells += _bridged("gpt")
-    cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
     few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
     cells += _cells("ablation", "smollm2", "code", few)
     cells += _library("smollm2")
@@ -318,6 +319,13 @@ def _plan() -> list[Cell]:
     cells += _bridged("smollm2")
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
+    for model in ("gpt", "smollm2"):
+        cells += _chosen_data(model)
+    cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
+    cells += _cells("5 %", "smollm2", "code", rivals(0.05))
+    cells += _constant_rates("smollm2")
+    misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
+    cells += _cells("ablation", "smollm2", "code", misleading)
     return cells
 
 
@@ -346,6 +354,12 @@ def _products(model: str) -> list[Cell]:
         for given in (None, few)
         for cell in _cells("parameters × data", model, "code", [FULL, ours(0.2)])
     ]
+
+
+def _chosen_data(model: str) -> list[Cell]:
+    """The paper's 30 % of the data once more, not any but the best of the pass by each strategy."""
+    few = [cell for cell in _products(model) if cell.steps is not None]
+    return [replace(cell, data=data) for data in get_args(Data) if data != "random" for cell in few]
 
 
 def _metered(model: str) -> list[Cell]:

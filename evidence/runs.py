@@ -13,6 +13,8 @@ from typing import IO, Any, Literal
 
 RUNS = Path(__file__).parent / "runs"
 Purpose = Literal["explore", "tune", "confirm", "meter"]
+Data = Literal["random", "predicted", "influence", "similar"]
+"""Which sequences are trained on: any, or the best by a strategy (evidence.data)."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class Run:
     batch: int
     length: int
     schedule: Literal["linear", "constant"] = "linear"
+    data: Data = "random"
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        described = asdict(self)
+        if self.data == "random":
+            del described["data"]  # runs from before there was another way keep their keys
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from demo.models import ordered_batches, random_batches
+from demo.models import ordered_batches
 from evidence import models
 from evidence.arms import Arm, build
+from evidence.data import training_batches
 from evidence.models import Batch, Subject
 from evidence.runs import Result, Run
 from gradient_blueprints.run_models import Resource
@@ -39,8 +40,8 @@ def train(subject: Subject, run: Run) -> Result:
     )
     started = time.process_time()
     arm = build(subject, run, AUTOCAST)
+    batches = training_batches(subject, run)
     selection_cpu = time.process_time() - started
-    batches = _batches(subject, run)
     forget_peak()
     before = peak()
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -110,11 +111,6 @@ def _schedule(run: Run) -> Callable[[int], float]:
         return 1.0 if run.schedule == "constant" else (run.steps - step) / (run.steps - warmup)
 
     return factor
-
-
-def _batches(subject: Subject, run: Run) -> list[Batch]:
-    """What is trained on: equal for all arms of one seed."""
-    return list(random_batches(subject.tokens(run.domain, "training"), run.steps, run.batch, run.length, seed=run.seed))
 
 
 @torch.no_grad()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from evidence.findings import Finding, equal_memory, find, metered, name_of, percent, pick, points, variant
+from evidence.findings import Finding, equal_memory, find, in_points, metered, name_of, percent, pick, variant
 from evidence.plan import (
     EQUAL_MEMORY,
     FULL,
@@ -21,7 +21,7 @@ from evidence.plan import (
     ours,
 )
 from evidence.runs import Choice, Store
-from evidence.statistics import Difference, difference, interval
+from evidence.statistics import difference, interval
 
 INFINITY = float("inf")
 
@@ -48,7 +48,7 @@ def judge(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
         at_least("at 25 %, no worse than full fine-tuning", model, of(ours(0.25)), 1.0),
         at_least("at 1 %, at least 75 %", model, of(ours(0.01)), 0.75),
         at_least("published factors alone, at 10 %, at least 93 %", model, of(by_factors(0.1)), 0.93),
-        _rivals("parameters", model, of(ours(0.1)), _rivals_of("10 %", model, plan), plan, store),
+        _rivals("parameters", model, of(ours(0.1)), _rivals_of(model, plan), plan, store),
         _rivals("training memory", model, of(ours(EQUAL_MEMORY)), equal_memory(model, plan), plan, store),
     ]
     for name, rival in (
@@ -88,24 +88,28 @@ def within(
     goal: str, model: str, mine: Finding | None, rival: Finding | None, low: float = 0.0, high: float = INFINITY
 ) -> Verdict:
     """Whether mine − rival, in shares of full fine-tuning's gain, lies within the bounds; by default not worse."""
-    found = None if mine is None or rival is None else difference(mine.shares, rival.shares)
-    if found is None or mine is None or rival is None:
+    verdict = between(goal, model, mine.shares if mine else {}, rival.shares if rival else {}, (low, high))
+    added = difference(mine.added, rival.added) if mine and rival else None
+    if added is None:
+        return verdict
+    return replace(verdict, why=f"{verdict.why}; the {added.pairs} added alone {in_points(added)}")
+
+
+def between(
+    goal: str, model: str, mine: Mapping[int, float], rival: Mapping[int, float], bounds: tuple[float, float]
+) -> Verdict:
+    """The same of shares by seed."""
+    found = difference(mine, rival)
+    if found is None:
         return Verdict(goal, model, "not run yet", "")
-    why = f"{_in_points(found)} points, {found.pairs} seeds"
-    added = difference(mine.added, rival.added)
-    if added is not None:
-        why += f"; the {added.pairs} added alone {_in_points(added)}"
-    return Verdict(goal, model, _on_its_side(found.low, found.high, low, high), why)
+    why = f"{in_points(found)} points, {found.pairs} seeds"
+    return Verdict(goal, model, _on_its_side(found.low, found.high, *bounds), why)
 
 
 def _on_its_side(low: float, high: float, least: float, most: float) -> str:
     if least <= low and high <= most:
         return "holds"
     return "does not hold" if high < least or low > most else "undecided"
-
-
-def _in_points(found: Difference) -> str:
-    return f"{points(found.mean)} [{points(found.low)}, {points(found.high)}]"
 
 
 def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
@@ -123,10 +127,10 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     )
 
 
-def _rivals_of(stage: str, model: str, plan: Sequence[Cell]) -> list[Cell]:
-    """Every other arm of equal parameters; factors alone are part of ours."""
+def _rivals_of(model: str, plan: Sequence[Cell]) -> list[Cell]:
+    """Every other arm of a tenth of the parameters; factors alone are part of ours."""
     no_rivals = (FULL, ours(0.1), library(0.1), by_factors(0.1))
-    return [each for each in plan if (each.stage, each.model) == (stage, model) and each.choice not in no_rivals]
+    return [each for each in plan if (each.stage, each.model) == ("10 %", model) and each.choice not in no_rivals]
 
 
 def _rivals(

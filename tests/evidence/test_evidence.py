@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 
 from demo.texts import code_modules
 from evidence import models, plots, queue, report, runs, texts
-from evidence.findings import Finding, find
+from evidence.data import training_batches
+from evidence.findings import Finding, Product, find
 from evidence.hypotheses import judge_hypotheses
 from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, of_layers, ours
-from evidence.runs import Choice, Result, Run, Store
+from evidence.runs import Choice, Data, Result, Run, Store
 from evidence.training import train
 from evidence.verdicts import judge, within
+from gradient_blueprints.training.data_selection import exact_influences
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
 RESULT = Result(6.0, 4.0, 3.0, 3.5, 10, 100, 120, 40, 40, None, 1.0, 1.0, 0.1, 4.1)
@@ -95,6 +100,32 @@ def test_a_bridged_adapter_has_no_more_parameters_than_one_of_equal_ranks(finish
     assert 0.9 * trained["lora"] < trained["bridged"] <= trained["lora"]
 
 
+@pytest.mark.parametrize("data", [each for each in get_args(Data) if each != "random"])
+def test_chosen_data_are_a_part_of_the_whole_pass_in_its_order(data: Data, work: Path) -> None:
+    subject = models.load("tiny", work)
+    rows, chosen = _rows(subject, RUN), _rows(subject, replace(RUN, steps=2, data=data))
+    assert len(rows) == 6 * 4
+    assert len(chosen) == 2 * 4
+    places = [rows.index(row) for row in chosen]
+    assert places == sorted(set(places))
+    if data == "influence":
+        batch = torch.tensor(rows)
+        norms = exact_influences(subject.fresh(), [{"input_ids": batch, "labels": batch}])
+        assert norms[places].min() > np.delete(norms, places).max()
+
+
+def _rows(subject: models.Subject, run: Run) -> list[list[int]]:
+    return [row for batch in training_batches(subject, run) for row in batch["input_ids"].tolist()]
+
+
+def test_a_product_is_of_one_seed_s_parts(finished: tuple[Store, list[Cell]]) -> None:
+    _, plan = finished
+    parts = [replace(finding(*shares), cell=plan[0]) for shares in ((0.9, 0.8), (0.5, 0.6), (0.4, 0.5))]
+    found = Product(*parts)
+    assert found.multiplied == pytest.approx({0: 0.45, 1: 0.48})
+    assert found.added == pytest.approx({0: 0.4, 1: 0.4})
+
+
 def finding(*shares: float, first_seed: int = 0) -> Finding:
     by_seed = {first_seed + i: share for i, share in enumerate(shares)}
     return Finding(cells(ours(0.1))[0], 1e-3, dict.fromkeys(by_seed, RESULT), by_seed)
@@ -142,8 +173,14 @@ def test_a_run_that_another_process_is_at_is_not_free(tmp_path: Path) -> None:
 
 def test_everything_that_a_run_depends_on_is_in_its_key() -> None:
     others = [replace(RUN, seed=1), replace(RUN, steps=7), replace(RUN, choice=replace(RUN.choice, local=8))]
-    others.append(replace(RUN, schedule="constant"))
-    assert len({run.key for run in [RUN, *others]}) == 5
+    others += [replace(RUN, schedule="constant"), replace(RUN, data="similar")]
+    assert len({run.key for run in [RUN, *others]}) == 6
+
+
+def test_runs_keep_the_keys_that_they_were_stored_with() -> None:
+    lines = [json.loads(line) for line in (runs.RUNS / "gpt.jsonl").read_text().splitlines()]
+    store = Store(kept=runs.RUNS)
+    assert {line["key"] for line in lines} <= {run.key for run, _ in store}
 
 
 def test_documents_are_dealt_whole_and_to_one_part_only() -> None:
