@@ -24,6 +24,7 @@ from gradient_blueprints.training.selection import (
     random_coordinates,
     select,
 )
+from gradient_blueprints.training.selection.budgets import saved_bytes
 
 
 class Scorer(nn.Module):
@@ -155,9 +156,18 @@ class Elsewhere(torch.Tensor):
         return result.as_subclass(torch.Tensor) if func is torch.Tensor.to else result
 
 
+def elsewhere_of(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return [{name: value.as_subclass(Elsewhere) for name, value in batch.items()} for batch in batches]
+
+
+def test_a_budget_is_measured_on_the_models_device() -> None:
+    model, batches = Scorer(), batches_of(1)
+    assert sum(saved_bytes(model, elsewhere_of(batches)[0])) == sum(saved_bytes(model, batches[0])) > 0
+
+
 def test_batches_are_moved_to_the_models_device() -> None:
     model, batches = Scorer(), batches_of(2)
-    elsewhere = [{name: value.as_subclass(Elsewhere) for name, value in batch.items()} for batch in batches]
+    elsewhere = elsewhere_of(batches)
     found = mean_gradients(model, elsewhere)
     for name, mean in mean_gradients(model, batches).items():
         assert torch.equal(found[name], mean)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -223,9 +225,16 @@ def test_ties_are_spread_over_the_tensor() -> None:
     assert chosen[-1] > 900
 
 
-def test_a_selection_survives_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["file", "pickle", "copy"])
+def test_a_selection_survives_its_file_and_other_processes(tmp_path: Path, way: str) -> None:
     selection = select(PUBLISHED, make_blueprint({"a": 1.0, "b": 2.0}), 0.1, gradients=gradients_of())
-    again = Selection.load(selection.save(tmp_path / "selection.safetensors"))
+    again: Selection
+    if way == "file":
+        again = Selection.load(selection.save(tmp_path / "selection.safetensors"))
+    else:
+        again = copy.deepcopy(selection) if way == "copy" else pickle.loads(pickle.dumps(selection))
+    assert again.retained_of == selection.retained_of
+    assert again.layer_of("a.weight") == selection.layer_of("a.weight")
     assert (again.layers, again.trust, again.blueprint_digest) == (selection.layers, selection.trust, PUBLISHED.digest)
     assert again.parts.keys() == selection.parts.keys()
     for name, chosen in selection.parts.items():

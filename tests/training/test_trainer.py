@@ -49,13 +49,12 @@ def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: boo
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         weight_decay=0.1,
-        max_grad_norm=0.05,
         save_steps=2,
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        **{"report_to": [], **options},
+        **{"report_to": [], "max_grad_norm": 0.05, **options},
     )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Rows(), **trainer_arguments(model, selection, arguments)
@@ -136,6 +135,13 @@ def test_the_trainer_of_several_processes_is_refused_before_it_starts(
             trainer_arguments(copy.deepcopy(base), selection, arguments)
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, selection: Selection, tmp_path: Path) -> None:
+    clipped, free = (train(base, selection, tmp_path / str(norm), max_grad_norm=norm) for norm in (1e9, 0))
+    norms, expected = ([entry.get("grad_norm") for entry in each.state.log_history] for each in (free, clipped))
+    assert norms == expected
+    assert norms[0] > 0.05
 
 
 def test_fp16_is_refused_before_the_model_is_touched(

@@ -31,6 +31,8 @@ from gradient_blueprints.training.profiling.losses import (
 class GradientSimilarity:
     """Strategy: the cosine of an example's projected gradient with the mean of the target's unit gradients.
 
+    The gradient is of every tensor that requires one: of the whole model, so choose data before `apply_selection`.
+
     `target`: batches of the domain to get better at, a few dozen examples. Unit gradients, since otherwise a few loud
     target examples decide, and the cosine, since otherwise short loud examples win.
     """

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradient_blueprints import allocation
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.profiling.losses import with_labels
+from gradient_blueprints.training.profiling.losses import on_device_of, with_labels
 
 RESERVE = 0.1
 """Share of the free memory that is left alone: the allocator's fragments, workspaces of kernels."""
@@ -39,8 +39,7 @@ class Budget(allocation.Budget):
         memory). Raises ConfigurationError when nothing is left, or when the free memory is not known.
         """
         if isinstance(batch, tuple):
-            device = next(model.parameters()).device
-            batch = {"input_ids": torch.zeros(batch, dtype=torch.long, device=device)}
+            batch = {"input_ids": torch.zeros(batch, dtype=torch.long)}
         available = free_bytes(next(model.parameters()).device) if free is None else free
         saved = saved_bytes(model, batch)
         gradient = max(parameter.nbytes for parameter in model.parameters())
@@ -66,7 +65,7 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
         return tensor
 
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(**with_labels(batch, None))
+        output = model(**on_device_of(model, with_labels(batch, None)))
         del output
     return list(held.values())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -85,6 +86,11 @@ class Selection:
             chosen.flags.writeable = False
         object.__setattr__(self, "parts", MappingProxyType(frozen))
         object.__setattr__(self, "_by_id", {layer.id: layer for layer in self.layers})
+
+    def __reduce__(self) -> tuple[Callable[[], Selection], tuple[()]]:
+        """For pickle and copy: other processes and copied modules take selections along."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return partial(Selection, **given | {"parts": dict(self.parts)}), ()
 
     def units(self, parameter: str, shape: tuple[int, ...]) -> Units:
         """The chosen parts of a tensor of this shape."""
