@@ -322,10 +322,10 @@ def _plan() -> list[Cell]:
     for model in ("gpt", "smollm2"):
         cells += _chosen_data(model)
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
-    cells += _cells("5 %", "smollm2", "code", rivals(0.05))
-    cells += _constant_rates("smollm2")
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
     cells += _cells("ablation", "smollm2", "code", misleading)
+    cells += _cells("5 %", "smollm2", "code", rivals(0.05))
+    cells += _constant_rates("smollm2")
     return cells
 
 
