@@ -228,7 +228,7 @@ def _both(model: str, plan: Sequence[Cell], store: Store) -> Iterator[Verdict]:
     training = both.mean("cpu_seconds") / full.mean("cpu_seconds")
     total = training + both.selection_seconds / full.mean("cpu_seconds")
     memory = both.mean("training_bytes") / full.mean("training_bytes")
-    why = f"{percent(training)} of the time of training, {percent(total)} with both choices, {percent(memory)} of memory"
+    why = f"{percent(training)} of the training time, {percent(total)} with both choices, {percent(memory)} of memory"
     yield Verdict(goal, model, "holds" if max(total, memory) <= 0.06 else "does not hold", why)
 
 
