@@ -14,7 +14,8 @@ def shares(model: nn.Module, share: float, rules: Sequence[str], known: Knowledg
     """Share of each tensor that is trained, by name; the sum over all parameters is `share` of them.
 
     Without rules every tensor gives the same. `vectors` trains vectors whole, which take no more than a thousandth of a
-    model, and matrices a little less. `balanced0.5` gives a tensor a share that grows with the root of its gradients'
+    model, and matrices a little less. `linear` gives embeddings (a tied head with them) and vectors nothing and the
+    matrices of linear layers more. `balanced0.5` gives a tensor a share that grows with the root of its gradients'
     size, and so on with other exponents.
     """
     tensors = dict(model.named_parameters())
@@ -27,6 +28,9 @@ def shares(model: nn.Module, share: float, rules: Sequence[str], known: Knowledg
     if "vectors" in rules:
         found = {name: 1.0 for name, each in tensors.items() if each.dim() < 2}
         budget -= sum(tensors[name].numel() for name in found)
+    if "linear" in rules:
+        embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        found = {name: 0.0 for name, each in tensors.items() if each.dim() < 2 or each in embeddings}
     rest = [name for name in tensors if name not in found]
     while rest:  # a tensor that would give more than all of itself gives all, and the others share what is left
         scale = budget / sum(weights[name] * tensors[name].numel() for name in rest)

@@ -86,11 +86,14 @@ def _of_the_library(subject: Subject, run: Run) -> Selection:
 
 
 def coordinates(model: nn.Module, choice: Choice, known: scores.Knowledge) -> list[SelectedParameter]:
-    """The best coordinates of every tensor, as many as its share says."""
+    """The best coordinates of every tensor, as many as its share says; one without a share is frozen."""
     *rules, name_of_score = choice.score.split("+")
     shares = allocation.shares(model, choice.share, rules, known)
     found = []
     for name, parameter in model.named_parameters():
+        if shares[name] == 0:
+            parameter.requires_grad_(False)
+            continue
         if shares[name] == 1:
             found.append(SelectedParameter(name, parameter, None))
             continue

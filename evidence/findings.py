@@ -194,8 +194,10 @@ def name_of(choice: Choice) -> str:
     if choice.arm != "coordinates":
         names = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA with rsLoRA", "shira": "SHiRA, random mask"}
         return names.get(choice.arm, choice.arm)
-    if choice.score == "random":
-        return "coordinates at random"
+    *dealt, score = choice.score.split("+")
+    where = " of linear layers" if dealt == ["linear"] else ""
+    if score == "random" and (where or not dealt):
+        return f"coordinates{where} at random"
     sources = [f"{variant(choice.published)}"] if choice.published else []
     sources += [local] if choice.local else []
     scores = {
@@ -204,7 +206,8 @@ def name_of(choice: Choice) -> str:
         "bayes": "largest by the posterior",
         "sampled2:bayes": "drawn by the posterior",
     }
-    return f"coordinates: {scores.get(choice.score, choice.score)} ({', '.join(sources)})"
+    words = scores.get(score if where else choice.score, choice.score)
+    return f"coordinates{where}: {words} ({', '.join(sources)})"
 
 
 def variant(published: str) -> str:

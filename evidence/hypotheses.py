@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from evidence.findings import DATA, Finding, pick, product
-from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, of_layers, ours
+from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, linear_only, of_layers, ours
 from evidence.runs import Choice, Data, Store
 from evidence.statistics import difference
 from evidence.verdicts import INFINITY, Verdict, at_least, between, within
@@ -21,7 +21,13 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
     def of(choice: Choice) -> Finding | None:
         return pick(choice, model, plan, store)
 
-    return [*_first(model, of), *_second(model, of), *_third(model, of), *_fourth(model, of, plan, store)]
+    return [
+        *_first(model, of),
+        *_second(model, of),
+        *_third(model, of),
+        *_fourth(model, of, plan, store),
+        *_fifth(model, of),
+    ]
 
 
 def _first(model: str, of: _Pick) -> Iterator[Verdict]:
@@ -93,6 +99,21 @@ def _fourth(model: str, of: _Pick, plan: Sequence[Cell], store: Store) -> Iterat
     for local, words, bounds in ((512, "less than 1 point", (-INFINITY, 0.01)), (2, "more than 5", (0.05, INFINITY))):
         goal = f"4.4 what the right factors add to {local} local sequences, at 1 %: {words}"
         yield within(goal, model, of(ours(0.01, "code", local)), of(by_local(0.01, local)), *bounds)
+
+
+def _fifth(model: str, of: _Pick) -> Iterator[Verdict]:
+    mine, chance = (ours(0.01), linear_only(ours(0.01))), (at_random(0.01), linear_only(at_random(0.01)))
+    if model == "gpt":
+        for name, (everywhere, in_linear) in (("ours", mine), ("chance", chance)):
+            goal = f"5.3 {name} in linear layers alone, at 1 %: behind {name}"
+            yield within(goal, model, of(in_linear), of(everywhere), -INFINITY, 0.0)
+        return
+    goal = "5.1 ours in linear layers alone, at 1 %: at least 2 points ahead"
+    yield within(goal, model, of(mine[1]), of(mine[0]), 0.02)
+    goal = "5.1 and at 10 % not behind"
+    yield within(goal, model, of(linear_only(ours(0.1))), of(ours(0.1)))
+    goal = "5.2 chance in linear layers alone, at 1 %: ahead of chance"
+    yield within(goal, model, of(chance[1]), of(chance[0]))
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

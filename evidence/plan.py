@@ -86,7 +86,7 @@ def first_step(model: str, choice: Choice) -> int:
         return 2 - lower
     spread = "random" in choice.score or "sampled" in choice.score
     if model == "smollm2" and not spread and choice.share <= 0.02:
-        return -2
+        return -1 if choice.score == "linear+bayes" else -2
     return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
 
 
@@ -140,6 +140,11 @@ def at_random(share: float) -> Choice:
     return Choice("coordinates", "random", share)
 
 
+def linear_only(choice: Choice) -> Choice:
+    """The same number of coordinates, none of them of an embedding or a vector."""
+    return replace(choice, score=f"linear+{choice.score}")
+
+
 def of_layers(rule: str, share: float, domain: str = "code") -> Choice:
     return Choice("layers", rule, share, 0, domain if rule == "norm" else "")
 
@@ -153,6 +158,8 @@ JUDGED: tuple[Choice, ...] = (
     of_layers("norm", 0.1),
 )
 """What the goals and claims are judged by."""
+LINEAR_ONLY = ("linear+bayes", "linear+random")
+"""Scores of arms that leave embeddings alone."""
 
 
 def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> list[Cell]:
@@ -160,7 +167,7 @@ def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> li
 
 
 def _seeds(stage: str, model: str, choice: Choice) -> Sequence[int]:
-    judged = model == "gpt" or choice in JUDGED or choice == FULL or choice.score == "random"
+    judged = model == "gpt" or choice in JUDGED or choice == FULL or choice.score in ("random", *LINEAR_ONLY)
     return (DRAWS if judged and stage in ("1 %", "5 %", "10 %", "25 %", "equal memory") else SEEDS)[model]
 
 
@@ -319,6 +326,8 @@ def _plan() -> list[Cell]:
     cells += _bridged("smollm2")
     for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
         cells += _cells(stage, "smollm2", "code", rivals(share))
+    for model in ("smollm2", "gpt"):
+        cells += _linear_only(model)
     for model in ("gpt", "smollm2"):
         cells += _chosen_data(model)
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
@@ -344,6 +353,12 @@ def _library(model: str) -> list[Cell]:
 def _bridged(model: str) -> list[Cell]:
     stages = ((0.1, "10 %"), (0.01, "1 %"))
     choices = [(bridged(rule, share), stage) for share, stage in stages for rule in ("k_star", "share")]
+    return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
+
+
+def _linear_only(model: str) -> list[Cell]:
+    stages = ((0.01, "1 %"), (0.1, "10 %"))
+    choices = [(linear_only(each(share)), stage) for share, stage in stages for each in (ours, at_random)]
     return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
 
 

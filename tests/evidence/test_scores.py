@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from evidence import allocation, layers, scores
+from evidence import allocation, arms, layers, scores
 from evidence.gradients import Array, Factors, Moments
+from evidence.runs import Choice
 from evidence.scores import Knowledge
 
 SHAPE = (6, 5)
@@ -77,6 +78,16 @@ def test_the_shares_of_the_tensors_spend_the_budget(rules: list[str]) -> None:
     spent = sum(shares[name] * each.numel() for name, each in model.named_parameters())
     assert spent == pytest.approx(0.3 * 254)
     assert all(0 < share <= 1 for share in shares.values())
+
+
+def test_linear_layers_take_what_embeddings_and_vectors_leave() -> None:
+    model = nn.Sequential(nn.Embedding(20, 10), nn.Linear(10, 4), nn.Linear(4, 20, bias=False))
+    model[2].weight = nn.Parameter(torch.ones(20, 4))
+    shares = allocation.shares(model, 0.1, ["linear"], Knowledge(0))
+    assert shares == pytest.approx({"0.weight": 0.0, "1.bias": 0.0, "1.weight": 32.4 / 120, "2.weight": 32.4 / 120})
+    chosen = arms.coordinates(model, Choice("coordinates", "linear+random", 0.1), Knowledge(0))
+    assert [(entry.name, entry.selected) for entry in chosen] == [("1.weight", 11), ("2.weight", 22)]
+    assert not model[0].weight.requires_grad
 
 
 def test_spectrums_ratio_tells_a_low_rank_matrix_from_noise() -> None:
