@@ -196,7 +196,17 @@ def _known(published: Sequence[Layer], value: LayerValue) -> list[float]:
     missing = next((layer.id for layer, known in zip(published, found, strict=True) if known is None), None)
     if missing is not None:
         raise ConfigurationError(f"the blueprint does not hold what the criterion needs of {missing!r}: take 'norm'")
-    return [known for known in found if known is not None]
+    return [_checked(layer, known) for layer, known in zip(published, found, strict=True) if known is not None]
+
+
+def _checked(layer: Layer, value: float) -> float:
+    """A plain number: criteria may answer numpy's or torch's."""
+    value = float(value)
+    if not 0 <= value < math.inf:
+        raise ConfigurationError(
+            f"the criterion gives {value} for {layer.id!r}: it has to be a finite number, 0 or more"
+        )
+    return value
 
 
 # --- how far to believe the published side
@@ -288,8 +298,8 @@ def _blended_shares(
     if local is None:
         known: dict[int, float] = dict(enumerate(map(float, sizes)))
     else:
-        read = {layer.id: local_value(layer) for layer in local}
-        known = {i: v for i, layer in enumerate(published) if (v := read.get(layer.id)) is not None}
+        read = {layer.id: _checked(layer, value) for layer in local if (value := local_value(layer)) is not None}
+        known = {i: read[layer.id] for i, layer in enumerate(published) if layer.id in read}
     # The local side speaks for as much of the whole as the layers that it saw have in the published one.
     weight = sum(ours[index] for index in known)
     theirs = dict(zip(known, _shares(list(known.values()), weight), strict=True))
@@ -306,12 +316,18 @@ def between_groups(
     """Values and k_stars with what they say within each group taken back.
 
     A group keeps its norm √Σ v², spread as if every parameter in it had the same: v_i = group · √(n_i / Σ n). Its
-    layers share the mean k_star. Layers outside every group stay as they are.
+    layers share the mean k_star. A member stands for the layers below it too (`h.0.attn` for `h.0.attn.q`). Layers
+    outside every group make up one more: nothing was found of their ranks. Raises ConfigurationError when the groups
+    name none of the layers.
     """
-    position = {layer.id: index for index, layer in enumerate(layers)}
+    group_of = {member: group for group, members in groups.items() for member in members}
+    members_of: dict[str | None, list[int]] = {}
+    for index, layer in enumerate(layers):
+        members_of.setdefault(_group(layer.id, group_of), []).append(index)
+    if layers and members_of.keys() == {None}:
+        raise ConfigurationError(f"the groups name no layer of the blueprint, such as {layers[0].id!r}")
     new_values, new_k_stars = list(values), list(k_stars)
-    for members in groups.values():
-        found = [position[name] for name in members if name in position]
+    for found in members_of.values():
         parameters = sum(sizes[index] for index in found)
         norm = math.sqrt(sum(values[index] ** 2 for index in found))
         known = [k for index in found if (k := k_stars[index]) is not None]
@@ -319,6 +335,15 @@ def between_groups(
             new_values[index] = norm * (math.sqrt(sizes[index] / parameters) if parameters else 0.0)
             new_k_stars[index] = sum(known) / len(known) if known else None
     return new_values, new_k_stars
+
+
+def _group(layer: str, group_of: Mapping[str, str]) -> str | None:
+    """The group of the layer, or of the narrowest module around it that has one."""
+    while layer not in group_of:
+        layer, dot, _ = layer.rpartition(".")
+        if not dot:
+            return None
+    return group_of[layer]
 
 
 def _shares(values: Sequence[float], whole: float = 1.0) -> list[float]:

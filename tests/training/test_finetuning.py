@@ -428,6 +428,20 @@ def test_an_optimizer_that_no_gradient_reaches_says_so() -> None:
         optimizer.step()
 
 
+def test_an_optimizer_that_went_on_from_a_state_says_so_too() -> None:
+    _, trained = train_selected(make_model(), make_selection(), 2)
+    optimizer = SelectedAdamW(apply_selection(make_model(), make_selection()))
+    optimizer.load_state_dict(trained.state_dict())
+    with pytest.raises(ConfigurationError, match="no gradient has reached"):
+        optimizer.step()
+
+
+def test_a_selection_for_a_smaller_model_is_warned_of() -> None:
+    larger = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3))
+    with pytest.warns(UserWarning, match="larger than in the model that the selection was made for: 2, 4"):
+        apply_selection(larger, make_selection())
+
+
 def test_a_selection_for_another_model_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="selects nothing"):
         apply_selection(nn.ModuleDict({"other": nn.Linear(2, 2)}), make_selection())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
@@ -171,6 +172,19 @@ def test_batches_are_moved_to_the_models_device() -> None:
     found = mean_gradients(model, elsewhere)
     for name, mean in mean_gradients(model, batches).items():
         assert torch.equal(found[name], mean)
+
+
+def test_a_sample_that_measures_nothing_is_refused() -> None:
+    used_up = iter(batches_of(2))
+    list(used_up)
+    with pytest.raises(ConfigurationError, match="used up"):
+        LocalStatistics.gather(Scorer(), used_up)
+    with pytest.raises(ConfigurationError, match="mean, square, factors"):
+        LocalStatistics.gather(Scorer(), batches_of(2), keep="means")  # type: ignore[arg-type]
+    offloaded = Scorer()
+    cpu_offload(offloaded, torch.device("cpu"))
+    with pytest.raises(ConfigurationError, match="offloaded"):
+        LocalStatistics.gather(offloaded, batches_of(2))
 
 
 def test_a_model_that_holds_gradients_is_refused() -> None:

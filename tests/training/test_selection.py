@@ -343,8 +343,21 @@ def test_between_groups_the_published_ranks_hold_and_within_them_size_alone_tell
     assert shares(chosen) == [round(norm / sum(norms), 6) for norm in norms]
     fractions = {layer.id: layer.fraction for layer in select(published, groups={"early": ["a", "c"]}).layers}
     assert fractions["a"] == pytest.approx(fractions["c"]), "one k_star for the group"
-    assert select(published, groups={}).layers == select(published).layers
     assert select(published, groups={"early": ["a", "c"]}).blueprint_digest == published.digest
+
+
+def test_groups_stand_for_the_layers_below_them_and_what_is_in_none_makes_up_one_more() -> None:
+    sizes = dict.fromkeys(("h.0.attn.q", "h.0.attn.k", "h.0.mlp", "h.1.mlp", "h.1.attn"), 100)
+    published = make_blueprint(dict(zip(sizes, (3.0, 1.0, 5.0, 2.0, 4.0), strict=True)), sizes)
+    found = shares(select(published, groups={"attn": ["h.0.attn", "h.1.attn"]}, unit="layer", budget=1.0))
+    q, k, first, second, attn = found
+    assert q == k == attn
+    assert first == second
+    assert q / first == pytest.approx(((9 + 1 + 16) / 3) ** 0.5 / ((25 + 4) / 2) ** 0.5, abs=1e-5)
+    groups: Mapping[str, tuple[str, ...]]
+    for groups in ({}, {"attn": ("h.7.attn",)}):
+        with pytest.raises(ConfigurationError, match="groups name no layer"):
+            select(published, staleness=checked(Verdict.STALE, groups=groups))
 
 
 # --- ranked or drawn
@@ -476,8 +489,63 @@ def test_the_absolute_criterion_sums_the_magnitudes_of_factors_and_gradients() -
         for side, n in zip(("row", "column"), shape, strict=True)
     }
     assert shares(select(PUBLISHED, unit="layer", criterion="absolute", factors=factors))[0] == round(1000 / 2200, 6)
-    with pytest.raises(ConfigurationError, match="does not hold"):
+    with pytest.raises(ConfigurationError, match="give either"):
         select(PUBLISHED, unit="layer", criterion="absolute")
+    with pytest.raises(ConfigurationError, match="local gradients lack b, c"):
+        select(PUBLISHED, unit="layer", criterion="absolute", gradients={"a.weight": gradients["a.weight"]})
+
+
+@pytest.mark.parametrize("published", [{}, {"trust": 0.0}, {"staleness": Verdict.STALE}])
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_local_gradients_alone_decide_the_absolute_criterion_where_the_published_side_has_no_say(
+    published: dict[str, Any], with_factors: bool
+) -> None:
+    given: dict[str, Any] = {name: checked(v) if name == "staleness" else v for name, v in published.items()}
+    gradients = {name: torch.full_like(each, 10.0 if name[0] == "b" else 0.1) for name, each in gradients_of().items()}
+    if with_factors:
+        given["factors"] = {
+            f"code/{name}/{side}": torch.ones(n)
+            for name, each in gradients.items()
+            for side, n in zip(("row", "column"), each.shape, strict=True)
+        }
+    selection = select(PUBLISHED, unit="layer", criterion="absolute", gradients=gradients, **given)
+    alone = bool(published) or not with_factors
+    assert (shares(selection)[1] > 0.95) == alone
+    assert (selection.trust == 0) == alone
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_criterion_that_is_no_size_is_refused(value: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"the criterion gives .* for 'b'"):
+        select(PUBLISHED, unit="layer", criterion=lambda layer: value if layer.id == "b" else 1.0)
+
+
+def test_numbers_of_numpy_and_torch_are_taken_and_saved(tmp_path: Path) -> None:
+    selection = select(PUBLISHED, criterion=lambda layer: torch.tensor(2.5), seed=np.int64(3))  # type: ignore[arg-type, return-value]
+    assert Selection.load(selection.save(tmp_path / "selection.safetensors")).layers == selection.layers
+    assert shares(selection) == [round(1 / 3, 6)] * 3
+
+
+def test_scores_below_zero_are_refused_and_tensors_taken() -> None:
+    gradients = gradients_of()
+
+    def score(name: str, shape: tuple[int, ...]) -> Any:
+        return gradients[name].abs()
+
+    given = {"gradients": gradients, "budget": 0.1}
+    expected = select(PUBLISHED, **given).parts  # type: ignore[arg-type]
+    found = select(PUBLISHED, score=score, **given).parts  # type: ignore[arg-type]
+    assert all(np.array_equal(found[name], parts) for name, parts in expected.items())
+    with pytest.raises(ConfigurationError, match=r"a.weight has negative values, down to -"):
+        select(PUBLISHED, score=lambda name, shape: -score(name, shape), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "given", [{"gradients": {}}, {"statistics": LocalStatistics(row={"a.weight": torch.ones(20)})}]
+)
+def test_a_sample_that_says_nothing_of_the_score_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="knows no tensor"):
+        select(PUBLISHED, **given)
 
 
 # --- how far either side is believed

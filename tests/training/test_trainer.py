@@ -144,6 +144,39 @@ def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, select
     assert norms[0] > 0.05
 
 
+class Interrupt(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Ctrl-C in the midst of the first accumulation."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_after_an_interrupted_one_starts_without_its_gradients(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    expected = train(base, selection, tmp_path / "straight").state.log_history[0]["grad_norm"]
+    model = copy.deepcopy(base)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "again"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        max_grad_norm=0.05,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to=[],
+    )
+    given = trainer_arguments(model, selection, arguments, [Interrupt()])
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), **given)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(expected)
+
+
 def test_fp16_is_refused_before_the_model_is_touched(
     base: PreTrainedModel, selection: Selection, tmp_path: Path
 ) -> None:

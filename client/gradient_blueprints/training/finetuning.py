@@ -64,6 +64,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         """Bytes of the selected gradients at the last step."""
         self.largest_gradient_bytes = 0
         """Largest full gradient of one tensor seen; the only one at a time, but for the others of a compiled graph."""
+        self._reached = False
+        """Whether a gradient was ever taken; loaded state proves nothing of that."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -99,6 +101,7 @@ class SelectedAdamW(torch.optim.Optimizer):
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
+        self._reached = True
         if gradient.layout != torch.strided:
             raise ConfigurationError(
                 f"{self._by_parameter[parameter].name} has a sparse gradient: make its embedding with sparse=False"
@@ -142,7 +145,7 @@ class SelectedAdamW(torch.optim.Optimizer):
                 "DistributedDataParallel keeps them. Train the model without it and give process_group. Where "
                 "get_optimizer_state_dict put them there, save optimizer.state_dict() instead."
             )
-        if not self._gradients and not self.state:
+        if not self._reached:
             raise ConfigurationError(
                 "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
             )

@@ -71,13 +71,15 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
     trains its own shard.
 
     What you froze stays frozen; what an earlier selection froze is free again. Warns of tensors that the selection
-    names and you froze, and of those that the blueprint does not list, which are frozen too (a new head: see
-    `also_train` of `select`). Raises ConfigurationError when the selection names nothing of this model.
+    names and you froze, of those that the blueprint does not list, which are frozen too (a new head: see
+    `also_train` of `select`), and of layers of another size than the selection was made for, where chosen coordinates
+    may be others. Raises ConfigurationError when the selection names nothing of this model.
     """
     layers = {layer.id for layer in selection.layers}
     fixed = kept_fixed(model)
     chosen: dict[str, SelectedParameter] = {}
     unlisted, refused = [], []
+    sizes: dict[str, int] = {}
     for names, parameter in tied_names(model):
         name, found = names[0], listing(names, layers)
         if found is None:
@@ -86,6 +88,7 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
         units = selection.units(found[0], tuple(parameter.shape))
         if units.indices is not None and len(units.indices) == 0:
             continue
+        sizes[found[1]] = sizes.get(found[1], 0) + parameter.numel()
         if name in fixed:
             refused.append(name)
         else:
@@ -98,6 +101,13 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
         warnings.warn(
             f"the selection does not list {some(unlisted)}: frozen as they are. What has to be trained, such as a new "
             "head, is named in select(..., also_train=[...])",
+            stacklevel=2,
+        )
+    others = [layer.id for layer in selection.layers if sizes.get(layer.id, layer.parameters) > layer.parameters > 0]
+    if others:
+        warnings.warn(
+            f"larger than in the model that the selection was made for: {some(others)}. Unless they grew at their end "
+            "(new tokens), the chosen coordinates are others: make a selection for this model",
             stacklevel=2,
         )
     if refused:

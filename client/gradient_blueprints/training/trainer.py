@@ -75,13 +75,17 @@ class FirstInFront(list[TrainerCallback | type[TrainerCallback]]):
 
 
 class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Logs the norm of the selected gradient as `grad_norm`, for which the Trainer, which sees none, has 0."""
+    """What the Trainer cannot do itself: it sees neither the selected gradients nor their norm."""
 
     def __init__(self, optimizer: SelectedAdamW) -> None:
         self._optimizer = optimizer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Forget what an interrupted run left half accumulated, as `model.zero_grad()` does with other gradients."""
+        self._optimizer.zero_grad()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
-        """Put the norm in place, in what is shown and in what is kept."""
+        """Put the norm in the place of the Trainer's 0, in what is shown and in what is kept."""
         for entry in (logs, state.log_history[-1] if state.log_history else None):
             if entry is not None and "grad_norm" in entry and self._optimizer.last_norm is not None:
                 entry["grad_norm"] = self._optimizer.last_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,16 @@ class LocalStatistics:
         in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
         Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
         What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
+
+        Raises ConfigurationError when there is no batch, or no tensor gets a gradient.
         """
+        if keep not in get_args(Kept):
+            raise ConfigurationError(f"keep is one of {', '.join(get_args(Kept))}, not {keep!r}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigurationError(f"the mean gradient is kept in float32 or bfloat16, not in {dtype}")
         batches = list(batches)
+        if not batches:
+            raise ConfigurationError("there is no batch to measure: was the iterator used up before?")
         found = cls()
         lots = torch.Generator().manual_seed(0)
 
@@ -71,6 +77,11 @@ class LocalStatistics:
                 model(**with_labels(on_device_of(model, batch), None)).loss.backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
+        if not found.row:
+            raise ConfigurationError(
+                "no tensor of the model got a gradient: all of it is frozen, or its weights are offloaded "
+                "(device_map, cpu_offload), of which GradientProfiler measures a blueprint and factors"
+            )
         return found
 
     def _add(

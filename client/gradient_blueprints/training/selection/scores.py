@@ -1,7 +1,8 @@
 """How much each coordinate of a tensor is worth: scores as functions of (tensor name, shape), to be mixed and replaced.
 
-A score answers a flat float32 array with one value a coordinate, larger is better, or None for a tensor of which it
-knows nothing (then coordinates are drawn at random). Only the order within a tensor matters.
+A score answers a flat float32 array with one value a coordinate, at least 0 and the larger the better, or None for a
+tensor of which it knows nothing (then coordinates are drawn at random, as where all are 0). Between tensors scores are
+not compared.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor, nn
@@ -84,8 +84,8 @@ def select(
             `staleness` leaves of it. Else `default_trust` between layers, and within tensors as well as the factors fit
             the local sample. Where a tensor has one side alone that side decides.
         criterion: what a layer is worth: a name, or a function of a `Layer`. `absolute` is Σ|g|, from factors and
-            local gradients, which have to cover every layer.
-        score: a name, or a function (tensor name, shape) → float32 array that `scores` describes.
+            local gradients; either has to cover every layer.
+        score: a name, or a function (tensor name, shape) → array or tensor, at least 0, that `scores` describes.
         statistics: of the local sample, `LocalStatistics.gather`; `gradients` is its mean alone, noise unknown.
         staleness: of `client.check_staleness`. Stale: the published side has no say, not even its factors; where a
             coarser level holds, its norms have one between the groups of that level.
@@ -93,14 +93,15 @@ def select(
             warning), no tied tensor twice, nothing that you froze (`requires_grad`), no integers. It knows the tensors'
             shapes and precision; needed for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
-            and not within them, so that within a group the published side tells no layer from another.
+            and not within them, so that within a group the published side tells no layer from another. A member stands
+            for the layers below it too; layers outside every group make up one more.
         random_share: share of each tensor's budget drawn at random among the others.
         temperature: 0 takes the largest scores, more spreads the choice, towards chance.
         also_train: tensors or modules of the model (`"score"`, `"*.norm"`) that are trained whole, beside the budget: a
             new head, which no blueprint lists.
 
     Raises ConfigurationError when a layer's parameter count is unknown, a tensor's shape does not fit, factors, sample
-    or a score that you named know none of the tensors, or the budget pays for nothing.
+    or score know none of the tensors, a score or criterion is negative or not finite, or the budget pays for nothing.
     """
     budget = budget if isinstance(budget, allocation.Budget) else allocation.Budget.fraction(budget)
     if unit not in get_args(SelectionUnit):
@@ -134,18 +135,21 @@ def select(
         with_tensors = {tensor.layer for tensor in tensors.values()}
         layers = [layer for layer in layers if layer.id in with_tensors]
     sizes = _layer_sizes(layers, tensors, counts=model is not None)
-    known.check(tensors, None if unit == "layer" else score)
-    value, local_value = _values(criterion, layers, sizes, known, tensors)
+    sampled = statistics is not None or gradients is not None
+    known.check(tensors, None if unit == "layer" else score or (DEFAULT_SCORE if sampled else None))
+    sides = _sides(criterion, layers, sizes, known, tensors, None if local is None else local.layers)
+    if sides.published_is_local:
+        trust = 0.0
 
     def spend(budget: allocation.Budget) -> allocation.Allocation:
         return allocate(
             layers,
-            None if local is None else local.layers,
+            sides.local,
             sizes,
             budget,
             unit,
-            value=value,
-            local_value=local_value,
+            value=sides.value,
+            local_value=sides.local_value,
             trust=trust,
             validity=1.0 if groups is not None else validity_of(verdict),
             groups=groups,
@@ -190,7 +194,7 @@ def select(
         score="whole layers" if unit == "layer" else _name(score or DEFAULT_SCORE, temperature),
         trust=spent.trust,
         validity=known.validity,
-        seed=seed,
+        seed=int(seed),
         copies=held.copies,
         exact=spent.exact,
         layers=(*decided, *(SelectedLayer(name, size, 1.0, 0.0, 1.0, size) for name, size in held.also.items())),
@@ -243,7 +247,8 @@ class _Known:
         }
         if isinstance(score, str) and score != "random" and not sources[score] & tensors.keys():
             raise ConfigurationError(
-                f"the score {score!r} knows no tensor: give it factors, or statistics that were gathered for it; "
+                f"the score {score!r} knows no tensor: give it factors, or statistics that hold what it reads "
+                "(LocalStatistics.gather(..., keep='mean'), 'square' for 'rms'; 'local_factors' reads either); "
                 "score='random' draws by chance"
             )
 
@@ -287,16 +292,23 @@ def _choose(
     seed: int,
 ) -> _Chosen | None:
     """The chosen parts of a tensor and the share of the score that they keep; None where nothing is known of it."""
-    scores = score(name, shape)
-    if scores is None:
+    given: Any = score(name, shape)
+    if given is None:
         return None
     width = width_of(unit, shape)
+    if isinstance(given, Tensor):
+        given = given.detach().float().cpu().numpy()
+    scores = np.asarray(given, np.float32).ravel()
     if scores.size != int(np.prod(shape)):
         raise ConfigurationError(f"the score of {name} has {scores.size} values for the shape {shape}")
-    scores = np.asarray(scores, np.float32).ravel()
     total = float(scores.sum(dtype=np.float64))
     if not np.isfinite(total):
         raise ConfigurationError(f"the gradient or the factors of {name} are not finite")
+    if scores.size and scores.min() < 0:
+        raise ConfigurationError(
+            f"the score of {name} has negative values, down to {scores.min():g}: a score is 0 where nothing speaks for "
+            "a coordinate and more where something does; subtract the least, which keeps the order"
+        )
     if total == 0:  # unused in the sample: nothing tells its coordinates apart
         return None
     by_part = scores if width == 1 else row_scores(scores, width)
@@ -402,23 +414,45 @@ def _layer_sizes(layers: Sequence[Layer], tensors: Mapping[str, ListedTensor], *
     return [size for size in sizes if size is not None]
 
 
-def _values(
+@dataclass(frozen=True)
+class _Sides:
+    """What the published and the local side say that a layer is worth."""
+
+    value: LayerValue
+    local: Sequence[Layer] | None
+    local_value: LayerValue
+    published_is_local: bool = False
+    """There is no published side, and the local one stands in its place."""
+
+
+def _sides(
     criterion: str | LayerValue,
     layers: Sequence[Layer],
     sizes: Sequence[int],
     known: _Known,
     tensors: Mapping[str, ListedTensor],
-) -> tuple[LayerValue, LayerValue]:
-    """What the published and the local side say that a layer is worth."""
+    local: Sequence[Layer] | None,
+) -> _Sides:
     if callable(criterion):
-        return criterion, criterion
+        return _Sides(criterion, local, criterion)
     by_id = {layer.id: size for layer, size in zip(layers, sizes, strict=True)}
     if Criterion(criterion) is not Criterion.ABSOLUTE:
         value = criterion_value(Criterion(criterion), by_id)
-        return value, value
+        return _Sides(value, local, value)
     ours = _sums(published_factors(known.factors), tensors)
     theirs = _sums(local_gradient(known.statistics.mean), tensors)
-    return (lambda layer: ours.get(layer.id, theirs.get(layer.id))), (lambda layer: theirs.get(layer.id))
+    for what, sums in (("factors", ours), ("local gradients", theirs)):
+        missing = [layer for layer in by_id if layer not in sums]
+        if missing and sums:
+            raise ConfigurationError(
+                f"Σ|g| of every layer is needed, and the {what} lack {some(missing)}: leave them out"
+            )
+    if not ours and not theirs:
+        raise ConfigurationError("the criterion 'absolute' is computed from factors or local gradients: give either")
+    if local is None and theirs:  # of the layers themselves only the sums are the sample's
+        local = [layer.model_copy(update={"k_star": None, "gradient_norm_ci": None}) for layer in layers]
+    side = ours or theirs
+    return _Sides(lambda layer: side.get(layer.id), local, lambda layer: theirs.get(layer.id), not ours)
 
 
 def _sums(score: Score, tensors: Mapping[str, ListedTensor]) -> dict[str, float]:
