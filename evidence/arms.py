@@ -70,7 +70,7 @@ def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: fl
 def _of_the_library(subject: Subject, run: Run) -> Selection:
     """`select` with its defaults, on what an adapter has: a published document and its factors, and a local sample.
 
-    With nothing published the document is the sample's own.
+    With nothing published the document is the sample's own. With `linear` as its rule the embedding is frozen first.
     """
     choice = run.choice
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
@@ -81,8 +81,12 @@ def _of_the_library(subject: Subject, run: Run) -> Selection:
         else (local, {})
     )
     model = subject.fresh()
+    budget: float | Budget = choice.share
+    if choice.score.startswith("linear+"):
+        budget = Budget.parameters(int(choice.share * sum(each.numel() for each in model.parameters())))
+        model.get_input_embeddings().requires_grad_(False)
     statistics = LocalStatistics.gather(model, batches)
-    return select(blueprint, local, choice.share, factors=factors, statistics=statistics, model=model)
+    return select(blueprint, local, budget, factors=factors, statistics=statistics, model=model)
 
 
 def coordinates(model: nn.Module, choice: Choice, known: scores.Knowledge) -> list[SelectedParameter]:

@@ -184,11 +184,9 @@ def name_of(choice: Choice) -> str:
         }
         return rules[choice.score]
     if choice.arm == "library":
-        return (
-            f"`select` of the library ({variant(choice.published)}, {local})"
-            if choice.published
-            else (f"`select` of the library ({local})")
-        )
+        frozen = ", the embedding frozen" if choice.score.startswith("linear+") else ""
+        published = f"{variant(choice.published)}, " if choice.published else ""
+        return f"`select` of the library ({published}{local}{frozen})"
     if choice.arm == "bridged":
         return f"LoRA, ranks of `to_peft` by {'k*' if choice.score == 'k_star' else 'share of the norm'}"
     if choice.arm != "coordinates":

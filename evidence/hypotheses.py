@@ -112,6 +112,8 @@ def _fifth(model: str, of: _Pick) -> Iterator[Verdict]:
     yield within(goal, model, of(mine[1]), of(mine[0]), 0.02)
     goal = "5.1 and at 10 % not behind"
     yield within(goal, model, of(linear_only(ours(0.1))), of(ours(0.1)))
+    goal = "5.4 `select` with the embedding frozen, at 1 %: within 2 points of ours in linear layers alone"
+    yield within(goal, model, of(linear_only(library(0.01))), of(mine[1]), -0.02, 0.02)
     goal = "5.2 chance in linear layers alone, at 1 %: ahead of chance"
     yield within(goal, model, of(chance[1]), of(chance[0]))
 

@@ -358,7 +358,7 @@ def _bridged(model: str) -> list[Cell]:
 
 def _linear_only(model: str) -> list[Cell]:
     stages = ((0.01, "1 %"), (0.1, "10 %"))
-    choices = [(linear_only(each(share)), stage) for share, stage in stages for each in (ours, at_random)]
+    choices = [(linear_only(each(share)), stage) for share, stage in stages for each in (ours, library, at_random)]
     return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
 
 

@@ -16,7 +16,7 @@ from evidence import models, plots, queue, report, runs, texts
 from evidence.data import training_batches
 from evidence.findings import Finding, Product, find
 from evidence.hypotheses import judge_hypotheses
-from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, of_layers, ours
+from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, linear_only, of_layers, ours
 from evidence.runs import Choice, Data, Result, Run, Store
 from evidence.training import train
 from evidence.verdicts import judge, within
@@ -53,6 +53,7 @@ def finished(work: Path) -> tuple[Store, list[Cell]]:
         library(0.1, local=4),
         library(0.1, "code*", local=4),
         library(0.1, "", local=4),
+        linear_only(library(0.1, local=4)),
         bridged("k_star", 0.1),
     )
     store = Store(work, kept=work / "kept")
