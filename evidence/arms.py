@@ -52,7 +52,7 @@ def build(subject: Subject, run: Run, autocast: bool) -> Arm:
     if choice.arm == "bridged":
         return _bridged(model, subject, run)
     if choice.arm == "library":
-        selected = apply_selection(model, _of_the_library(subject, run))
+        selected = apply_selection(model, _of_the_library(model, subject, run))
         return _partial(model, selected, run.rate)
     published = _published(subject, run)
     if choice.arm == "layers":
@@ -67,7 +67,7 @@ def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: fl
     return Arm(model, SelectedAdamW(selected, lr=rate, weight_decay=0.0), sum(entry.selected for entry in selected))
 
 
-def _of_the_library(subject: Subject, run: Run) -> Selection:
+def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> Selection:
     """`select` with its defaults, on what an adapter has: a published document and its factors, and a local sample.
 
     With nothing published the document is the sample's own. With `linear` as its rule the embedding is frozen first.
@@ -80,7 +80,6 @@ def _of_the_library(subject: Subject, run: Run) -> Selection:
         if choice.published
         else (local, {})
     )
-    model = subject.fresh()
     budget: float | Budget = choice.share
     if choice.score.startswith("linear+"):
         budget = Budget.parameters(int(choice.share * sum(each.numel() for each in model.parameters())))
