@@ -15,6 +15,7 @@ from gradient_blueprints.training.data_selection import (
     GradientNorm,
     Loss,
     Random,
+    Strategy,
     exact_influences,
     fit_influence,
     keep_top,
@@ -124,6 +125,26 @@ def test_labels_that_a_model_does_not_shift_are_read_unshifted() -> None:
     with torch.no_grad():
         wanted = [float(masked(**one, labels=one["input_ids"]).loss) for one in one_by_one(masked, batch)]
     assert Loss()(masked, [batch]) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [Loss(), ErrorNorm(), GradientNorm()])
+def test_a_silent_start_of_the_stream_does_not_change_how_labels_are_read(strategy: Strategy) -> None:
+    torch.manual_seed(0)
+    masked, batch = bert().eval(), padded((6,) * 4)
+    labels = batch["input_ids"].clone()
+    labels[0] = -100
+    nothing = batch | {"labels": torch.full_like(labels, -100)}
+    scores = strategy(masked, [nothing, batch | {"labels": labels}])
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [0, 1, 2, 3, 4]
+    assert scores[5:] == pytest.approx(strategy(masked, [batch])[1:], rel=1e-4)
+
+
+def test_chance_asks_an_example_with_a_label_how_labels_are_read() -> None:
+    labels = torch.full((3, 6), -100)
+    labels[1, 0] = labels[2, 3] = 1
+    batch = padded((6,) * 3) | {"labels": labels}
+    assert np.isnan(Random()(llama().eval(), [batch])).tolist() == [True, True, False]
+    assert np.isnan(Random()(bert().eval(), [batch])).tolist() == [True, False, False]
 
 
 def test_the_gradient_norm_over_several_checkpoints_is_the_mean(model: nn.Module) -> None:
