@@ -371,7 +371,7 @@ def _forwards(
 
             hook = None if block is None else block.register_forward_hook(note)
             try:
-                run.outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+                run.outputs = model(**{k: value for k, value in batch.items() if k != "labels" or reader.seq2seq})
             except _Enough:
                 pass
             finally:

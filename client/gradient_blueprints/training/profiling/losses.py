@@ -96,7 +96,8 @@ class LossReader:
         self.model = model
         self._loss = loss
         self._accepted = inspect.signature(model.forward).parameters
-        self._seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        """Whether the model makes its decoder's inputs out of the labels, and so has to be given them."""
         self.shift: bool | None = False if loss is not None else None
 
     def run(self, batch: Batch) -> Losses:
@@ -112,7 +113,7 @@ class LossReader:
                 return Losses(values, labels.ne(IGNORED).flatten(1).sum(1).clamp_min(1))
             return Losses(values, torch.ones_like(values, dtype=torch.long))
         labels = batch["labels"]
-        if self.shift is None or self._seq2seq:
+        if self.shift is None or self.seq2seq:
             inputs["labels"] = labels
         outputs = self.model(**inputs)
         logits = outputs if isinstance(outputs, Tensor) else outputs.logits
@@ -124,7 +125,7 @@ class LossReader:
     def shift_of(self, labels: Tensor) -> bool:
         """Whether these labels are shifted; while no run has told, as the commonest model of their kind does."""
         if self.shift is None:
-            return not self._seq2seq and labels.dim() > 1
+            return not self.seq2seq and labels.dim() > 1
         return self.shift
 
     def tokens_of(self, batch: Batch) -> Tensor | None:
