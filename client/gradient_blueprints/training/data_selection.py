@@ -93,22 +93,16 @@ def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_norma
         for number, batch in enumerate(batches):
             scores = np.full(examples_in(batch), np.nan)
             profiler.step(batch, key=number)
-            record = profiler.domain().records.pop(number, None)  # what is not kept of the stream
+            domain = profiler.domain()
+            counted = domain.counted(number)
+            domain.silent.pop(number, None)  # what is not kept of the stream
+            record = domain.records.pop(number, None)
             if record is not None:
-                scores[_with_targets(batch, len(record.losses))] = np.sqrt(record.example_squares.sum(0)) * (
+                scores[counted] = np.sqrt(record.example_squares.sum(0)) * (
                     np.sqrt(record.tokens) if length_normalised else 1.0
                 )
             found.append(scores)
     return _joined(found)
-
-
-def _with_targets(batch: Batch, expected: int) -> npt.NDArray[np.bool_]:
-    """Which examples have a target token, of which the profiler counted `expected`."""
-    labels = with_labels(batch, None).get("labels")
-    if not isinstance(labels, Tensor) or expected == examples_in(batch):
-        return np.ones(examples_in(batch), np.bool_)
-    masks = [(target_tokens(labels, shift=shift) > 0).cpu().numpy() for shift in (True, False)]
-    return next(mask for mask in masks if mask.sum() == expected)
 
 
 # --- Algorithm 2
