@@ -162,6 +162,20 @@ def test_blocks_are_the_norms_of_batch_gradients_and_pooled_examples_bound_them(
     assert (blocks <= pooled(profiler.table(), [0, 0, 0, 1, 1, 1]) * (1 + 1e-6)).all()
 
 
+def test_chosen_examples_are_positions_in_the_stream_whatever_has_no_target() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(VOCABULARY, (8, 7))
+    labels = ids.clone()
+    labels[[0, 2, 3, 5]] = -100  # alone, a whole batch, and within a batch
+    with GradientProfiler(llama(), statistics="examples") as profiler:
+        for rows in ([0, 1], [2, 3], [4, 5, 6, 7]):
+            profiler.step({"input_ids": ids[rows], "labels": labels[rows]})
+    table = profiler.table()
+    assert np.flatnonzero(table.sum(0) > 0).tolist() == [1, 4, 6, 7]
+    assert np.flatnonzero(profiler.influences() == 0).tolist() == [0, 2, 3, 5]
+    assert co_select(table, 1.0, 0.5).examples.tolist() == [1, 4, 6, 7]
+
+
 def test_blocks_need_the_norms_of_batches() -> None:
     with GradientProfiler(llama(), statistics="examples") as profiler:
         profiler.step({"input_ids": torch.randint(VOCABULARY, (2, 5))})

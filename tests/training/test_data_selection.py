@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,14 @@ from gradient_blueprints.training.data_selection import (
     GradientNorm,
     Loss,
     Random,
+    Strategy,
     exact_influences,
     fit_influence,
     keep_top,
     select_data,
 )
 from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
-from tests.training.profiling.small_models import VOCABULARY, Batch, bert, llama
+from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5
 
 LENGTHS = (4, 12, 7, 3, 9, 12)
 
@@ -124,6 +127,54 @@ def test_labels_that_a_model_does_not_shift_are_read_unshifted() -> None:
     with torch.no_grad():
         wanted = [float(masked(**one, labels=one["input_ids"]).loss) for one in one_by_one(masked, batch)]
     assert Loss()(masked, [batch]) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("build", [bart, t5])
+def test_an_encoder_decoder_model_is_given_its_targets(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    translator, sources, targets = build().eval(), padded((9, 5, 7)), padded((6,) * 3, seed=1)["input_ids"]
+    targets[1, 3:] = -100
+    batch = sources | {"labels": targets}
+    losses, errors = [], []
+    for i in range(3):
+        with torch.no_grad():
+            outputs = translator(**{name: value[i : i + 1] for name, value in batch.items()})
+        losses.append(float(outputs.loss))
+        counted = targets[i] != -100
+        difference = outputs.logits[0].softmax(1)[counted] - nn.functional.one_hot(targets[i][counted], VOCABULARY)
+        errors.append(float(difference.norm(dim=1).mean()))
+    assert Loss()(translator, [batch]) == pytest.approx(losses, rel=1e-4)
+    assert ErrorNorm()(translator, [batch]) == pytest.approx(errors, rel=1e-4)
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_a_predictor_of_an_encoder_decoder_model_reads_its_encoder(with_loss: bool) -> None:
+    torch.manual_seed(0)
+    translator = bart().eval()
+    sample = [padded(LENGTHS, seed) | {"labels": padded((6,) * 6, 9 - seed)["input_ids"]} for seed in range(4)]
+    predictor = fit_influence(translator, sample, with_loss=with_loss, depth=1)
+    assert np.isfinite(predictor(translator, sample)).all()
+    assert predictor.influences == pytest.approx(exact_influences(translator, sample, length_normalised=True))
+
+
+@pytest.mark.parametrize("strategy", [Loss(), ErrorNorm(), GradientNorm()])
+def test_a_silent_start_of_the_stream_does_not_change_how_labels_are_read(strategy: Strategy) -> None:
+    torch.manual_seed(0)
+    masked, batch = bert().eval(), padded((6,) * 4)
+    labels = batch["input_ids"].clone()
+    labels[0] = -100
+    nothing = batch | {"labels": torch.full_like(labels, -100)}
+    scores = strategy(masked, [nothing, batch | {"labels": labels}])
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [0, 1, 2, 3, 4]
+    assert scores[5:] == pytest.approx(strategy(masked, [batch])[1:], rel=1e-4)
+
+
+def test_chance_asks_an_example_with_a_label_how_labels_are_read() -> None:
+    labels = torch.full((3, 6), -100)
+    labels[1, 0] = labels[2, 3] = 1
+    batch = padded((6,) * 3) | {"labels": labels}
+    assert np.isnan(Random()(llama().eval(), [batch])).tolist() == [True, True, False]
+    assert np.isnan(Random()(bert().eval(), [batch])).tolist() == [True, False, False]
 
 
 def test_the_gradient_norm_over_several_checkpoints_is_the_mean(model: nn.Module) -> None:

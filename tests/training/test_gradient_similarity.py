@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import select_data
 from gradient_blueprints.training.gradient_similarity import GradientSimilarity, projected_gradients
-from tests.training.profiling.small_models import VOCABULARY, Batch, llama
+from tests.training.profiling.small_models import VOCABULARY, Batch, bert, llama
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,16 @@ def test_an_example_without_targets_has_no_similarity(model: nn.Module) -> None:
     labels[1] = -100
     scores = GradientSimilarity((batch,), dimension=64)(model, [batch | {"labels": labels}])
     assert np.isnan(scores).tolist() == [False, True, False]
+
+
+def test_a_first_example_without_targets_does_not_change_how_labels_are_read() -> None:
+    torch.manual_seed(0)
+    masked, batch = bert().eval(), tokens_from(1, 20, 3, seed=3)
+    labels = batch["input_ids"].clone()
+    labels[0] = -100
+    found = projected_gradients(masked, [batch | {"labels": labels}], 64)
+    assert found[0].isnan().all()
+    assert torch.equal(found[1:], projected_gradients(masked, [batch], 64)[1:])
 
 
 def test_gradients_in_the_making_are_not_swept_away(model: nn.Module) -> None:

@@ -185,7 +185,9 @@ class CoSelection:
     layers: npt.NDArray[np.int64]
     """Rows of the table, ascending."""
     examples: npt.NDArray[np.int64]
-    """Columns of the table, ascending; as a data set's `select` and torch's `Subset` take them."""
+    """Columns of the table, ascending. Of `GradientProfiler.table()` these are positions in the stream of batches, as a
+    data set's `select` and torch's `Subset` take them, if it came in the data set's order and no batch was left out as
+    not finite."""
     k: float
     """Share of the parameters that S holds, at most what was asked for."""
     q: float

@@ -32,6 +32,7 @@ from gradient_blueprints.training.profiling.losses import (
     Batch,
     LossReader,
     examples_in,
+    first_labelled,
     on_device_of,
     slice_examples,
     target_tokens,
@@ -92,22 +93,16 @@ def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_norma
         for number, batch in enumerate(batches):
             scores = np.full(examples_in(batch), np.nan)
             profiler.step(batch, key=number)
-            record = profiler.domain().records.pop(number, None)  # what is not kept of the stream
+            domain = profiler.domain()
+            counted = domain.counted(number)
+            domain.silent.pop(number, None)  # what is not kept of the stream
+            record = domain.records.pop(number, None)
             if record is not None:
-                scores[_with_targets(batch, len(record.losses))] = np.sqrt(record.example_squares.sum(0)) * (
+                scores[counted] = np.sqrt(record.example_squares.sum(0)) * (
                     np.sqrt(record.tokens) if length_normalised else 1.0
                 )
             found.append(scores)
     return _joined(found)
-
-
-def _with_targets(batch: Batch, expected: int) -> npt.NDArray[np.bool_]:
-    """Which examples have a target token, of which the profiler counted `expected`."""
-    labels = with_labels(batch, None).get("labels")
-    if not isinstance(labels, Tensor) or expected == examples_in(batch):
-        return np.ones(examples_in(batch), np.bool_)
-    masks = [(target_tokens(labels, shift=shift) > 0).cpu().numpy() for shift in (True, False)]
-    return next(mask for mask in masks if mask.sum() == expected)
 
 
 # --- Algorithm 2
@@ -237,19 +232,20 @@ class Random:
     seed: int = 0
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
-        silent = _joined([_without_targets(model, with_labels(batch, None)) for batch in batches])
+        reader = LossReader(model)
+        silent = _joined([_without_targets(reader, with_labels(batch, None)) for batch in batches])
         scores = np.random.default_rng(self.seed).random(len(silent))
         scores[silent > 0] = np.nan
         return scores
 
 
-def _without_targets(model: nn.Module, batch: Batch) -> Scores:
+def _without_targets(reader: LossReader, batch: Batch) -> Scores:
     """1 for an example without a target, else 0, (examples,); the model runs only where its shift decides."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return np.zeros(examples_in(batch))
     shifted, unshifted = (target_tokens(labels, shift=shift) == 0 for shift in (True, False))
-    silent = shifted if not torch.equal(shifted, unshifted) and _shifts(model, batch) else unshifted
+    silent = shifted if not torch.equal(shifted, unshifted) and _shifts(reader, batch) else unshifted
     return silent.double().cpu().numpy()
 
 
@@ -356,13 +352,11 @@ def _forwards(
     model: nn.Module, batches: Iterable[Batch], block: nn.Module | None = None, *, stop: bool = False
 ) -> Iterator[_Forward]:
     """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
-    shift: bool | None = None
+    reader = LossReader(model)
     for given in batches:
         batch = on_device_of(model, with_labels(given, None))
         with evaluating(model), torch.no_grad():
-            if shift is None:
-                shift = _shifts(model, batch)
-            run = _Forward(batch, shift)
+            run = _Forward(batch, _shifts(reader, batch))
 
             def note(module: nn.Module, inputs: Any, output: Any, run: _Forward = run) -> None:
                 run.hidden = output if isinstance(output, Tensor) else output[0]
@@ -371,7 +365,7 @@ def _forwards(
 
             hook = None if block is None else block.register_forward_hook(note)
             try:
-                run.outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+                run.outputs = model(**{k: value for k, value in batch.items() if k != "labels" or reader.seq2seq})
             except _Enough:
                 pass
             finally:
@@ -380,12 +374,14 @@ def _forwards(
         yield run
 
 
-def _shifts(model: nn.Module, batch: Batch) -> bool:
-    """Whether the model shifts its labels by one: read off its own loss, as the profiler does."""
-    reader = LossReader(model)
-    with evaluating(model), torch.no_grad():
-        reader.run(on_device_of(model, slice_examples(batch, 0, 1)))
-    return bool(reader.shift)
+def _shifts(reader: LossReader, batch: Batch) -> bool:
+    """Whether the model shifts its labels by one: read off its own loss of the stream's first example with a label."""
+    labels: Tensor = batch["labels"]
+    if reader.shift is None and bool(labels.ne(IGNORED).any()):
+        first = first_labelled(batch)
+        with evaluating(reader.model), torch.no_grad():
+            reader.run(on_device_of(reader.model, slice_examples(batch, first, first + 1)))
+    return reader.shift_of(labels)
 
 
 @contextmanager

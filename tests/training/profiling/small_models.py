@@ -82,6 +82,29 @@ def t5() -> nn.Module:
     return model
 
 
+def bart() -> nn.Module:
+    """Falls back to its shifted input where the decoder is given neither ids nor labels."""
+    model: nn.Module = hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=64,
+            init_std=0.2,
+            pad_token_id=1,
+            bos_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+        )
+    )
+    return model
+
+
 def _qwen(kind: str, **changes: Any) -> nn.Module:
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,

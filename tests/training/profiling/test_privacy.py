@@ -262,10 +262,15 @@ def test_states_that_depend_on_what_they_left_out_and_states_after_the_release_a
     model = build("llama")
     with GradientProfiler(model) as open_profiler:
         open_profiler.step(batch(seed=1))
+    values = batch(seed=1)
+    values["labels"][2] = -100
+    with GradientProfiler(model, statistics="examples") as without_one:
+        without_one.step(values)
     private = profile(model, (1, 2))
     gathered = GradientProfiler(model, privacy=PRIVACY)
-    with pytest.raises(ConfigurationError, match="with privacy only"):
-        gathered.absorb(open_profiler.state())
+    for depends in (open_profiler, without_one):
+        with pytest.raises(ConfigurationError, match="with privacy only"):
+            gathered.absorb(depends.state())
     gathered.absorb(private.state())
     released = gathered.blueprint("tiny", 0.5)
     with GradientProfiler(model, privacy=PRIVACY) as late:

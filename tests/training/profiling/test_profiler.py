@@ -240,6 +240,37 @@ def test_a_general_domain_of_which_every_batch_is_left_out_takes_nothing_from_th
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_first_example_without_targets_changes_nothing_of_the_others(verify: bool) -> None:
+    model, values = build("bert"), batch(4)
+    labels = values["labels"].clone()
+    labels[0] = -100
+    found = []
+    for stream in (
+        [{name: value[1:] for name, value in values.items()}],
+        [values | {"labels": torch.full_like(labels, -100)}, values | {"labels": labels}],
+    ):
+        with GradientProfiler(model, verify=verify) as profiler:
+            for one in stream:
+                profiler.step(one)
+        found.append(profiler)
+    alone, together = (next(iter(profiler.domain().records.values())) for profiler in found)
+    np.testing.assert_array_equal(together.tokens, alone.tokens)
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-5)
+    np.testing.assert_allclose(together.example_squares, alone.example_squares, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(np.asarray(together.norms), np.asarray(alone.norms), rtol=1e-3, atol=1e-7)
+
+
+def test_rules_are_held_against_an_example_with_a_target() -> None:
+    values = batch(3)
+    values["labels"][0] = -100
+    with GradientProfiler(build("bert")) as profiler:
+        gradients = profiler._gradients
+        assert gradients is not None
+        profiler.step(values)
+        assert max(float(square) for square in gradients._reference.values()) > 0
+
+
 def test_factors_are_row_and_column_means_of_the_second_moment(tmp_path: Path) -> None:
     model = build("gpt2")
     batches = [batch(2, padded=False, seed=seed) for seed in range(3)]

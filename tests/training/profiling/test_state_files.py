@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gradient_blueprints.errors import ConfigurationError
@@ -67,7 +70,7 @@ def assert_same(one: ProfileState, two: ProfileState, *, sums: float = 0) -> Non
     assert (one.layers, one.domains.keys()) == (two.layers, two.domains.keys())
     for name, domain in one.domains.items():
         other = two.domains[name]
-        assert (domain.skipped, domain.halved) == (other.skipped, other.halved)
+        assert (domain.skipped, domain.halved, domain.silent) == (other.skipped, other.halved, other.silent)
         assert domain.records.keys() == other.records.keys()
         for key, record in domain.records.items():
             found = other.records[key]
@@ -93,10 +96,42 @@ def test_a_state_read_back_is_the_one_that_was_written(statistics: str, tmp_path
     state = run(WORK[4:9], statistics=statistics).state()
     state.domains["general"].skipped |= {7: "non-finite loss", "named": "no target token"}
     state.domains["bio"].halved[1] = 2
+    state.domains["bio"].silent |= {1: (0, 2), "named": (0,)}
     state.domains["empty"] = DomainState(skipped={0: "non-finite loss"})
     path = save_state(state, tmp_path / "state.safetensors", {"seed": [1, None]})
     assert_same(load_state(path), state)
     assert load_notes(path) == {"seed": [1, None]}
+
+
+def test_a_file_from_before_silent_examples_were_noted_is_read(tmp_path: Path) -> None:
+    state = run(WORK[:2], statistics="examples").state()
+    path = save_state(state, tmp_path / "state")
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a method alone
+    for domain in header["domains"]:
+        del domain["silent"]
+    save_file(tensors, path, metadata={FORMAT: json.dumps(header)})
+    assert_same(load_state(path), state)
+
+
+def test_shards_keep_the_places_of_examples_without_a_target(tmp_path: Path) -> None:
+    stream = [batch(seed=seed) for seed in range(3)]
+    stream[0]["labels"][:] = -100
+    stream[2]["labels"][1] = -100
+
+    def table(*shards: range) -> NDArray[np.float64]:
+        gathered = GradientProfiler(build("llama"), statistics="examples")
+        for shard in shards:
+            with GradientProfiler(build("llama"), statistics="examples") as profiler:
+                for number in shard:
+                    profiler.step(stream[number], key=number)
+            gathered.absorb(load_state(save_state(profiler.state(), tmp_path / "shard")))
+        return gathered.table()
+
+    found = table(range(2, 3), range(2))
+    assert np.flatnonzero(found.sum(0) == 0).tolist() == [0, 1, 2, 3, 9]
+    np.testing.assert_allclose(found, table(range(3)), rtol=1e-5)
 
 
 def test_a_state_without_a_batch_can_be_written(tmp_path: Path) -> None:

@@ -50,6 +50,20 @@ def slice_examples(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     }
 
 
+def first_labelled(batch: Batch) -> int:
+    """Position of the first example with a target; 0 in a batch without any.
+
+    A label at the first position is a target only where labels are not shifted, so later ones are looked for first.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim():
+        counted = labels.ne(IGNORED).flatten(1) if labels.dim() > 1 else labels.ne(IGNORED).unsqueeze(1)
+        for found in (counted[:, 1:].any(1), counted.any(1)):
+            if bool(found.any()):
+                return int(found.nonzero()[0])
+    return 0
+
+
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The batch on the model's device; as it is where weights are offloaded by accelerate, which moves it itself."""
     device = next(model.parameters()).device
@@ -74,15 +88,16 @@ def with_labels(batch: Batch, pad_token_id: int | None) -> dict[str, Any]:
 class LossReader:
     """Runs the model on a batch and reads each example's loss off its logits.
 
-    Whether labels are shifted by one (causal models) is not guessed: the first run compares both
-    with the loss that the model itself reports. A model with another loss needs a `LossFunction`.
+    Whether labels are shifted by one (causal models) is not guessed: the first run with a label compares
+    both with the loss that the model itself reports. A model with another loss needs a `LossFunction`.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction | None = None) -> None:
         self.model = model
         self._loss = loss
         self._accepted = inspect.signature(model.forward).parameters
-        self._seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        """Whether the model makes its decoder's inputs out of the labels, and so has to be given them."""
         self.shift: bool | None = False if loss is not None else None
 
     def run(self, batch: Batch) -> Losses:
@@ -98,24 +113,33 @@ class LossReader:
                 return Losses(values, labels.ne(IGNORED).flatten(1).sum(1).clamp_min(1))
             return Losses(values, torch.ones_like(values, dtype=torch.long))
         labels = batch["labels"]
-        if self.shift is None or self._seq2seq:
+        if self.shift is None or self.seq2seq:
             inputs["labels"] = labels
         outputs = self.model(**inputs)
         logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-        if self.shift is None:
+        if self.shift is None and bool((labels != IGNORED).any()):
             reported = getattr(outputs, "loss", None)
             self.shift = self._find_shift(logits, labels, None if reported is None else float(reported.detach()))
-        return token_losses(logits, labels, shift=self.shift)
+        return token_losses(logits, labels, shift=self.shift_of(labels))
+
+    def shift_of(self, labels: Tensor) -> bool:
+        """Whether these labels are shifted; while no run has told, as the commonest model of their kind does."""
+        if self.shift is None:
+            return not self.seq2seq and labels.dim() > 1
+        return self.shift
 
     def tokens_of(self, batch: Batch) -> Tensor | None:
         """Target tokens of every example; None when the loss is the caller's and weighs examples itself."""
-        if self._loss is not None or self.shift is None:
+        if self._loss is not None:
             return None
-        return target_tokens(batch["labels"], shift=self.shift)
+        return target_tokens(batch["labels"], shift=self.shift_of(batch["labels"]))
 
-    def _find_shift(self, logits: Tensor, labels: Tensor, reported: float | None) -> bool:
-        if reported is None or not math.isfinite(reported):
-            return not self._seq2seq and labels.dim() > 1
+    def _find_shift(self, logits: Tensor, labels: Tensor, reported: float | None) -> bool | None:
+        """None where the loss is not finite: of a causal model without a target, or of broken values."""
+        if reported is None:
+            return self.shift_of(labels)
+        if not math.isfinite(reported):
+            return None
         found: dict[bool, float] = {}
         for shift in (True, False) if labels.dim() > 1 else (False,):
             with torch.no_grad():

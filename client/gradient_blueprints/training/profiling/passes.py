@@ -23,6 +23,7 @@ from gradient_blueprints.training.profiling.losses import (
     LossFunction,
     LossReader,
     examples_in,
+    first_labelled,
     slice_examples,
     target_tokens,
     token_losses,
@@ -106,6 +107,8 @@ class GradientPass:
         self._several_probed = False
         self._kinds: set[frozenset[str]] = set()  # of batches that were probed, by their keys
         self._reference: dict[str, Tensor] = {}
+        self._reference_at: int | None = None
+        """The position of the example that the reference is of; None where it is of an earlier batch."""
         self._batch_checked = False
         self._by_autograd: set[str] = set()
         self._pending: dict[str, list[Contribution]] = {}
@@ -218,14 +221,17 @@ class GradientPass:
         return joined
 
     def _strayed(self, measured: Measurement) -> list[str]:
-        """The parameters whose norms of the first example differ from those it had alone, once."""
+        """The parameters whose norms of the first example with a target differ from those it had alone, once."""
         finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
-        if not self._probed or self._batch_checked or not finite:
+        if not self._probed or self._batch_checked:
+            return []
+        if self._reference_at is None or not finite:
+            self._several_probed = False  # the next batch brings a reference of its own
             return []
         self._batch_checked = True
         if not self._verify or self.model.training:
             return []
-        mine = {name: squares[0] for name, squares in measured.squares.items()}
+        mine = {name: squares[self._reference_at] for name, squares in measured.squares.items()}
         found: list[str] = self._ranks.of_first(_differing(self._reference, mine, self._tolerance()))
         return found
 
@@ -235,9 +241,8 @@ class GradientPass:
             raise ConfigurationError("Call the model on one batch with labels inside the context, then backward(loss).")
         (batch, outputs), self._external = self._external, None
         labels = batch["labels"]
-        assert self.reader.shift is not None
         with torch.no_grad():
-            losses = token_losses(outputs.logits.detach(), labels, shift=self.reader.shift)
+            losses = token_losses(outputs.logits.detach(), labels, shift=self.reader.shift_of(labels))
         tokens = losses.tokens.sum().clamp_min(1)
         mean, given = float((losses.values * losses.tokens).sum() / tokens), float(loss.detach())
         if not abs(mean - given) <= 1e-2 * (1 + abs(given)):
@@ -275,8 +280,7 @@ class GradientPass:
             self._learn(kwargs)
         if self.one_by_one:
             raise UncoveredParameter(self.one_by_one)
-        assert self.reader.shift is not None
-        tokens = target_tokens(kwargs["labels"], shift=self.reader.shift)
+        tokens = target_tokens(kwargs["labels"], shift=self.reader.shift_of(kwargs["labels"]))
         # the loss is the mean over all tokens; each example's own mean is what the norms are of
         scale = tokens.sum() / tokens.clamp_min(1)
         self._pending.clear()
@@ -379,18 +383,23 @@ class GradientPass:
     # --- verification
 
     def _learn(self, batch: Batch) -> None:
-        """Before the first batch, before the first of several examples and of other keys: its first example alone.
+        """Before the first batch, before the first of several examples and of other keys: one example alone.
+
+        The first with a target: one without has no gradient to hold the rules against.
 
         Which tensors the examples share shows beside a single one of the same length; other inputs may reach weights
         that were not used before.
         """
+        self._reference_at = None
         several = self._ranks.any(examples_in(batch) > 1)
         another_kind = self._ranks.any(frozenset(batch) not in self._kinds)
         if not self._probed or another_kind or (several and not self._several_probed):
-            alone = slice_examples(batch, 0, 1)
+            first = first_labelled(batch)
+            alone = slice_examples(batch, first, first + 1)
             self._probe(self._ranks.of_first(alone), verify=self._verify)  # FSDP averages the gradients of ranks
             self._several_probed = several and self._probed
             if self._probed:
+                self._reference_at = first
                 self._kinds.add(frozenset(batch))
             if self._ranks.together and self._probed:
                 self._probe(alone, verify=False)  # the shapes at this rank's length
@@ -417,7 +426,8 @@ class GradientPass:
             self._require(dict.fromkeys(self._names, False))
             for name, parameter in self._parameters().items():
                 parameter.grad = held[name]
-        self._probed = bool(torch.isfinite(losses.values).all())  # else the next batch is held against autograd
+        finite, counted = bool(torch.isfinite(losses.values).all()), bool((losses.tokens > 0).any())
+        self._probed = finite and counted  # else the next batch is held against autograd
         if not self._probed:
             return
         if verify:

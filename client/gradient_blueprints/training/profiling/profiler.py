@@ -250,6 +250,8 @@ class GradientProfiler:
         for name, values in found.squares.items():
             squares[self._layer_of[name]] += values.double().cpu().numpy()
         fault = self._fault(losses, squares, found)
+        if not fault and not counted.all():
+            state.silent[key] = tuple(np.flatnonzero(~counted).tolist())
         if fault or not counted.any():
             state.skipped[key] = fault or "no target token"
             return float("nan")
@@ -334,9 +336,12 @@ class GradientProfiler:
         if self._released is not None:
             raise ConfigurationError("The private blueprint is released; a new profile costs a new budget.")
         domains = [domain for state in states for domain in state.domains.values()]
-        if any(domain.skipped or any(r.norms is not None for r in domain.records.values()) for domain in domains):
+        if any(
+            domain.skipped or domain.silent or any(r.norms is not None for r in domain.records.values())
+            for domain in domains
+        ):
             raise ConfigurationError(
-                "A private profile absorbs states of profilers with privacy only: others leave out what is not finite."
+                "A private profile absorbs states of profilers with privacy only: others leave examples out."
             )
 
     def domain(self, name: str = "general") -> DomainState:
@@ -344,13 +349,23 @@ class GradientProfiler:
         return self._state.domains[name]
 
     def table(self, domain: str = "general") -> NDArray[np.float64]:
-        """T: the gradient norm of every (layer, example), in the order of the batches' keys, (layers, examples)."""
-        records = self._state.domains[domain].records
-        squares = np.concatenate([records[key].example_squares for key in ordered(records)], axis=1)
-        return np.asarray(np.sqrt(squares))
+        """T: the gradient norm of every (layer, example), in the order of the batches' keys, (layers, examples).
+
+        Zero for an example without a target, so that columns are positions in the stream of batches. Only batches left
+        out because they were not finite (`domain().skipped` names them) have no columns.
+        """
+        state = self._state.domains[domain]
+        parts = []
+        for key in ordered(state.records.keys() | state.silent.keys()):
+            counted = state.counted(key)
+            part = np.zeros((len(self.layers), len(counted)))
+            if key in state.records:
+                part[:, counted] = np.sqrt(state.records[key].example_squares)
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
 
     def influences(self, domain: str = "general") -> NDArray[np.float64]:
-        """J(z) = ||grad L(z)|| of every example over the whole model (section 4.3), (examples,)."""
+        """J(z) = ||grad L(z)|| of every example over the whole model (section 4.3), as in `table`, (examples,)."""
         return np.asarray(np.sqrt((self.table(domain) ** 2).sum(0)))
 
     @property

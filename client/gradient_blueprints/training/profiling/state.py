@@ -57,6 +57,15 @@ class DomainState:
     factors: dict[str, Factors] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)  # batches left out, and why
     halved: dict[Key, int] = field(default_factory=dict)  # the micro-batch of batches whose own ran out of memory
+    silent: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # positions of a batch's examples without a target
+
+    def counted(self, key: Key) -> NDArray[np.bool_]:
+        """Which examples of a batch have a target, and so a place in its record, (examples,)."""
+        silent = self.silent.get(key, ())
+        measured = len(self.records[key].losses) if key in self.records else 0
+        found = np.ones(measured + len(silent), np.bool_)
+        found[list(silent)] = False
+        return found
 
     @property
     def examples(self) -> int:
@@ -122,6 +131,7 @@ def _merged_domain(domain: str, one: DomainState, two: DomainState) -> DomainSta
         },
         skipped=one.skipped | two.skipped,
         halved=one.halved | two.halved,
+        silent=one.silent | two.silent,
     )
 
 

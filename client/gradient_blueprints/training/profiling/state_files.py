@@ -101,6 +101,7 @@ def _write_domain(domain: DomainState) -> tuple[dict[str, Any], dict[str, Tensor
         ],
         "skipped": list(domain.skipped.items()),
         "halved": list(domain.halved.items()),
+        "silent": list(domain.silent.items()),
         "histograms": bool(domain.histograms),
     }
     tensors = {f"sums/{name}": tensor for name, tensor in domain.sums.items()}
@@ -141,6 +142,7 @@ def _read_domain(described: Mapping[str, Any], tensors: _Tensors) -> DomainState
         factors={name: Factors(row, columns.get(name)) for name, row in tensors.below("row/").items()},
         skipped=dict(described["skipped"]),
         halved=dict(described["halved"]),
+        silent={key: tuple(map(int, found)) for key, found in described.get("silent", ())},  # older files have none
     )
 
 
