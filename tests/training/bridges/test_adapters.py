@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
@@ -77,6 +78,24 @@ def test_ranks_follow_k_star_at_one_scaling_everywhere() -> None:
     assert ranks["model.layers.0.self_attn.q_proj"] == ranks["model.layers.1.self_attn.q_proj"]
     model = llama()
     assert {scaling for _, _, scaling in built(model, config)} == {SCALE}
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("make", [llama, mixtral])
+def test_a_scale_that_leaves_no_alpha_whole_is_kept_and_saved_all_the_same(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model = make()
+    base = copy.deepcopy(model)
+    config = to_peft(blueprint_of(model, self_attn=0.4), model, 0.1, scale=0.3, init_lora_weights=False)
+    assert len({config.r, *config.rank_pattern.values()}) > 1
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ids = torch.randint(VOCABULARY, (2, 6))
+    assert torch.equal(again(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    scalings = [scaling for _, _, scaling in built(base, LoraConfig.from_pretrained(tmp_path))]
+    assert scalings == pytest.approx([0.3] * len(scalings))
 
 
 def test_ranks_follow_the_share_of_the_gradient_norm_when_asked_to() -> None:

@@ -186,5 +186,7 @@ def _ranks(
     return {name: rank for name, rank in ranks.items() if rank}
 
 
-def _alpha(rank: int, scale: float) -> int:
-    return max(1, round(scale * rank))
+def _alpha(rank: int, scale: float) -> float:
+    """peft says int, and takes any number: it divides by the rank, and writes it to JSON."""
+    alpha = scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha
