@@ -198,6 +198,36 @@ def test_a_budget_below_every_adapter_is_refused() -> None:
         to_peft(blueprint_of(model), model, Budget.parameters(20))
 
 
+def test_a_budget_that_gives_no_module_half_a_rank_buys_a_rank_for_those_nearest_to_it() -> None:
+    model = llama()
+    blueprint = blueprint_of(model, self_attn=0.5, mlp=0.4)
+    # by k_star · d · p / (d + p): q and o 4, k and v 2.7, feed-forward 3.8; an adapter of q or o costs 32 a rank
+    config = to_peft(blueprint, model, Budget.parameters(100))
+    ranks = {name: rank for name, rank, _ in built(model, config)}
+    assert ranks == dict.fromkeys(
+        ("model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"), 1
+    )
+
+
+def test_a_budget_below_the_module_that_it_is_meant_for_buys_what_it_can() -> None:
+    model = llama()
+    config = to_peft(blueprint_of(model, self_attn=0.001, mlp=0.9), model, Budget.parameters(30))
+    assert [rank for _, rank, _ in built(model, config)] == [1]
+
+
+def test_a_source_that_tells_nothing_apart_is_not_taken_for_a_small_budget() -> None:
+    model = llama()
+    document = blueprint_of(model).to_dict()
+    flat = Blueprint.from_dict(document | {"layers": [layer | {"gradient_norm": 0.0} for layer in document["layers"]]})
+    with pytest.raises(ConfigurationError, match="tells nothing apart by 'share'"):
+        to_peft(flat, model, 0.5, by="share")
+    assert to_peft(flat, model, 0.5).r > 0
+    layers = [layer | {"gradient_norm": float("embed" in layer["id"])} for layer in document["layers"]]
+    embedding = select(Blueprint.from_dict(document | {"layers": layers}), budget=0.3, unit="layer", model=model)
+    with pytest.raises(ConfigurationError, match="none of the model's linear modules"):
+        to_peft(embedding, model, 0.5)
+
+
 def test_a_blueprint_of_another_model_and_a_budget_in_bytes_are_refused() -> None:
     model = llama()
     with pytest.raises(ConfigurationError, match="another model"):
