@@ -147,6 +147,25 @@ def test_removing_what_is_not_applied_says_what_is(tmp_path: Path) -> None:
         stack.remove("tusk")
 
 
+def test_a_precision_changed_under_a_delta_is_refused_before_anything_is_lost(tmp_path: Path) -> None:
+    base = make_model()
+    delta = Delta.load(save_delta(base, tune_by_hand(base), None, tmp_path / "d"))
+    model = copy.deepcopy(base)
+    stack = DeltaStack(model)
+    stack.apply("code", delta)
+    before = copy.deepcopy(model.to(torch.bfloat16))
+    with pytest.raises(ConfigurationError, match="before the precision is changed"):
+        stack.apply("style", delta)
+    with pytest.raises(ConfigurationError, match=r"bfloat16 now and was torch.float32"):
+        stack.remove("code")
+    assert stack.applied == {"code": 1.0}
+    assert equal(model, before)
+    model.float()
+    stack.remove("code")
+    for start, found in zip(base.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found[0], start[0]), "the originals of what the delta touched are still there"
+
+
 def test_one_shard_of_a_tuned_checkpoint_is_refused(tmp_path: Path) -> None:
     base = make_model()
     shard = {name: value for name, value in tune_by_hand(base).state_dict().items() if name.startswith("2.")}

@@ -121,7 +121,8 @@ class DeltaStack:
 
     A coordinate that one delta of weight 1 touches has that delta's value exactly; where several do, or the weight is
     another, it is base + Σ weight·(value − base), in float32 (float64 for wider weights), rounded once. The original
-    values of the touched coordinates are kept, so the order of applying and removing is no matter.
+    values of the touched coordinates are kept, so the order of applying and removing is no matter. The precision
+    has to stay while a delta is on: another would round what no delta touches.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,9 +138,10 @@ class DeltaStack:
         return {name: weight for name, (_, weight) in self._applied.items()}
 
     def apply(self, name: str, delta: Delta, weight: float = 1.0) -> None:
-        """Put a delta on. ConfigurationError, and nothing changed, unless it was made for these tensors."""
+        """Put a delta on. ConfigurationError, and nothing changed, unless it was made for these tensors as they are."""
         if name in self._applied:
             raise ConfigurationError(f"{name!r} is applied already: remove it first")
+        self._check_precision(delta)
         digests = {tensor: self._base_digest(tensor) for tensor in delta.changes if tensor in self._parameters}
         for tensor, change in delta.changes.items():
             if digests.get(tensor) != change.base:
@@ -149,9 +151,10 @@ class DeltaStack:
         self._rewrite(delta.changes)
 
     def remove(self, name: str) -> None:
-        """Take a delta off. ConfigurationError when it is not on."""
+        """Take a delta off. ConfigurationError, and nothing changed, when it is not on or the precision is another."""
         if name not in self._applied:
             raise ConfigurationError(f"{name!r} is not applied; there is {', '.join(self._applied) or 'nothing'}")
+        self._check_precision(self._applied[name][0])
         delta, _ = self._applied.pop(name)
         self._rewrite(delta.changes)
 
@@ -165,6 +168,15 @@ class DeltaStack:
         # Read anew where nothing is applied: training or loading may have changed the weights meanwhile.
         return self._digests[tensor] if tensor in self._originals else digest_of(self._parameters[tensor])
 
+    def _check_precision(self, delta: Delta) -> None:
+        for tensor in (name for name in delta.changes if name in self._originals):
+            is_now, was = self._parameters[tensor].dtype, self._originals[tensor][1].dtype
+            if is_now != was:
+                raise ConfigurationError(
+                    f"{tensor} is {is_now} now and was {was} when a delta was put on: remove deltas, or merge them, "
+                    "before the precision is changed. merge() keeps the weights as they are; for the base load it anew"
+                )
+
     @torch.no_grad()
     def _rewrite(self, names: Mapping[str, Change]) -> None:
         for name in names:
@@ -177,7 +189,7 @@ class DeltaStack:
     def _rewrite_flat(self, name: str, flat: Tensor) -> None:
         if name in self._originals:
             indices, values = self._originals.pop(name)
-            flat[indices] = values
+            flat[indices.to(flat.device)] = values.to(flat.device)
         changes = [(delta.changes[name], weight) for delta, weight in self._applied.values() if name in delta.changes]
         if not changes:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
@@ -77,6 +78,24 @@ def test_ranks_follow_k_star_at_one_scaling_everywhere() -> None:
     assert ranks["model.layers.0.self_attn.q_proj"] == ranks["model.layers.1.self_attn.q_proj"]
     model = llama()
     assert {scaling for _, _, scaling in built(model, config)} == {SCALE}
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("make", [llama, mixtral])
+def test_a_scale_that_leaves_no_alpha_whole_is_kept_and_saved_all_the_same(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model = make()
+    base = copy.deepcopy(model)
+    config = to_peft(blueprint_of(model, self_attn=0.4), model, 0.1, scale=0.3, init_lora_weights=False)
+    assert len({config.r, *config.rank_pattern.values()}) > 1
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ids = torch.randint(VOCABULARY, (2, 6))
+    assert torch.equal(again(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    scalings = [scaling for _, _, scaling in built(base, LoraConfig.from_pretrained(tmp_path))]
+    assert scalings == pytest.approx([0.3] * len(scalings))
 
 
 def test_ranks_follow_the_share_of_the_gradient_norm_when_asked_to() -> None:
@@ -177,6 +196,36 @@ def test_a_budget_below_every_adapter_is_refused() -> None:
     model = llama()
     with pytest.raises(ConfigurationError, match="no adapter of rank 1"):
         to_peft(blueprint_of(model), model, Budget.parameters(20))
+
+
+def test_a_budget_that_gives_no_module_half_a_rank_buys_a_rank_for_those_nearest_to_it() -> None:
+    model = llama()
+    blueprint = blueprint_of(model, self_attn=0.5, mlp=0.4)
+    # by k_star · d · p / (d + p): q and o 4, k and v 2.7, feed-forward 3.8; an adapter of q or o costs 32 a rank
+    config = to_peft(blueprint, model, Budget.parameters(100))
+    ranks = {name: rank for name, rank, _ in built(model, config)}
+    assert ranks == dict.fromkeys(
+        ("model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"), 1
+    )
+
+
+def test_a_budget_below_the_module_that_it_is_meant_for_buys_what_it_can() -> None:
+    model = llama()
+    config = to_peft(blueprint_of(model, self_attn=0.001, mlp=0.9), model, Budget.parameters(30))
+    assert [rank for _, rank, _ in built(model, config)] == [1]
+
+
+def test_a_source_that_tells_nothing_apart_is_not_taken_for_a_small_budget() -> None:
+    model = llama()
+    document = blueprint_of(model).to_dict()
+    flat = Blueprint.from_dict(document | {"layers": [layer | {"gradient_norm": 0.0} for layer in document["layers"]]})
+    with pytest.raises(ConfigurationError, match="tells nothing apart by 'share'"):
+        to_peft(flat, model, 0.5, by="share")
+    assert to_peft(flat, model, 0.5).r > 0
+    layers = [layer | {"gradient_norm": float("embed" in layer["id"])} for layer in document["layers"]]
+    embedding = select(Blueprint.from_dict(document | {"layers": layers}), budget=0.3, unit="layer", model=model)
+    with pytest.raises(ConfigurationError, match="none of the model's linear modules"):
+        to_peft(embedding, model, 0.5)
 
 
 def test_a_blueprint_of_another_model_and_a_budget_in_bytes_are_refused() -> None:

@@ -24,9 +24,42 @@ def test_axolotl_unfreezes_what_the_selection_trains(make: Callable[[], nn.Modul
     model = make()
     selection = select(blueprint_of(model, groups), budget=0.6, unit="layer", model=model)
     patterns = to_axolotl(selection, model)
-    unfrozen = {n for n, _ in model.named_parameters() if any(axolotl_matches(pattern, n) for pattern in patterns)}
-    assert unfrozen == {entry.name for entry in apply_selection(model, selection)}
+    assert unfrozen_by_axolotl(model, patterns) == {entry.name for entry in apply_selection(model, selection)}
     assert patterns
+
+
+def unfrozen_by_axolotl(model: nn.Module, patterns: list[str]) -> set[str]:
+    return {n for n, _ in model.named_parameters() if any(axolotl_matches(pattern, n) for pattern in patterns)}
+
+
+def head_first(head: float = 9.0) -> Blueprint:
+    """Lists the tied tensor by the head's name, its second in the model."""
+    norms = {"lm_head": head, "model.layers.0": 1.0, "model.layers.1": 1.0, "model.norm": 0.0}
+    layers = [{"id": name, "gradient_norm": norm} for name, norm in norms.items()]
+    return Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+
+
+def test_axolotl_is_told_a_tied_tensors_first_name_whichever_the_blueprint_lists() -> None:
+    model = llama()
+    selection = select(head_first(), budget=0.5, unit="layer", model=model)
+    assert unfrozen_by_axolotl(model, to_axolotl(selection, model)) == {"model.embed_tokens.weight"}
+    assert [entry.name for entry in apply_selection(model, selection)] == ["model.embed_tokens.weight"]
+
+
+def test_axolotl_leaves_alone_what_was_frozen_before_the_selection() -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp.up_proj" not in name and "layernorm" not in name)
+    selection = select(blueprint_of(model, "block"), budget=0.7, unit="layer", model=model)
+    unfrozen = unfrozen_by_axolotl(model, to_axolotl(selection, model))
+    assert "model.layers.1.mlp.down_proj.weight" in unfrozen
+    assert unfrozen == {entry.name for entry in apply_selection(model, selection)}
+
+
+def test_axolotl_is_not_handed_an_empty_list_which_means_full_fine_tuning() -> None:
+    selection = select(blueprint_of(gpt2()), budget=0.6, unit="layer", model=gpt2())
+    with pytest.raises(ConfigurationError, match="named otherwise"):
+        to_axolotl(selection, llama())
 
 
 def test_one_pattern_a_layer_does_where_indices_begin_alike() -> None:
@@ -90,6 +123,12 @@ def test_llama_factory_is_given_the_end_of_the_model_that_matters() -> None:
         found = to_llama_factory(Blueprint.from_dict(norms), model, Budget.parameters(2_100))
         assert found.arguments["freeze_trainable_layers"] == sign
         assert found.arguments["finetuning_type"] == "freeze"
+
+
+def test_llama_factory_is_told_what_a_tied_tensor_is_worth_by_its_second_name() -> None:
+    found = to_llama_factory(head_first(head=98.0), llama(), 0.9)
+    assert "model.embed_tokens.weight" in found.parameters
+    assert found.share > 0.98
 
 
 def test_a_norm_outside_the_blocks_drags_the_norms_inside_along_and_they_are_counted() -> None:

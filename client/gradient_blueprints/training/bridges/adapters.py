@@ -48,10 +48,11 @@ def to_peft(
     - by `share`: in proportion to the layer's share of the gradient norm, within a layer by d·p (Algorithm 1's rank);
     - of a `Selection`: in proportion to the parameters it selects, whatever `by`.
 
-    A module that would get less than half a rank is left out of `target_modules`. Every linear module (torch's, and
-    Hugging Face's Conv1D) that a layer of the blueprint covers takes part, but the head, whose weight is often the
-    embedding's. So do fused experts, an E × d × p tensor with E adapters of one rank, by `target_parameters`;
-    `experts=False` leaves them out, which options that peft has for modules alone (lora_dropout, use_dora) need.
+    A module that would get less than half a rank is left out of `target_modules`; where the budget pays for no other,
+    those nearest to it get a rank, as far as it goes. Every linear module (torch's, and Hugging Face's Conv1D) that a
+    layer of the blueprint covers takes part, but the head, whose weight is often the embedding's. So do fused experts,
+    an E × d × p tensor with E adapters of one rank, by `target_parameters`; `experts=False` leaves them out, which
+    options that peft has for modules alone (lora_dropout, use_dora) need.
     `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
     builds.
     """
@@ -66,6 +67,12 @@ def to_peft(
         raise ConfigurationError("An adapter's budget is a fraction or a number of parameters, Budget.parameters(n).")
     capacity = budget.coordinates(total, 1)
     weights = _adapter_weights(source, matrices, by)
+    if not any(weights.values()):
+        raise ConfigurationError(
+            "The selection trains none of the model's linear modules."
+            if isinstance(source, Selection)
+            else f"The blueprint tells nothing apart by {by!r}: it is 0 in every linear module. The other `by` may."
+        )
     ranks = _ranks(matrices, weights, capacity, largest_rank)
     if not ranks:
         raise ConfigurationError(f"{capacity:,} parameters pay for no adapter of rank 1: raise the budget.")
@@ -161,7 +168,8 @@ def _ranks(
 ) -> dict[str, int]:
     """Whole ranks with Σ rank·cost at most `capacity`, as near `weights` as they get; without zeros.
 
-    Shares that a full matrix cannot take go to the others; then what rounding down left goes to the largest remainders.
+    Shares that a full matrix cannot take go to the others; then what rounding down left goes to the largest remainders,
+    those of half a rank at least, or of less where the budget pays for nothing else.
     """
     limits = {name: min(largest, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
     ideal = dict.fromkeys(matrices, 0.0)
@@ -177,7 +185,10 @@ def _ranks(
         waiting -= full
     ranks = {name: math.floor(rank + 1e-9) for name, rank in ideal.items()}
     left = capacity - sum(rank * matrices[name].cost for name, rank in ranks.items())
-    taking = sorted((name for name in ideal if ideal[name] >= 0.5), key=lambda name: (ranks[name] - ideal[name], name))
+    order = sorted((name for name in ideal if ideal[name] > 0), key=lambda name: (ranks[name] - ideal[name], name))
+    taking = [name for name in order if ideal[name] >= 0.5]
+    if not any(ranks.values()) and all(matrices[name].cost > left for name in taking):
+        taking = order
     while taking := [name for name in taking if ranks[name] < limits[name] and matrices[name].cost <= left]:
         for name in taking:
             if matrices[name].cost <= left:
@@ -186,5 +197,7 @@ def _ranks(
     return {name: rank for name, rank in ranks.items() if rank}
 
 
-def _alpha(rank: int, scale: float) -> int:
-    return max(1, round(scale * rank))
+def _alpha(rank: int, scale: float) -> float:
+    """peft says int, and takes any number: it divides by the rank, and writes it to JSON."""
+    alpha = scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -17,8 +17,9 @@ from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
-from gradient_blueprints.training.bridges.tensors import layer_of, tensor_shares
+from gradient_blueprints.training.bridges.tensors import tensor_shares
 from gradient_blueprints.training.selection import BYTES_PER_DENSE_PARAMETER, Budget, Selection
+from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
 
 
 def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
@@ -28,12 +29,14 @@ def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
 
     Axolotl matches patterns from the start of a parameter's name, takes every dot for a literal one (an escaped dot
     would be escaped twice and match nothing), and trains what any of them matches
-    (axolotl-ai-cloud/axolotl, src/axolotl/utils/freeze.py). Raises ConfigurationError for a selection of coordinates:
-    Axolotl can freeze whole tensors and leading rows, not entries.
+    (axolotl-ai-cloud/axolotl, src/axolotl/utils/freeze.py). A tied tensor goes by its first name, the one that Axolotl
+    sees. Where patterns of layers would train something that the selection keeps out, there is one for each tensor.
+    Raises ConfigurationError for a selection of coordinates, since Axolotl can freeze whole tensors and leading rows,
+    not entries, and where nothing of the model is selected, since Axolotl takes an empty list for full fine-tuning.
     """
     patterns = []
     names = [name for name, _ in model.named_parameters()]
-    wanted = _whole_parameters(selection, names)
+    wanted = _whole_parameters(selection, model)
     for layer in selection.layers:
         if layer.fraction == 1:
             if layer.id in names:
@@ -41,7 +44,7 @@ def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
             elif any(name.startswith(f"{layer.id}.") for name in names):
                 patterns.append(f"^{layer.id}.")
     unfrozen = {name for name in names if any(axolotl_matches(pattern, name) for pattern in patterns)}
-    if unfrozen != wanted:  # a layer inside another one, or a name with the signs of a pattern
+    if unfrozen != wanted:  # a layer in another, a tied or frozen tensor, or a name with the signs of a pattern
         patterns = [f"^{name}$" for name in names if name in wanted]
     return patterns
 
@@ -51,15 +54,27 @@ def axolotl_matches(pattern: str, parameter: str) -> bool:
     return re.match(re.sub(r"\.(?!\+)", r"\\.", pattern), parameter) is not None
 
 
-def _whole_parameters(selection: Selection, names: Sequence[str]) -> set[str]:
+def _whole_parameters(selection: Selection, model: nn.Module) -> set[str]:
+    """Names, as of `named_parameters`, of the tensors that the selection trains, as `apply_selection` reads it."""
     partial = [layer.id for layer in selection.layers if 0 < layer.fraction < 1]
     if partial:
         raise ConfigurationError(
             f"The selection trains a part of {partial[0]}; tools that freeze need whole layers: select(unit='layer')."
         )
     fractions = {layer.id: layer.fraction for layer in selection.layers}
-    known = set(fractions)
-    return {name for name in names if (layer := layer_of(name, known)) is not None and fractions[layer] == 1}
+    kept_out = {name for name, chosen in selection.parts.items() if not len(chosen)}
+    whole = {
+        names[0]
+        for names, _ in tied_names(model)
+        if (found := listing(names, fractions.keys())) is not None
+        and fractions[found[1]] == 1
+        and found[0] not in kept_out
+    }
+    if not whole:
+        raise ConfigurationError(
+            f"The selection for {selection.model_id} trains nothing in this model: are its tensors named otherwise?"
+        )
+    return whole
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     if not blocks:
         raise ConfigurationError("The model's configuration does not say how many blocks it has; nor could the tool.")
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    values = tensor_shares(blueprint, sizes)
+    values = tensor_shares(blueprint, model)
     inside = sorted({name.split(".0.")[-1].split(".")[0] for name in sizes if ".0." in name})
     outside = sorted({name.split(".")[-2] for name in sizes if not re.search(r"\.\d+\.", name) and "." in name})
     budget = budget if isinstance(budget, Budget) else Budget.fraction(budget)
