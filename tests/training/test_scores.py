@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,31 @@ def test_a_million_coordinates_judge_factors_as_all_do() -> None:
     for factors, trust in ((factors_of(prior), 1.0), (wrong_factors(prior), 0.0)):
         chosen = empirical_bayes(factors, statistics)("w", shape)
         np.testing.assert_array_equal(chosen, empirical_bayes(factors, statistics, trust=trust)("w", shape))
+
+
+class Watched(dict[str, torch.Tensor]):
+    """Notes whose tensors are looked up."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        self.read.update(self)
+        return super().items()
+
+
+def test_the_score_of_a_tensor_reads_the_sums_of_no_other(truth: torch.Tensor) -> None:
+    """Else a model of thousands of tensors takes the square of their number."""
+    statistics = sample(truth, torch.full(SHAPE, 0.3), 4)
+    row = statistics.row = Watched({"w": statistics.row["w"], "other": torch.ones(3)})
+    column = statistics.column = Watched({"w": statistics.column["w"], "other": torch.ones(2)})
+    empirical_bayes({}, statistics)("w", SHAPE)
+    assert row.read == column.read == {"w"}
 
 
 def test_trust_and_validity_weigh_the_factors_against_the_sample(prior: torch.Tensor, truth: torch.Tensor) -> None:

@@ -95,11 +95,12 @@ class LocalStatistics:
 
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """{tensor: {"row": ..., "column": ...}} of the mean squared batch gradient, as a blueprint's attachment."""
-        return {
-            name: {"row": row / self.batches}
-            | ({"column": self.column[name] / self.batches} if name in self.column else {})
-            for name, row in self.row.items()
-        }
+        return {name: self.factors_of(name) for name in self.row}
+
+    def factors_of(self, name: str) -> dict[str, Tensor]:
+        """{"row": ..., "column": ...} of one tensor, a vector without a column."""
+        sums = {"row": self.row, "column": self.column}
+        return {side: held[name] / self.batches for side, held in sums.items() if name in held}
 
     def noise(self, name: str) -> dict[str, Tensor] | None:
         """Factors of the variance of the mean gradient s²/n, or None where fewer than two batches tell.
