@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -172,6 +173,36 @@ def test_batches_are_moved_to_the_models_device() -> None:
     found = mean_gradients(model, elsewhere)
     for name, mean in mean_gradients(model, batches).items():
         assert torch.equal(found[name], mean)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, bos_token_id=0, intermediate_size=32)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=0, n_inner=32)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, bos_token_id=0, ffn_dim=32, word_embed_proj_dim=16)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_checkpointed_model_is_measured_with_checkpointing_and_to_the_same_bit(kind: str) -> None:
+    """OPT's layers drop out by their own mode, GPT-2 hands each layer its cache."""
+    torch.manual_seed(0)
+    model, batches = MODELS[kind]().train(), batches_of(2)
+    expected = mean_gradients(model, batches)
+    model.activation_checkpointing_enable()
+    inner = next(module for name, module in model.named_modules() if name.endswith(("0.mlp", "0.fc1")))
+    calls: list[tuple[bool, bool]] = []
+    inner.register_forward_pre_hook(lambda module, inputs: calls.append((module.training, model.config.use_cache)))
+    found = mean_gradients(model, batches)
+    assert calls == [(False, False)] * 4  # twice a batch, the second time for the backward pass
+    assert all(module.training for module in model.modules())
+    assert model.config.use_cache
+    assert found.keys() == expected.keys()
+    for name, mean in expected.items():
+        assert torch.equal(found[name], mean)
+    calls.clear()
+    model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
+    assert calls == [(True, True)] * 2
 
 
 def test_a_model_that_holds_gradients_is_refused() -> None:
