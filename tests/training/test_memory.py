@@ -17,6 +17,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.theory import optimizer_bytes
 from gradient_blueprints.training.memory import estimate_memory
 from gradient_blueprints.training.selection import Budget, select
+from gradient_blueprints.training.selection.budgets import saved_bytes
 from tests.training.measured_training import CASES, make_batch, make_blueprint, make_model, make_selection
 
 WORST = 0.10
@@ -49,6 +50,51 @@ def test_what_a_device_has_room_for_fits_on_it(free: float) -> None:
     selection = select(make_blueprint(model), budget=Budget.device(model, batch, free=free), model=model)
     estimate = estimate_memory(model, selection, batch=batch)
     assert 0.8 * free < estimate.peak - estimate.weights <= free
+
+
+def test_a_budget_counts_what_checkpointing_spares_a_model_in_evaluation_mode() -> None:
+    """As `from_pretrained` returns it: it checkpoints in training mode only."""
+    batch = make_batch("checkpointed")
+    model, whole = make_model("checkpointed").eval(), make_model("adamw").eval()
+    budget = Budget.device(model, batch, free=1e9)
+    assert not any(module.training for module in model.modules())
+    assert budget == Budget.device(model.train(), batch, free=1e9)
+    assert sum(saved_bytes(model.eval(), batch)) < sum(saved_bytes(whole, batch)) / 3
+
+
+def test_a_budget_of_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = make_model("adamw")
+    with pytest.raises(ConfigurationError, match="estimate_memory"):
+        Budget.device(model, (4, 128), free=1e9)
+
+
+class Restless(nn.Module):
+    """Dropout's mask and batch norm's statistics: what is there in training alone, and what is changed by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+        self.frozen = nn.BatchNorm1d(64).eval()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.frozen(self.norm(inputs)))  # type: ignore[no-any-return]  # a module is untyped
+
+
+@torch.no_grad()
+def test_a_budget_is_measured_as_in_training_and_leaves_no_trace() -> None:
+    model, batch = Restless(), {"inputs": torch.randn(32, 64)}
+    modes = [module.training for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lots = torch.get_rng_state()
+    saved = saved_bytes(model, batch)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(lots, torch.get_rng_state())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+    assert saved == saved_bytes(model.eval(), batch)
+    assert saved.count(32 * 64 * 4) == 3  # what goes into each norm, and the mask
 
 
 def test_the_parts_of_a_full_adamw_update_are_those_of_its_definition() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -187,6 +189,36 @@ def test_a_sample_that_measures_nothing_is_refused() -> None:
         LocalStatistics.gather(offloaded, batches_of(2))
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, bos_token_id=0, intermediate_size=32)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=0, n_inner=32)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, bos_token_id=0, ffn_dim=32, word_embed_proj_dim=16)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_checkpointed_model_is_measured_with_checkpointing_and_to_the_same_bit(kind: str) -> None:
+    """OPT's layers drop out by their own mode, GPT-2 hands each layer its cache."""
+    torch.manual_seed(0)
+    model, batches = MODELS[kind]().train(), batches_of(2)
+    expected = mean_gradients(model, batches)
+    model.activation_checkpointing_enable()
+    inner = next(module for name, module in model.named_modules() if name.endswith(("0.mlp", "0.fc1")))
+    calls: list[tuple[bool, bool]] = []
+    inner.register_forward_pre_hook(lambda module, inputs: calls.append((module.training, model.config.use_cache)))
+    found = mean_gradients(model, batches)
+    assert calls == [(False, False)] * 4  # twice a batch, the second time for the backward pass
+    assert all(module.training for module in model.modules())
+    assert model.config.use_cache
+    assert found.keys() == expected.keys()
+    for name, mean in expected.items():
+        assert torch.equal(found[name], mean)
+    calls.clear()
+    model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
+    assert calls == [(True, True)] * 2
+
+
 def test_a_model_that_holds_gradients_is_refused() -> None:
     model = Scorer()
     model.head.weight.grad = torch.ones_like(model.head.weight)
@@ -310,6 +342,31 @@ def test_a_million_coordinates_judge_factors_as_all_do() -> None:
     for factors, trust in ((factors_of(prior), 1.0), (wrong_factors(prior), 0.0)):
         chosen = empirical_bayes(factors, statistics)("w", shape)
         np.testing.assert_array_equal(chosen, empirical_bayes(factors, statistics, trust=trust)("w", shape))
+
+
+class Watched(dict[str, torch.Tensor]):
+    """Notes whose tensors are looked up."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        self.read.update(self)
+        return super().items()
+
+
+def test_the_score_of_a_tensor_reads_the_sums_of_no_other(truth: torch.Tensor) -> None:
+    """Else a model of thousands of tensors takes the square of their number."""
+    statistics = sample(truth, torch.full(SHAPE, 0.3), 4)
+    row = statistics.row = Watched({"w": statistics.row["w"], "other": torch.ones(3)})
+    column = statistics.column = Watched({"w": statistics.column["w"], "other": torch.ones(2)})
+    empirical_bayes({}, statistics)("w", SHAPE)
+    assert row.read == column.read == {"w"}
 
 
 def test_trust_and_validity_weigh_the_factors_against_the_sample(prior: torch.Tensor, truth: torch.Tensor) -> None:

@@ -36,7 +36,7 @@ from gradient_blueprints.training.selection import (
     spread,
 )
 from gradient_blueprints.training.selection.chosen import width_of
-from gradient_blueprints.training.selection.indices import random_scores
+from gradient_blueprints.training.selection.indices import best, lowest, random_scores
 
 
 def make_blueprint(
@@ -223,6 +223,34 @@ def test_ties_are_spread_over_the_tensor() -> None:
     assert len(chosen) == 100
     assert {0, 1, 2} <= set(chosen.tolist())
     assert chosen[-1] > 900
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
+def test_the_lowest_lots_are_the_first_of_their_stable_order(drawn: list[int], data: st.DataObject) -> None:
+    lots = np.array(drawn, np.float32)
+    count = data.draw(st.integers(1, len(lots)))
+    expected = np.sort(np.argsort(lots, kind="stable")[:count])
+    assert np.array_equal(np.flatnonzero(lowest(lots, count)), expected)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+def test_the_best_are_the_first_by_score_then_lot_then_index(drawn: list[int], data: st.DataObject) -> None:
+    scores = np.array(drawn, np.float32)
+    count = data.draw(st.integers(0, len(scores)))
+    expected = np.lexsort((random_scores("w", len(scores), 0), -scores))[:count]
+    assert np.array_equal(best(scores, count, "w", 0), np.sort(expected))
+
+
+def test_ties_are_broken_without_much_memory() -> None:
+    """As in an embedding most of whose tokens the sample does not hold."""
+    scores = np.zeros(2_000_000, np.float32)
+    scores[:60_000] = 1.0
+    tracemalloc.start()
+    chosen = best(scores, 200_000, "w", 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == 200_000
+    assert peak < 20 * len(scores)  # 8 the tied, 4 their lots, 4 the partition; in full order 24
 
 
 @pytest.mark.parametrize("way", ["file", "pickle", "copy"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from gradient_blueprints import allocation
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.data_selection import evaluating
 from gradient_blueprints.training.profiling.losses import on_device_of, with_labels
+from gradient_blueprints.training.profiling.offload import lender_of
 
 RESERVE = 0.1
 """Share of the free memory that is left alone: the allocator's fragments, workspaces of kernels."""
@@ -33,10 +36,11 @@ class Budget(allocation.Budget):
         """What is left for training on the model's device when one batch is in flight.
 
         free · (1 − reserve) − activations − the largest gradient. The activations are measured: the tensors that one
-        forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves for its backward pass, and the
-        largest of them (the logits) once more for its own gradient. What checkpointed segments compute anew is not
-        counted. `free`: bytes, else what the device says now, with the model on it (CUDA; on Linux the available main
-        memory). Raises ConfigurationError when nothing is left, or when the free memory is not known.
+        forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves for its backward pass in training
+        mode, and the largest of them (the logits) once more for its own gradient. What checkpointed segments compute
+        anew is not counted. The model stays as it is. `free`: bytes, else what the device says now, with the model on
+        it (CUDA; on Linux the available main memory). Raises ConfigurationError when nothing is left, when the free
+        memory is not known, or for a model on the meta device.
         """
         if isinstance(batch, tuple):
             batch = {"input_ids": torch.zeros(batch, dtype=torch.long)}
@@ -54,7 +58,13 @@ class Budget(allocation.Budget):
 
 
 def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
-    """Bytes of every storage that a forward pass saves for its backward pass, the weights left out."""
+    """Bytes of every storage that a forward pass in training saves for its backward pass, the weights left out."""
+    for module in model.modules():
+        if lender_of(module) is None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise ConfigurationError(
+                "what a model on the meta device saves cannot be measured, its storages all have the address 0: load "
+                "its weights, or ask `estimate_memory`, which needs none, and give `Budget.bytes`"
+            )
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {}
 
@@ -64,10 +74,26 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with as_in_training(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model(**on_device_of(model, with_labels(batch, None)))
         del output
     return list(held.values())
+
+
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode with gradients for a while; modes, contents of buffers and random state are the same afterwards.
+
+    Dropout keeps its masks in this mode alone, and Hugging Face's models checkpoint in no other.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(), torch.enable_grad(), evaluating(model):
+        model.train()
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.detach().copy_(before)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -47,8 +47,21 @@ def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     above = np.flatnonzero(scores > threshold)
     tied = np.flatnonzero(scores == threshold)
-    order = np.argsort(_lots(name, tied, seed), kind="stable") if len(tied) > 1 else [0]
-    return np.sort(np.concatenate([above, tied[order][: count - len(above)]]))
+    wanted = count - len(above)  # at least 1: the threshold itself is among the largest
+    if wanted < len(tied):
+        tied = tied[lowest(_lots(name, tied, seed), wanted)]
+    return np.sort(np.concatenate([above, tied]))
+
+
+def lowest(lots: Scores, count: int) -> npt.NDArray[np.bool_]:
+    """Which are the `count` lowest, 1 to all of them; of equal ones the first.
+
+    By a partition: where most of an embedding never occurs its scores are 0, and to sort them all costs too much.
+    """
+    cut = np.partition(lots, count - 1)[count - 1]
+    found: npt.NDArray[np.bool_] = lots < cut
+    found[np.flatnonzero(lots == cut)[: count - np.count_nonzero(found)]] = True
+    return found
 
 
 def random_scores(name: str, size: int, seed: int) -> Scores:

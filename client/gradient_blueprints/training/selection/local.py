@@ -52,6 +52,7 @@ class LocalStatistics:
         `dtype=torch.bfloat16` halves what is kept; it is rounded stochastically, so that small batches do not vanish
         in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
         Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
+        Layers that gradient checkpointing is enabled for are checkpointed here too.
         What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
 
         Raises ConfigurationError when there is no batch, or no tensor gets a gradient.
@@ -106,11 +107,12 @@ class LocalStatistics:
 
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """{tensor: {"row": ..., "column": ...}} of the mean squared batch gradient, as a blueprint's attachment."""
-        return {
-            name: {"row": row / self.batches}
-            | ({"column": self.column[name] / self.batches} if name in self.column else {})
-            for name, row in self.row.items()
-        }
+        return {name: self.factors_of(name) for name in self.row}
+
+    def factors_of(self, name: str) -> dict[str, Tensor]:
+        """{"row": ..., "column": ...} of one tensor, a vector without a column."""
+        sums = {"row": self.row, "column": self.column}
+        return {side: held[name] / self.batches for side, held in sums.items() if name in held}
 
     def noise(self, name: str) -> dict[str, Tensor] | None:
         """Factors of the variance of the mean gradient s²/n, or None where fewer than two batches tell.
@@ -169,5 +171,51 @@ def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> It
             registered = parameter.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]  # torch has no types
             stack.callback(registered.remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(checkpointing(model))
         stack.enter_context(unread(free.values()))
         yield
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """While open, Hugging Face's layers that checkpoint in training mode do so in evaluation mode too.
+
+    What trains in memory with checkpointing might not be measured in it without. A layer is in training mode up to its
+    checkpoint alone: inside it, dropout of its own is off as well. Caches are off: computed anew, a layer would add its
+    keys a second time.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+        and any(each.__name__ == "GradientCheckpointingLayer" for each in type(module).__mro__)
+    ]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()] if layers else []
+    with ExitStack() as stack:
+        for config in configs:
+            if getattr(config, "use_cache", False):
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
+        for layer in layers:
+            checkpoint = layer._gradient_checkpointing_func
+            stack.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
+            stack.callback(setattr, layer, "training", layer.training)
+            layer._gradient_checkpointing_func = _evaluated(layer, checkpoint)
+            layer.training = True
+        yield
+
+
+def _evaluated(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The checkpoint of a layer that is in evaluation mode within."""
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def evaluated(*inputs: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*inputs)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args)
+
+    return run

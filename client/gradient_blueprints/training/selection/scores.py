@@ -146,7 +146,7 @@ class _Fit:
 
 def _own_prior(statistics: LocalStatistics, name: str, mean: Tensor) -> tuple[Tensor, int]:
     """The second moment by the sample's own row and column factors over its mean, and their number; of a vector 1."""
-    own = statistics.factors()[name]
+    own = statistics.factors_of(name)
     if "column" not in own:
         return torch.ones_like(mean), 1
     parameters = own["row"].numel() + own["column"].numel()
