@@ -28,6 +28,7 @@ from evidence.plan import (
     by_factors,
     by_local,
     library,
+    linear_only,
     of_layers,
     ours,
 )
@@ -61,6 +62,12 @@ def judge(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
         at_least("published factors alone, at 10 %, at least 93 %", model, of(by_factors(0.1)), 0.93),
         _rivals("parameters", model, of(ours(0.1)), _rivals_of(model, plan), plan, store),
         _rivals("training memory", model, of(ours(EQUAL_MEMORY)), equal_memory(model, plan), plan, store),
+    ]
+    in_linear = of(linear_only(ours(0.1)))
+    verdicts += [
+        at_least("in linear layers alone, at 10 %, at least 97 %", model, in_linear, 0.97),
+        at_least("in linear layers alone, at 1 %, at least 75 %", model, of(linear_only(ours(0.01))), 0.75),
+        _rivals("parameters (ours in linear layers alone)", model, in_linear, _rivals_of(model, plan), plan, store),
     ]
     for name, rival in (
         ("published factors alone", of(by_factors(0.1))),
@@ -140,7 +147,11 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
 
 def _rivals_of(model: str, plan: Sequence[Cell]) -> list[Cell]:
     """Every other arm of a tenth of the parameters; factors alone are part of ours."""
-    no_rivals = (FULL, ours(0.1), library(0.1), by_factors(0.1))
+    no_rivals = (
+        FULL,
+        by_factors(0.1),
+        *(arm for each in (ours(0.1), library(0.1)) for arm in (each, linear_only(each))),
+    )
     return [each for each in plan if (each.stage, each.model) == ("10 %", model) and each.choice not in no_rivals]
 
 
