@@ -41,7 +41,12 @@ async def test_a_staleness_check_takes_the_published_sides_say(lab_a: Any) -> No
     against = {name: [13 - norm] * 12 for name, norm in norms.items()}
     stale = await lab_a.check_staleness("tiny", 0.8, against)
     assert stale.verdict == "stale"
-    assert (await lab_a.select_layers("tiny", 0.8, 0.1, staleness=stale, groups={})).trust == 1
+    halves = {
+        half: [f"layer.{index}" for index in indices] for half, indices in (("early", range(6)), ("late", (6, 7)))
+    }
+    assert (await lab_a.select_layers("tiny", 0.8, 0.1, staleness=stale, groups=halves)).trust == 1
+    with pytest.raises(InvalidRequest, match="groups name no layer of the blueprint"):
+        await lab_a.select_layers("tiny", 0.8, 0.1, staleness=stale, groups={})
     assert (await lab_a.select_layers("tiny", 0.8, 0.1, staleness=stale)).trust == 0
 
 
