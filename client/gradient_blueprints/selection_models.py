@@ -58,7 +58,7 @@ class SelectionRequest(Wire):
     )
     verdict: Verdict | None = Field(None, description="of a staleness check: stale takes the published side's weight")
     groups: dict[str, tuple[LayerId, ...]] | None = Field(
-        None, description="of a staleness check whose advice is coarsen"
+        None, description="of a staleness check whose advice is coarsen; layers in none of them make up one more"
     )
     version: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = Field(
         None, description="of the blueprint; else the owner's newest"
