@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from evidence.findings import Finding, find, name_of, pick
-from evidence.plan import LOCAL_SIZES, Cell, ablated, at_random, by_factors, by_local, ours
+from evidence.plan import LOCAL_SIZES, Cell, ablated, at_random, by_factors, by_local, linear_only, ours
 from evidence.runs import Choice, Store
 
 SHARES = (0.01, 0.05, 0.1, 0.25)
+LABEL_WIDTH = 48
+"""Signs of an arm's name beside its point; longer ones are wrapped."""
 Lines = dict[str, dict[float, Finding | None]]
 NAMES = tuple(f"{kind}-{model}.svg" for model in ("gpt", "smollm2") for kind in ("budgets", "arms", "local"))
 mpl.rcParams["svg.hashsalt"] = "evidence"
@@ -51,6 +54,9 @@ def _lines(title: str, label: str, lines: Lines) -> Figure | None:
     if not drawn:
         return None
     axes.set(title=title, xlabel=label, ylabel="share of full fine-tuning's gain, %", xscale="log")
+    places = sorted({x for found in lines.values() for x in found})
+    axes.set_xticks(places, labels=[f"{x:g}" for x in places])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -64,6 +70,7 @@ def _bar(finding: Finding) -> tuple[float, float]:
 def _budgets(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
     arms: dict[str, Callable[[float], Choice]] = {
         "ours": ours,
+        "ours, linear layers alone": lambda share: linear_only(ours(share)),
         "published factors": by_factors,
         "local mean gradient": by_local,
         "random coordinates": at_random,
@@ -98,14 +105,18 @@ def _arms(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
     if len(found) < 2:
         return None
     found.sort(key=lambda finding: finding.share)
-    figure = Figure(figsize=(7, 0.6 + 0.35 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 0.4 * len(found)), layout="constrained")
     axes = figure.subplots()
     bars = [_bar(finding) for finding in found]
-    axes.barh(
-        [name_of(each.cell.choice) for each in found],
+    axes.errorbar(
         [100 * each.share for each in found],
+        [fill(name_of(each.cell.choice), LABEL_WIDTH) for each in found],
         xerr=[[b[0] for b in bars], [b[1] for b in bars]],
+        fmt="o",
         capsize=2,
     )
+    axes.axvline(100, color="grey", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.tick_params(axis="y", labelsize=8)
     axes.set(title=f"{model}, code, 10 % of the parameters", xlabel="share of full fine-tuning's gain, %")
     return figure
