@@ -41,6 +41,14 @@ def selection(base: PreTrainedModel) -> Selection:
 
 
 def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: bool = False, **options: Any) -> Trainer:
+    trainer = make_trainer(base, selection, folder, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def make_trainer(
+    base: PreTrainedModel, selection: Selection, folder: Path, *callbacks: TrainerCallback, **options: Any
+) -> Trainer:
     model = copy.deepcopy(base)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -56,11 +64,8 @@ def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: boo
         dataloader_pin_memory=False,
         **{"report_to": [], "max_grad_norm": 0.05, **options},
     )
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Rows(), **trainer_arguments(model, selection, arguments)
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    given = trainer_arguments(model, selection, arguments, callbacks)
+    return Trainer(model=model, args=arguments, train_dataset=Rows(), **given)
 
 
 def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
@@ -155,21 +160,7 @@ def test_a_run_after_an_interrupted_one_starts_without_its_gradients(
     base: PreTrainedModel, selection: Selection, tmp_path: Path
 ) -> None:
     expected = train(base, selection, tmp_path / "straight").state.log_history[0]["grad_norm"]
-    model = copy.deepcopy(base)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "again"),
-        max_steps=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        max_grad_norm=0.05,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-    )
-    given = trainer_arguments(model, selection, arguments, [Interrupt()])
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), **given)
+    trainer = make_trainer(base, selection, tmp_path / "again", Interrupt())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.remove_callback(Interrupt)

@@ -8,13 +8,13 @@ from collections.abc import Set
 from torch import nn
 
 from gradient_blueprints.models import Blueprint
-from gradient_blueprints.training.selection.indices import prefixes
 from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
 
 
 def layer_of(parameter: str, layers: Set[str]) -> str | None:
     """The blueprint's layer that holds a tensor: the tensor itself, its module, its block, whichever is listed."""
-    return next((name for name in prefixes(parameter) if name in layers), None)
+    found = listing([parameter], layers)
+    return None if found is None else found[1]
 
 
 def tensor_shares(blueprint: Blueprint, model: nn.Module) -> dict[str, float]:
