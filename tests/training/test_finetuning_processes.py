@@ -80,7 +80,13 @@ def process(rank: int, folder: str) -> None:
         note(f"shard-{unit}", model)
         found[f"norm-shard-{unit}"] = torch.tensor(optimizer.last_norm)
         found[f"held-{unit}"] = torch.tensor(sum(entry.selected for entry in optimizer.selected))
-    found["refused"] = torch.tensor([refused_inside_a_wrapper(share, world), refused_without_a_group(share)])
+    found["refused"] = torch.tensor(
+        [
+            refused_inside_a_wrapper(share, world),
+            refused_without_a_group(share),
+            refused_with_weights_of_its_own(rank, share, world),
+        ]
+    )
     model = make_model()
     train(model, make_selection(), share, lambda model: None, process_group="alone")
     note("alone", model)
@@ -168,6 +174,17 @@ def refused_without_a_group(share: slice) -> bool:
     return False
 
 
+def refused_with_weights_of_its_own(rank: int, share: slice, world: Any) -> bool:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[0, 0] += 1e-6 * rank
+    try:
+        train(model, make_selection(0.6, "layer"), share, lambda model: None, process_group=world)
+    except ConfigurationError as error:
+        return "different weights of 2.weight:" in str(error)
+    return False
+
+
 def mean_where_one_process_has_no_gradient(rank: int, world: Any) -> torch.Tensor:
     torch.manual_seed(0)
     model = Halves()
@@ -230,7 +247,7 @@ def test_the_state_of_another_shard_or_number_of_processes_is_refused(both: list
 
 def test_wrong_averages_are_refused_loudly(both: list[dict[str, torch.Tensor]]) -> None:
     for found in both:
-        assert found["refused"].tolist() == [True, True]
+        assert found["refused"].tolist() == [True, True, True]
     assert not torch.equal(both[0]["alone/2.weight"], both[1]["alone/2.weight"])
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -130,16 +128,18 @@ def test_the_trainer_takes_callbacks_of_ones_own_beside_those_of_the_selection(
     assert others[0] is not own, "the Trainer's own come before the user's, as always"
 
 
-def test_the_trainer_of_several_processes_is_refused_before_it_starts(
-    base: PreTrainedModel, selection: Selection, tmp_path: Path
+def test_sharding_by_the_trainer_is_refused_before_the_model_is_touched(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # torch's own, without a peer
-    try:
-        with pytest.raises(ConfigurationError, match="one process only"):
-            trainer_arguments(copy.deepcopy(base), selection, arguments)
-    finally:
-        distributed.destroy_process_group()
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, fsdp="full_shard")
+    model = copy.deepcopy(base)
+    with pytest.raises(ConfigurationError, match="apply_selection after fully_shard"):
+        trainer_arguments(model, selection, arguments)
+    arguments.fsdp = []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
+    with pytest.raises(ConfigurationError, match="apply_selection after fully_shard"):
+        trainer_arguments(model, selection, arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, selection: Selection, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.gradient_hooks import GradientHook, readers_of
 from gradient_blueprints.training.selected_parameters import SelectedParameter, apply_selection, local
+from gradient_blueprints.training.selection.listed_tensors import some
 
 __all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes"]
 
@@ -38,9 +39,10 @@ class SelectedAdamW(torch.optim.Optimizer):
     Raises ConfigurationError for anything else, and for options that AdamW cannot have.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
-    gradients, and nothing else, are averaged over it in `step`. Leave `DistributedDataParallel` away: it would keep,
-    and send, whole gradients; `step` refuses it. Shards (FSDP2) are averaged by `fully_shard` itself and need no
-    group. `process_group="alone"` says that this process trains a model of its own.
+    gradients, and nothing else, are averaged over it in `step`, and replicas that do not start equal are refused. Leave
+    `DistributedDataParallel` away: it would keep, and send, whole gradients; `step` refuses it, unless it was made with
+    `find_unused_parameters`, which hides it. Shards (FSDP2) are averaged by `fully_shard` itself and need no group.
+    `process_group="alone"` says that this process trains a model of its own.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         """Largest full gradient of one tensor seen; the only one at a time, but for the others of a compiled graph."""
         self._reached = False
         """Whether a gradient was ever taken; loaded state proves nothing of that."""
+        self._compared = False
+        """Whether the replicas were found equal."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -166,6 +170,8 @@ class SelectedAdamW(torch.optim.Optimizer):
         if not isinstance(group, ProcessGroup):
             return
         device = self.selected[0].parameter.device
+        if not self._compared:
+            self._compare_replicas(group, device)
         used = torch.tensor([entry.parameter in self._gradients for entry in self.selected], device=device).int()
         distributed.all_reduce(used, distributed.ReduceOp.MAX, group)
         sending = []
@@ -181,6 +187,27 @@ class SelectedAdamW(torch.optim.Optimizer):
         for gradient, work in sending:
             work.wait()
             gradient.div_(group.size())
+
+    def _compare_replicas(self, group: ProcessGroup, device: torch.device) -> None:
+        """ConfigurationError, in every process, where their weights differ; sums of the bits find it."""
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = torch.stack(
+            [
+                entry.parameter.detach().reshape(-1).view(integers[entry.parameter.element_size()]).sum().to(device)
+                for entry in self.selected
+            ]
+        )
+        lowest, highest = sums.clone(), sums
+        distributed.all_reduce(lowest, distributed.ReduceOp.MIN, group)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX, group)
+        differing = (lowest != highest).nonzero().flatten().tolist()
+        if differing:
+            names = some([self.selected[place].name for place in differing])
+            raise ConfigurationError(
+                f"the processes hold different weights of {names}: start them from one checkpoint or one seed, or send "
+                "those of the first with torch.distributed.broadcast(parameter.detach(), 0)"
+            )
+        self._compared = True
 
     def _clip_factor(self) -> float:
         if self.max_norm is None:

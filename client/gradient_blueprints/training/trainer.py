@@ -6,12 +6,39 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
-from transformers import TrainerCallback, TrainingArguments
+from torch.distributed import ProcessGroup
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.selection import Selection
+
+
+class SelectionTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """A Trainer of a selection in several processes, on replicas of the model; in one it is a Trainer like any other.
+
+    A `Trainer` puts `DistributedDataParallel` around the model, which keeps and sends whole gradients. Here the model
+    stays as it is, and the optimizer of `trainer_arguments` averages the selected gradients, and nothing else. Trainers
+    of other kinds take it in front: `class Tuner(SelectionTrainer, SFTTrainer): pass`.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in the Trainer, and the model is prepared as if for evaluation: cast and placed, but not wrapped."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_unwrapped(
+            model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = True
+        ) -> nn.Module:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SelectionCallback):
+                    callback.unwrapped = True
+            prepared: nn.Module = prepare(model, device_placement=device_placement, evaluation_mode=True)
+            return prepared
+
+        self.accelerator.prepare_model = prepare_unwrapped
 
 
 def trainer_arguments(
@@ -28,15 +55,16 @@ def trainer_arguments(
     decay. Clipping is the optimizer's, since the Trainer's finds no gradients. To resume, apply the same selection
     again: its state is in the checkpoint, and that of another selection is refused.
 
-    One process only, else ConfigurationError: the Trainer wraps or shards the model after the optimizer has been made,
-    and the optimizer has to know of shards. Several take a loop of your own. Nor `fp16`, whose GradScaler unscales
-    gradients that are no longer there.
+    Several processes (`torchrun`, `accelerate launch`) hold replicas and take a `SelectionTrainer`. Raises
+    ConfigurationError for FSDP and DeepSpeed, which shard the model after the optimizer has been made for it, and for
+    `fp16`, whose GradScaler unscales gradients that are no longer there.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    launched = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if parse_flag_from_env(name)]
+    if arguments.fsdp or arguments.deepspeed or launched:
         raise ConfigurationError(
-            "transformers.Trainer wraps or shards the model after SelectedAdamW has been made for it, so it trains "
-            "selections in one process only. With several write the loop: SelectedAdamW(..., process_group=...) on "
-            "replicas, or apply_selection after fully_shard."
+            "FSDP and DeepSpeed of transformers.Trainer shard the model after SelectedAdamW has been made for it, and "
+            "it has to know the shards. Train replicas with SelectionTrainer, or write the loop: apply_selection after "
+            "fully_shard."
         )
     if arguments.fp16:
         raise ConfigurationError(
@@ -57,6 +85,7 @@ def trainer_arguments(
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         max_norm=arguments.max_grad_norm or math.inf,  # the norm is logged where nothing is clipped too
+        process_group=distributed.group.WORLD if arguments.world_size > 1 else None,
     )
     return {"optimizers": (optimizer, None), "callbacks": FirstInFront([SelectionCallback(optimizer), *callbacks])}
 
@@ -79,10 +108,27 @@ class SelectionCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def __init__(self, optimizer: SelectedAdamW) -> None:
         self._optimizer = optimizer
+        self.unwrapped = False
+        """Whether the model was prepared by a SelectionTrainer."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Forget what an interrupted run left half accumulated, as `model.zero_grad()` does with other gradients."""
+        """Forget what an interrupted run left half accumulated, and give replicas the first process's weights.
+
+        The Trainer does the former by `model.zero_grad()`, the latter by its wrapper.
+        """
         self._optimizer.zero_grad()
+        if isinstance(self._optimizer.process_group, ProcessGroup):
+            if not self.unwrapped:
+                raise ConfigurationError(
+                    "in several processes a Trainer puts DistributedDataParallel around the model, which keeps and "
+                    "sends whole gradients: take gradient_blueprints.training.trainer.SelectionTrainer in its place"
+                )
+            for tensor in (*rest["model"].parameters(), *rest["model"].buffers()):
+                held = tensor.detach()
+                sent = held.contiguous()
+                distributed.broadcast(sent, 0)
+                if sent is not held:
+                    held.copy_(sent)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
         """Put the norm in the place of the Trainer's 0, in what is shown and in what is kept."""
