@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -331,13 +332,18 @@ def test_bfloat16_weights_are_the_rounded_weights_of_float32_training_on_the_sam
     torch.testing.assert_close(train(torch.bfloat16).float(), train(torch.float32), rtol=2e-2, atol=2e-2)
 
 
-def test_a_compiled_model_trains_as_the_plain_one() -> None:
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on a CPU")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inductor itself imports such
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NO_COMPILER)])
+def test_a_compiled_model_trains_as_the_plain_one(backend: str) -> None:
     selection = make_selection()
     plain, _ = train_selected(make_model(), selection, 4)
     model = make_model()
     optimizer = SelectedAdamW(apply_selection(model, selection), **OPTIONS)
     schedule = decaying(optimizer)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     for inputs, targets in batches_for(model, 4):
         optimizer.zero_grad()
         nn.functional.mse_loss(compiled(inputs), targets).backward()  # type: ignore[no-untyped-call]
