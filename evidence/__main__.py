@@ -43,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def status(cells: Sequence[Cell], store: Store) -> str:
     """How many runs of each stage are done."""
     lines = []
-    for stage, model in dict.fromkeys((cell.stage, cell.model) for cell in cells):
-        these = [cell for cell in cells if (cell.stage, cell.model) == (stage, model)]
+    for place in dict.fromkeys((cell.stage, cell.model, cell.domain) for cell in cells):
+        these = [cell for cell in cells if (cell.stage, cell.model, cell.domain) == place]
+        stage, model, domain = place
         done, due = sum(len(cell.results(store)) for cell in these), sum(len(cell.seeds) for cell in these)
         tuned = sum(cell.tuning(store).rate() is not None for cell in these)
-        lines.append(f"{model:8} {stage:20} {done:4} of {due:4} runs, {tuned} of {len(these)} arms tuned")
+        lines.append(f"{model:8} {domain:6} {stage:20} {done:4} of {due:4} runs, {tuned} of {len(these)} arms tuned")
     return "\n".join(lines)
 
 

@@ -139,12 +139,12 @@ def product(model: str, data: Data, plan: Sequence[Cell], store: Store) -> Produ
     return Product(*parts) if len(parts) == len(places) else None
 
 
-def equal_memory(model: str, plan: Sequence[Cell]) -> list[Cell]:
+def equal_memory(model: str, plan: Sequence[Cell], domain: str = "code") -> list[Cell]:
     """Coordinates with fewer parameters, and what has no indices to keep with 10 % of them."""
     return [
         cell
         for cell in plan
-        if cell.model == model
+        if (cell.model, cell.domain) == (model, domain)
         and (
             cell.stage == "equal memory"
             or (cell.stage == "10 %" and (cell.choice == FULL or cell.choice.arm not in ("coordinates", "library")))

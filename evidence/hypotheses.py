@@ -6,10 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from evidence.findings import DATA, Finding, pick, product
-from evidence.plan import Cell, at_random, bridged, by_factors, by_local, drawn, library, linear_only, of_layers, ours
+from evidence.plan import (
+    STAGES,
+    Cell,
+    at_random,
+    bridged,
+    by_factors,
+    by_local,
+    drawn,
+    library,
+    linear_only,
+    of_layers,
+    ours,
+)
 from evidence.runs import Choice, Data, Store
 from evidence.statistics import difference
-from evidence.verdicts import INFINITY, Verdict, at_least, between, within
+from evidence.verdicts import INFINITY, Verdict, at_least, at_most, between, within
 
 _Pick = Callable[[Choice], Finding | None]
 _RULES: tuple[Literal["k_star", "share"], ...] = ("k_star", "share")
@@ -27,6 +39,7 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
         *_third(model, of),
         *_fourth(model, of, plan, store),
         *_fifth(model, of),
+        *_sixth(model, lambda choice: pick(choice, model, plan, store, "legal")),
     ]
 
 
@@ -116,6 +129,23 @@ def _fifth(model: str, of: _Pick) -> Iterator[Verdict]:
     yield within(goal, model, of(linear_only(library(0.01))), of(mine[1]), -0.02, 0.02)
     goal = "5.2 chance in linear layers alone, at 1 %: ahead of chance"
     yield within(goal, model, of(chance[1]), of(chance[0]))
+
+
+def _sixth(model: str, of: _Pick) -> Iterator[Verdict]:
+    """On legal text."""
+    mine = {share: of(ours(share, "legal")) for share in (0.01, 0.1, 0.25)}
+    in_linear = {share: of(linear_only(ours(share, "legal"))) for share in (0.01, 0.1)}
+    yield within("6.1 legal text: ours, at 1 %, ahead of chance", model, mine[0.01], of(at_random(0.01)))
+    if model == "gpt":
+        yield at_most("6.2 legal text: ours, at 25 %, less than 97 %", model, mine[0.25], 0.97)
+        goal = "6.3 legal text: ours in linear layers alone, at 1 %, behind ours"
+        yield within(goal, model, in_linear[0.01], mine[0.01], -INFINITY, 0.0)
+        return
+    yield at_least("6.2 legal text: ours, at 25 %, at least 97 %", model, mine[0.25], 0.97)
+    for share, words in ((0.01, "ahead of ours"), (0.1, "not behind ours")):
+        goal = f"6.3 legal text: ours in linear layers alone, at {STAGES[share]}, {words}"
+        yield within(goal, model, in_linear[share], mine[share])
+    yield within("6.4 legal text: LoRA, at 1 %, ahead of ours", model, of(Choice("lora", share=0.01)), mine[0.01])
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

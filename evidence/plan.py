@@ -160,15 +160,19 @@ JUDGED: tuple[Choice, ...] = (
 """What the goals and claims are judged by."""
 LINEAR_ONLY = ("linear+bayes", "linear+random")
 """Scores of arms that leave embeddings alone."""
+STAGES = {0.01: "1 %", 0.05: "5 %", 0.1: "10 %", 0.25: "25 %"}
+"""Of the main tables, by the share of the parameters."""
+MAIN_STAGES = (*STAGES.values(), "equal memory")
 
 
 def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> list[Cell]:
-    return [Cell(stage, model, domain, "confirm", each, _seeds(stage, model, each)) for each in choices]
+    return [Cell(stage, model, domain, "confirm", each, _seeds(stage, model, domain, each)) for each in choices]
 
 
-def _seeds(stage: str, model: str, choice: Choice) -> Sequence[int]:
-    judged = model == "gpt" or choice in JUDGED or choice == FULL or choice.score in ("random", *LINEAR_ONLY)
-    return (DRAWS if judged and stage in ("1 %", "5 %", "10 %", "25 %", "equal memory") else SEEDS)[model]
+def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]:
+    drawn = choice == FULL or choice.score in ("random", "linear+random")
+    judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
+    return (DRAWS if judged and stage in MAIN_STAGES else SEEDS)[model]
 
 
 def main_arms(share: float, domain: str = "code") -> list[Choice]:
@@ -182,6 +186,11 @@ def main_arms(share: float, domain: str = "code") -> list[Choice]:
         Choice("lora", share=share),
         of_layers("norm", share, domain),
     ]
+
+
+def neighbouring(share: float) -> list[Choice]:
+    """For legal text: factors of another legal corpus."""
+    return [ours(share, "debian-legal"), by_factors(share, "debian-legal")]
 
 
 def rivals(share: float) -> list[Choice]:
@@ -305,11 +314,9 @@ def _plan() -> list[Cell]:
     cells += _cells("10 %", "smollm2", "code", rivals(0.1))
     cells += _cells("equal memory", "smollm2", "code", [ours(EQUAL_MEMORY), at_random(EQUAL_MEMORY)])
     cells += _metered("smollm2")
-    cells += _cells(
-        "legal", "gpt", "legal", [*main_arms(0.1, "legal"), ours(0.1, "debian-legal"), by_factors(0.1, "debian-legal")]
-    )
-    for share, stage in ((0.01, "1 %"), (0.05, "5 %"), (0.25, "25 %")):
-        cells += _cells(stage, "gpt", "code", rivals(share))
+    cells += _cells("10 %", "gpt", "legal", [*main_arms(0.1, "legal"), *neighbouring(0.1)])
+    for share in (0.01, 0.05, 0.25):
+        cells += _cells(STAGES[share], "gpt", "code", rivals(share))
     cells += _cells("ablation of what was drawn", "gpt", "code", ablation_of_drawn(0.1))
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
     cells += _constant_rates("gpt")
@@ -320,12 +327,10 @@ def _plan() -> list[Cell]:
     few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
     cells += _cells("ablation", "smollm2", "code", few)
     cells += _library("smollm2")
-    for stage, domain, share in (("5 %", "code", 0.05), ("legal", "legal", 0.1)):  # what was drawn is refuted there
-        choices = [choice for choice in main_arms(share, domain) if choice.score != DRAWN]
-        cells += [replace(cell, seeds=SEEDS["smollm2"]) for cell in _cells(stage, "smollm2", domain, choices)]
+    cells += _likely("smollm2", "code", 0.05) + _likely("smollm2", "legal", 0.1)
     cells += _bridged("smollm2")
-    for share, stage in ((0.01, "1 %"), (0.25, "25 %")):
-        cells += _cells(stage, "smollm2", "code", rivals(share))
+    for share in (0.01, 0.25):
+        cells += _cells(STAGES[share], "smollm2", "code", rivals(share))
     for model in ("smollm2", "gpt"):
         cells += _linear_only(model)
     for model in ("gpt", "smollm2"):
@@ -335,6 +340,37 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation", "smollm2", "code", misleading)
     cells += _cells("5 %", "smollm2", "code", rivals(0.05))
     cells += _constant_rates("smollm2")
+    for model in ("gpt", "smollm2"):
+        cells += _rest_of_legal(model)
+    for model in ("gpt", "smollm2"):
+        in_linear = [linear_only(ours(share)) for share in (0.05, 0.25)]
+        cells += _cells("5 %", model, "code", in_linear[:1]) + _cells("25 %", model, "code", in_linear[1:])
+        cells += _cells("equal memory", model, "code", [linear_only(ours(EQUAL_MEMORY))])
+    cells += _likely("smollm2", "legal", 0.05)
+    for share in (0.01, 0.25, 0.05):
+        cells += _cells(STAGES[share], "smollm2", "legal", rivals(share))
+    return cells
+
+
+def _likely(model: str, domain: str, share: float) -> list[Cell]:
+    """The main arms without what was drawn, which is refuted on SmolLM2."""
+    choices = [each for each in main_arms(share, domain) if model == "gpt" or each.score != DRAWN]
+    return _cells(STAGES[share], model, domain, choices)
+
+
+def _rest_of_legal(model: str) -> list[Cell]:
+    """The sixth hypothesis, and what belongs beside it."""
+    cells = [cell for share in (0.01, 0.25) for cell in _likely(model, "legal", share)]
+    for share in (0.01, 0.1, 0.25):
+        cells += _cells(STAGES[share], model, "legal", [linear_only(ours(share, "legal"))])
+    cells += _cells("10 %", model, "legal", rivals(0.1))
+    cells += _cells("equal memory", model, "legal", [ours(EQUAL_MEMORY, "legal"), at_random(EQUAL_MEMORY)])
+    if model == "gpt":
+        cells += _likely(model, "legal", 0.05)
+        for share in (0.01, 0.05, 0.25):
+            cells += _cells(STAGES[share], model, "legal", rivals(share))
+    else:
+        cells += _cells("10 %", model, "legal", neighbouring(0.1))
     return cells
 
 

@@ -100,7 +100,7 @@ def _local(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
 
 
 def _arms(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
-    cells = [cell for cell in plan if cell.stage == "10 %" and cell.model == model]
+    cells = [cell for cell in plan if (cell.stage, cell.model, cell.domain) == ("10 %", model, "code")]
     found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
     if len(found) < 2:
         return None

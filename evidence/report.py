@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product as product_of
 from pathlib import Path
 from typing import get_args
 
@@ -33,6 +34,7 @@ from evidence.plan import (
     PLAN,
     SEEDS,
     SIZES,
+    STAGES,
     TUNING_SEEDS,
     Cell,
     ours,
@@ -51,9 +53,10 @@ MODELS = {
     "smollm2": "SmolLM2-135M (weights dequantised from 4 bits)",
 }
 OFTEN = {
-    "gpt": "the arms at 1, 5, 10 and 25 %",
-    "smollm2": "full fine-tuning, of coordinates and layers at random and of most arms that are judged",
+    "gpt": "the arms at 1, 5, 10 and 25 % on code, of full fine-tuning and of what is drawn at random on legal text",
+    "smollm2": "full fine-tuning, of coordinates and layers at random and, on code, of most arms that are judged",
 }
+DOMAINS = {"code": "code", "legal": "legal text"}
 OPENING = """# Evidence: what a selection is worth
 
 Written by `python -m evidence report` from `evidence/runs/*.jsonl`; do not edit. `make evidence` runs what is missing,
@@ -162,17 +165,14 @@ def _verdicts(of: str, judged: Judge, plan: Sequence[Cell], store: Store) -> str
 
 
 def _stages(plan: Sequence[Cell], store: Store) -> Iterable[str]:
-    places = dict.fromkeys(
-        (cell.stage, cell.model) for cell in plan if cell.stage[0].isdigit() or cell.stage == "legal"
-    )
-    for stage, model in sorted(
-        places, key=lambda place: (list(MODELS).index(place[1]), place[0] == "legal", len(place[0]), place[0])
+    places = {(cell.stage, cell.model, cell.domain) for cell in plan if cell.stage in STAGES.values()}
+    for stage, model, domain in sorted(
+        places, key=lambda place: (list(MODELS).index(place[1]), place[2], list(STAGES.values()).index(place[0]))
     ):
-        cells = [cell for cell in plan if (cell.stage, cell.model) == (stage, model)]
+        cells = [cell for cell in plan if (cell.stage, cell.model, cell.domain) == (stage, model, domain)]
         found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
         if found:
-            words = "10 % of the parameters, legal text" if stage == "legal" else f"{stage} of the parameters, code"
-            yield f"## {model}: {words}"
+            yield f"## {model}: {stage} of the parameters, {DOMAINS[domain]}"
             yield _arms(found, plan, store)
 
 
@@ -353,12 +353,12 @@ def _between(first: Mapping[int, float], second: Mapping[int, float]) -> str:
 
 
 def _equal_memory(plan: Sequence[Cell], store: Store) -> Iterable[str]:
-    for model in MODELS:
-        cells = equal_memory(model, plan)
+    for model, domain in product_of(MODELS, DOMAINS):
+        cells = equal_memory(model, plan, domain)
         found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
         yield (
-            f"{model}: adapters and layers with 10 % of the parameters, coordinates with {percent(EQUAL_MEMORY)} of "
-            "them, whose indices take the rest."
+            f"{model}, {DOMAINS[domain]}: adapters and layers with 10 % of the parameters, coordinates with "
+            f"{percent(EQUAL_MEMORY)} of them, whose indices take the rest."
         )
         yield _arms(found, plan, store) if any(each.cell.stage == "equal memory" for each in found) else "Not run yet."
 

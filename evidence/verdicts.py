@@ -22,6 +22,7 @@ from evidence.plan import (
     FULL,
     LOCAL,
     MISLEADING,
+    STAGES,
     Cell,
     ablated,
     at_random,
@@ -29,6 +30,7 @@ from evidence.plan import (
     by_local,
     library,
     linear_only,
+    neighbouring,
     of_layers,
     ours,
 )
@@ -53,32 +55,8 @@ def judge(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
     def of(choice: Choice) -> Finding | None:
         return pick(choice, model, plan, store)
 
-    full = of(FULL)
-    verdicts = [
-        at_least("at 10 % of the coordinates, at least 97 % of full fine-tuning's gain", model, of(ours(0.1)), 0.97),
-        _memory(model, of(ours(0.1)), full),
-        at_least("at 25 %, no worse than full fine-tuning", model, of(ours(0.25)), 1.0),
-        at_least("at 1 %, at least 75 %", model, of(ours(0.01)), 0.75),
-        at_least("published factors alone, at 10 %, at least 93 %", model, of(by_factors(0.1)), 0.93),
-        _rivals("parameters", model, of(ours(0.1)), _rivals_of(model, plan), plan, store),
-        _rivals("training memory", model, of(ours(EQUAL_MEMORY)), equal_memory(model, plan), plan, store),
-    ]
-    in_linear = of(linear_only(ours(0.1)))
-    verdicts += [
-        at_least("in linear layers alone, at 10 %, at least 97 %", model, in_linear, 0.97),
-        at_least("in linear layers alone, at 1 %, at least 75 %", model, of(linear_only(ours(0.01))), 0.75),
-        _rivals("parameters (ours in linear layers alone)", model, in_linear, _rivals_of(model, plan), plan, store),
-    ]
-    for name, rival in (
-        ("published factors alone", of(by_factors(0.1))),
-        ("the local sample alone", of(by_local(0.1))),
-        ("chance", of(at_random(0.1))),
-    ):
-        verdicts.append(
-            within(
-                f"blended, at 10 % and {LOCAL} local sequences, never worse than {name}", model, of(ours(0.1)), rival
-            )
-        )
+    in_legal = [replace(each, goal=f"legal text: {each.goal}") for each in _goals(model, "legal", plan, store)]
+    verdicts = [*_goals(model, "code", plan, store), *in_legal]
     for share in ablated(model):
         for name, blends in (("ours", ours), ("`select`", library)):
             cases = [blends(share, published, LOCAL) for published in ("code", *MISLEADING)]
@@ -88,8 +66,44 @@ def judge(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
     return verdicts
 
 
+def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Iterator[Verdict]:
+    """What is asked of ours in every domain."""
+
+    def of(choice: Choice) -> Finding | None:
+        return pick(choice, model, plan, store, domain)
+
+    mine, factors = of(ours(0.1, domain)), of(by_factors(0.1, domain))
+    yield at_least("at 10 % of the coordinates, at least 97 % of full fine-tuning's gain", model, mine, 0.97)
+    yield _memory(model, mine, of(FULL))
+    yield at_least("at 25 %, no worse than full fine-tuning", model, of(ours(0.25, domain)), 1.0)
+    yield at_least("at 1 %, at least 75 %", model, of(ours(0.01, domain)), 0.75)
+    yield at_least("published factors alone, at 10 %, at least 93 %", model, factors, 0.93)
+    rivals, in_memory = _rivals_of(model, domain, plan), equal_memory(model, plan, domain)
+    yield _rivals("parameters", model, mine, rivals, plan, store)
+    yield _rivals("training memory", model, of(ours(EQUAL_MEMORY, domain)), in_memory, plan, store)
+    in_linear = {share: of(linear_only(ours(share, domain))) for share in (0.01, 0.1, 0.25)}
+    for share, words, bound in ((0.1, "at least 97 %", 0.97), (0.25, "no worse", 1.0), (0.01, "at least 75 %", 0.75)):
+        yield at_least(f"in linear layers alone, at {STAGES[share]}, {words}", model, in_linear[share], bound)
+    yield _rivals("parameters (ours in linear layers alone)", model, in_linear[0.1], rivals, plan, store)
+    for name, rival in (
+        ("published factors alone", factors),
+        ("the local sample alone", of(by_local(0.1))),
+        ("chance", of(at_random(0.1))),
+    ):
+        yield within(f"blended, at 10 % and {LOCAL} local sequences, never worse than {name}", model, mine, rival)
+
+
 def at_least(goal: str, model: str, finding: Finding | None, bound: float) -> Verdict:
     """Whether the share of full fine-tuning's gain reaches the bound."""
+    return _share_in(goal, model, finding, (bound, INFINITY))
+
+
+def at_most(goal: str, model: str, finding: Finding | None, bound: float) -> Verdict:
+    """Whether it stays below the bound."""
+    return _share_in(goal, model, finding, (-INFINITY, bound))
+
+
+def _share_in(goal: str, model: str, finding: Finding | None, bounds: tuple[float, float]) -> Verdict:
     if finding is None or finding.share_interval is None:
         return Verdict(goal, model, "not run yet", "")
     low, high = finding.share_interval
@@ -99,7 +113,7 @@ def at_least(goal: str, model: str, finding: Finding | None, bound: float) -> Ve
         low_added, high_added = interval(added)
         mean = sum(added) / len(added)
         why += f"; the {len(added)} added alone {percent(mean)} [{percent(low_added)}, {percent(high_added)}]"
-    return Verdict(goal, model, _on_its_side(low, high, bound, INFINITY), why)
+    return Verdict(goal, model, _on_its_side(low, high, *bounds), why)
 
 
 def within(
@@ -145,14 +159,16 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     )
 
 
-def _rivals_of(model: str, plan: Sequence[Cell]) -> list[Cell]:
-    """Every other arm of a tenth of the parameters; factors alone are part of ours."""
+def _rivals_of(model: str, domain: str, plan: Sequence[Cell]) -> list[Cell]:
+    """Every other arm of a tenth of the parameters; factors alone are part of ours, as are those of a neighbour."""
     no_rivals = (
         FULL,
-        by_factors(0.1),
-        *(arm for each in (ours(0.1), library(0.1)) for arm in (each, linear_only(each))),
+        *neighbouring(0.1),
+        by_factors(0.1, domain),
+        *(arm for each in (ours(0.1, domain), library(0.1)) for arm in (each, linear_only(each))),
     )
-    return [each for each in plan if (each.stage, each.model) == ("10 %", model) and each.choice not in no_rivals]
+    place = ("10 %", model, domain)
+    return [each for each in plan if (each.stage, each.model, each.domain) == place and each.choice not in no_rivals]
 
 
 def _rivals(
