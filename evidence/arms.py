@@ -70,7 +70,8 @@ def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: fl
 def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> Selection:
     """`select` with its defaults, on what an adapter has: a published document and its factors, and a local sample.
 
-    With nothing published the document is the sample's own. With `linear` as its rule the embedding is frozen first.
+    With nothing published the document is the sample's own. With the rule `linear` the embedding is frozen first, with
+    `bf16` the sample's mean gradient is kept in bfloat16.
     """
     choice = run.choice
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
@@ -81,10 +82,12 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> Selec
         else (local, {})
     )
     budget: float | Budget = choice.share
-    if choice.score.startswith("linear+"):
+    rules = choice.score.split("+")[:-1]
+    if "linear" in rules:
         budget = Budget.parameters(int(choice.share * sum(each.numel() for each in model.parameters())))
         model.get_input_embeddings().requires_grad_(False)
-    statistics = LocalStatistics.gather(model, batches)
+    dtype = torch.bfloat16 if "bf16" in rules else torch.float32
+    statistics = LocalStatistics.gather(model, batches, dtype=dtype)
     return select(blueprint, local, budget, factors=factors, statistics=statistics, model=model)
 
 

@@ -29,8 +29,8 @@ class Finding:
         return interval(list(self.shares.values())) if len(self.shares) > 1 else None
 
     @property
-    def added(self) -> Mapping[int, float]:
-        """The shares of the seeds that were added when the first ones were known (evidence/hypothesis.md)."""
+    def later(self) -> Mapping[int, float]:
+        """The shares of the seeds beyond the first ones, many of which were added when these were known."""
         return {seed: share for seed, share in self.shares.items() if seed not in SEEDS[self.cell.model]}
 
     @property
@@ -184,9 +184,10 @@ def name_of(choice: Choice) -> str:
         }
         return rules[choice.score]
     if choice.arm == "library":
-        frozen = ", the embedding frozen" if choice.score.startswith("linear+") else ""
+        rules = {"linear": ", the embedding frozen", "bf16": ", the sample in bfloat16"}
+        how = "".join(rules[rule] for rule in choice.score.split("+")[:-1])
         published = f"{variant(choice.published)}, " if choice.published else ""
-        return f"`select` of the library ({published}{local}{frozen})"
+        return f"`select` of the library ({published}{local}{how})"
     if choice.arm == "bridged":
         return f"LoRA, ranks of `to_peft` by {'k*' if choice.score == 'k_star' else 'share of the norm'}"
     if choice.arm != "coordinates":

@@ -123,6 +123,11 @@ def library(share: float, published: str = "code", local: int = LOCAL) -> Choice
     return Choice("library", FITTED, share, local, published)
 
 
+def in_bfloat16(choice: Choice) -> Choice:
+    """`select` on a local sample of which half as much memory was held."""
+    return replace(choice, score=f"bf16+{choice.score}")
+
+
 def bridged(rule: Literal["k_star", "share"], share: float) -> Choice:
     """LoRA with the ranks of `to_peft`, from a published document."""
     return Choice("bridged", rule, share, 0, "code")
@@ -151,7 +156,7 @@ def of_layers(rule: str, share: float, domain: str = "code") -> Choice:
 
 FULL = Choice("full")
 JUDGED: tuple[Choice, ...] = (
-    *(ours(share) for share in (0.01, 0.1, 0.25)),
+    *(ours(share) for share in (0.01, EQUAL_MEMORY, 0.1, 0.25)),
     by_factors(0.1),
     by_local(0.1),
     Choice("lora", share=0.1),
@@ -170,7 +175,7 @@ def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> li
 
 
 def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]:
-    drawn = choice == FULL or choice.score in ("random", "linear+random")
+    drawn = choice == FULL or choice.score in ("random", "linear+random") or choice.arm == "shira"
     judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
     return (DRAWS if judged and stage in MAIN_STAGES else SEEDS)[model]
 
@@ -198,6 +203,12 @@ def rivals(share: float) -> list[Choice]:
     adapters = [Choice(arm, share=share) for arm in ("dora", "pissa", "shira")]
     rules = ["random", "last", "spectrum"] + (["last_and_head"] if share >= 0.25 else [])
     return adapters + [of_layers(rule, share) for rule in rules]
+
+
+def all_arms(share: float) -> list[Choice]:
+    """Everything that is trained in tables of this share."""
+    since = [library(share), *(linear_only(each(share)) for each in (ours, library, at_random))]
+    return main_arms(share) + rivals(share) + since + [bridged(rule, share) for rule in ("k_star", "share")]
 
 
 MISLEADING = ("documentation", "legal", "english", "code~25", "code*")
@@ -229,7 +240,7 @@ def short_ablation(share: float) -> list[Choice]:
 def ablation_of_library(share: float) -> list[Choice]:
     """What `select` makes of little, of nothing published and of what misleads."""
     few = [library(share, "", 8), library(share, "code", 8), library(share, "", LOCAL)]
-    return few + [library(share, published) for published in ("code*", "english", "documentation", "legal")]
+    return few + [library(share, published) for published in MISLEADING]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -335,13 +346,17 @@ def _plan() -> list[Cell]:
         cells += _linear_only(model)
     for model in ("gpt", "smollm2"):
         cells += _chosen_data(model)
+    for model in ("gpt", "smollm2"):
+        halved = [(STAGES[share], in_bfloat16(library(share))) for share in (0.1, 0.01)]
+        cells += [cell for stage, choice in halved for cell in _cells(stage, model, "code", [choice])]
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
     cells += _cells("ablation", "smollm2", "code", misleading)
     cells += _cells("5 %", "smollm2", "code", rivals(0.05))
-    cells += _constant_rates("smollm2")
     for model in ("gpt", "smollm2"):
         cells += _rest_of_legal(model)
+    cells += _constant_rates("smollm2")
+    cells += [cell for cell in _likely("smollm2", "legal", 0.25) if cell not in cells]
     for model in ("gpt", "smollm2"):
         in_linear = [linear_only(ours(share)) for share in (0.05, 0.25)]
         cells += _cells("5 %", model, "code", in_linear[:1]) + _cells("25 %", model, "code", in_linear[1:])
@@ -360,12 +375,14 @@ def _likely(model: str, domain: str, share: float) -> list[Cell]:
 
 def _rest_of_legal(model: str) -> list[Cell]:
     """The sixth hypothesis, and what belongs beside it."""
-    cells = [cell for share in (0.01, 0.25) for cell in _likely(model, "legal", share)]
+    cells = _likely(model, "legal", 0.01)
     for share in (0.01, 0.1, 0.25):
         cells += _cells(STAGES[share], model, "legal", [linear_only(ours(share, "legal"))])
+    cells += _cells("25 %", model, "legal", [FULL, ours(0.25, "legal")])
     cells += _cells("10 %", model, "legal", rivals(0.1))
     cells += _cells("equal memory", model, "legal", [ours(EQUAL_MEMORY, "legal"), at_random(EQUAL_MEMORY)])
     if model == "gpt":
+        cells += _cells("25 %", model, "legal", main_arms(0.25, "legal")[2:])
         cells += _likely(model, "legal", 0.05)
         for share in (0.01, 0.05, 0.25):
             cells += _cells(STAGES[share], model, "legal", rivals(share))
@@ -376,9 +393,7 @@ def _rest_of_legal(model: str) -> list[Cell]:
 
 def _constant_rates(model: str) -> list[Cell]:
     """Every arm at 10 % once more, with a rate that stays where it is after its warmup."""
-    return [
-        replace(cell, schedule="constant") for cell in _cells("schedule", model, "code", main_arms(0.1) + rivals(0.1))
-    ]
+    return [replace(cell, schedule="constant") for cell in _cells("schedule", model, "code", all_arms(0.1))]
 
 
 def _library(model: str) -> list[Cell]:
@@ -415,7 +430,7 @@ def _chosen_data(model: str) -> list[Cell]:
 
 def _metered(model: str) -> list[Cell]:
     """One more run of each arm at 10 %, under the meter of resources."""
-    return [Cell("metered", model, "code", "meter", choice, (METERED_SEED,)) for choice in main_arms(0.1) + rivals(0.1)]
+    return [Cell("metered", model, "code", "meter", choice, (METERED_SEED,)) for choice in all_arms(0.1)]
 
 
 PLAN = _plan()

@@ -9,6 +9,7 @@ from typing import get_args
 
 from scipy import stats
 
+from evidence.arms import PUBLISHED_SEQUENCES
 from evidence.findings import (
     DATA,
     Finding,
@@ -64,29 +65,37 @@ and can be stopped and continued at any time."""
 SETTING = f"""- Domains: code (the standard library) and legal text (licences of installed packages) to adapt to;
   READMEs of packages and Debian's licences as their neighbours. Documents are dealt to training, local sample,
   published sample, development and held-out text, which share none. Every loss below is on held-out text unless said.
+- Published factors are of {PUBLISHED_SEQUENCES["gpt"]} sequences for the GPT and of
+  {PUBLISHED_SEQUENCES["smollm2"]} for SmolLM2: a local sample of 128 or 512 knows more than what is published for it.
 - AdamW without decay or clipping, float32 weights under bfloat16 autocast, warmup over a tenth, then linearly to zero,
   for every arm alike. Each arm's rate is tuned on the development text (seed {TUNING_SEEDS[0]}) over powers of two,
   extended until the best is inside the grid.
-- A seed decides the training batches, the local sample, and what is random. Layers are single tensors, so that every
-  rule can use up its budget. Adapters sit on every linear layer, with the rank whose parameters come nearest.
+- A seed decides the training batches, the local sample, and what is random. Layers are single tensors, which come
+  near a budget and seldom meet it; adapters sit on every linear layer, with the rank, at least 1, whose parameters come
+  nearest. The tables give what was trained and its part of the budget.
 - Intervals are 95 %: studentised bootstraps over ten paired seeds, Student's t over fewer, of which a bootstrap knows
   too few resamples. They are of training and selection, given the held-out text and a rate tuned with one seed. p is by
   exact sign flips with Holm's correction over the table; with 10 seeds no p can be below 0.002, with 5 below 0.06 and
-  with 3 below 0.25, before the correction. Verdicts are by the intervals, uncorrected.
+  with 3 below 0.25, before the correction. Verdicts, and the tables of the ablation, are by intervals, uncorrected: of
+  many that look at several cases one may fail by chance. A verdict that the later seeds alone do not bear out says so;
+  those of rivals are of all seeds. Later seeds are those from {len(SEEDS["gpt"])} (GPT) and
+  {len(SEEDS["smollm2"])} (SmolLM2) on.
 - Where arms of a table have different numbers of seeds, `loss`, `English` and `CPU s` are over those that all of them
   have; `gain` is over an arm's own, and so its interval tells of their number too; differences are over common seeds.
 - Legal text: only exact duplicates are kept together when documents are dealt. Licences resemble each other, so that
   held-out ones share passages with those trained on: read that table as adaptation to a narrow domain.
 - Memory is measured: moments, indices and the gradients held at a step; after the plus, the one whole gradient of a
-  tensor that a partial update sees for a moment. SHiRA's indices, 8 bytes a weight in peft, are not in it. CPU seconds
+  tensor that a partial update sees for a moment. SHiRA's indices, 8 bytes a weight in peft, are not in it; nor what
+  is held before training, while a local sample is measured: 4 bytes a coordinate in float32, 2 in bfloat16. CPU seconds
   are of the training loop on one thread of a shared machine; `selection` is what the choice takes before it, the
   longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not."""
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, code.
 From this the first default (`{DRAWN}`) was frozen; nothing here confirms anything."""
 METERED_WORDS = """One more run of each arm at 10 %, seed 0, under the meter of resources (docs/resources.md). ΔΨ is
 what the held-out loss fell by, nats per token; Γ is processor time of training and of the selection before it, so
-ΔΨ/ΔΓ is nats per processor minute. FLOPs are by formula, of training. Memory is in the tables above; the peak of a
-whole process is not given, since the runs share processes. This machine tells no energy."""
+ΔΨ/ΔΓ is nats per processor minute. FLOPs are by formula, of training. Wall time is of the
+training loop, on a machine that does other things too. Memory is in the tables above; the peak of a whole process is
+not given, since the runs share processes. This machine tells no energy."""
 CLAIMS_WORDS = (
     """Code, the arms above. A claim holds when the whole interval is on its side, and fails when none of it is."""
 )
@@ -98,8 +107,10 @@ pass or over the best of it by a strategy; {LOCAL} local sequences are the sampl
 similarity. Each cell has its own rate. Shares of what full fine-tuning gains with the whole pass. `scoring` is the
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
-BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %; ten seeds of every arm on SmolLM2;
-larger models, longer training and a GPU."""
+BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %; head and last layers below 25 %,
+where the head does not fit; ten draws of what was drawn by the posterior on SmolLM2; the ablation, parameters × data,
+the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading factors with other than 32
+local sequences. Larger models, longer training and a GPU were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
@@ -188,7 +199,7 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
         rows.append(
             [
                 f"**{name_of(each.cell.choice)}**" if each is mine else name_of(each.cell.choice),
-                f"{each.mean('trained'):,.0f}",
+                _trained(each),
                 f"{each.rate:g}",
                 str(len(each.shares)) + ("" if each.complete else f" of {len(each.cell.seeds)}"),
                 f"{each.mean('loss', common):.3f}",
@@ -202,7 +213,7 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
         )
     head = [
         "Trained",
-        "parameters",
+        "parameters (of the budget)",
         "rate",
         "seeds",
         "loss",
@@ -215,6 +226,11 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
     ]
     base = found[0].mean("base")
     return f"Loss before: {base:.3f}.\n\n" + table(head, rows)
+
+
+def _trained(each: Finding) -> str:
+    trained, budget = each.mean("trained"), each.cell.choice.share * each.mean("parameters")
+    return f"{trained:,.0f}" + ("" if each.cell.choice == FULL else f" ({trained / budget:.0%})")
 
 
 def _memory(each: Finding, full: Finding | None) -> str:
@@ -316,10 +332,15 @@ def _products(plan: Sequence[Cell], store: Store) -> Iterable[str]:
             continue
         yield f"`{model}`: 20 % of the parameters and all data keep {_gain(any_data.parameters)}."
         rows = []
+        apart, refuted = 0.0, dict.fromkeys(("multiplied", "added"), 0)
         for data in get_args(Data):
             found = product(model, data, plan, store)
             if found is None:
                 continue
+            apart = max(apart, *(abs(found.multiplied[seed] - found.added[seed]) for seed in found.added))
+            for name in refuted:
+                off = difference(found.both.shares, getattr(found, name))
+                refuted[name] += off is not None and not off.low <= 0 <= off.high
             rows.append(
                 [
                     DATA[data],
@@ -344,6 +365,11 @@ def _products(plan: Sequence[Cell], store: Store) -> Iterable[str]:
                 "training, s",
             ],
             rows,
+        )
+        yield (
+            f"What the product and the sum of the losses predict lies at most {100 * apart:.1f} points apart, so these "
+            f"runs hardly tell them from each other: intervals exclude the product in {refuted['multiplied']} of "
+            f"{len(rows)} rows and the sum in {refuted['added']}."
         )
 
 
@@ -384,12 +410,13 @@ def _metered(plan: Sequence[Cell], store: Store) -> Iterable[str]:
                     name_of(choice),
                     f"{result.gain:.3f}",
                     f"{seconds:.1f}",
+                    f"{result.seconds:.1f}",
                     f"{selected.selection_seconds:.1f}",
                     f"{spent['flops'] / 1e12:.2f}" if "flops" in spent else "not read",
                     f"{result.gain / minutes:.2f} ({result.gain / minutes / per_full:.2f})",
                 ]
             )
-        head = ["Trained", "ΔΨ", "processor s", "selection", "TFLOP", "ΔΨ/ΔΓ (÷ full's)"]
+        head = ["Trained", "ΔΨ", "processor s", "wall s", "selection", "TFLOP", "ΔΨ/ΔΓ (÷ full's)"]
         yield table(head, rows)
 
 

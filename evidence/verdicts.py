@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evidence.findings import (
@@ -18,9 +18,11 @@ from evidence.findings import (
     variant,
 )
 from evidence.plan import (
+    DEFAULT,
     EQUAL_MEMORY,
     FULL,
     LOCAL,
+    LOCAL_SIZES,
     MISLEADING,
     STAGES,
     Cell,
@@ -30,7 +32,6 @@ from evidence.plan import (
     by_local,
     library,
     linear_only,
-    neighbouring,
     of_layers,
     ours,
 )
@@ -38,6 +39,8 @@ from evidence.runs import Choice, Store
 from evidence.statistics import difference, interval
 
 INFINITY = float("inf")
+STATISTICS_BYTES = 4
+"""What `LocalStatistics.gather` keeps of a coordinate in float32, by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,24 @@ def judge(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
     in_legal = [replace(each, goal=f"legal text: {each.goal}") for each in _goals(model, "legal", plan, store)]
     verdicts = [*_goals(model, "code", plan, store), *in_legal]
     for share in ablated(model):
-        for name, blends in (("ours", ours), ("`select`", library)):
-            cases = [blends(share, published, LOCAL) for published in ("code", *MISLEADING)]
-            for beside, other in (("the local sample alone", by_local(share)), ("chance", at_random(share))):
-                goal = f"{name}, at {share:.0%} and {LOCAL} local sequences, with any factors never worse than {beside}"
-                verdicts.append(_worst(goal, model, [of(case) for case in cases], of(other)))
+        verdicts += _safety(share, model, of)
     return verdicts
+
+
+def _safety(share: float, model: str, of: Callable[[Choice], Finding | None]) -> Iterator[Verdict]:
+    """Whether a blend is ever worse than what it is blended of, or than chance: every case that the plan has."""
+    chance, factors = of(at_random(share)), of(by_factors(share))
+    local = {size: of(by_local(share, size)) for size in LOCAL_SIZES}
+    for name, blend, sizes in (("ours", ours, LOCAL_SIZES), ("`select`", library, (8, LOCAL))):
+        right = {size: of(blend(share, "code", size)) for size in sizes}
+        goal = f"{name}, at {STAGES[share]}, with the right factors and any number of local sequences, never worse than"
+        against_factors = [(each, factors) for each in right.values()]
+        yield never_worse(f"{goal} the factors alone", model, against_factors)
+        yield never_worse(f"{goal} the local sample alone", model, [(right[size], local[size]) for size in sizes])
+        misled = [of(blend(share, published, LOCAL)) for published in MISLEADING]
+        goal = f"{name}, at {STAGES[share]} and {LOCAL} local sequences, with any factors never worse than"
+        for beside, rival in (("the local sample alone", local[LOCAL]), ("chance", chance)):
+            yield never_worse(f"{goal} {beside}", model, [(each, rival) for each in (right[LOCAL], *misled)])
 
 
 def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Iterator[Verdict]:
@@ -82,9 +97,14 @@ def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Itera
     yield _rivals("parameters", model, mine, rivals, plan, store)
     yield _rivals("training memory", model, of(ours(EQUAL_MEMORY, domain)), in_memory, plan, store)
     in_linear = {share: of(linear_only(ours(share, domain))) for share in (0.01, 0.1, 0.25)}
+    known = " (a goal set when this was known)" if domain == "code" else ""
     for share, words, bound in ((0.1, "at least 97 %", 0.97), (0.25, "no worse", 1.0), (0.01, "at least 75 %", 0.75)):
-        yield at_least(f"in linear layers alone, at {STAGES[share]}, {words}", model, in_linear[share], bound)
-    yield _rivals("parameters (ours in linear layers alone)", model, in_linear[0.1], rivals, plan, store)
+        goal = f"in linear layers alone, at {STAGES[share]}, {words}" + ("" if share == 0.25 else known)
+        yield at_least(goal, model, in_linear[share], bound)
+    yield _rivals(f"parameters (ours in linear layers alone){known}", model, in_linear[0.1], rivals, plan, store)
+    in_linear_memory = of(linear_only(ours(EQUAL_MEMORY, domain)))
+    words = "training memory (ours in linear layers alone)"
+    yield _rivals(words, model, in_linear_memory, in_memory, plan, store)
     for name, rival in (
         ("published factors alone", factors),
         ("the local sample alone", of(by_local(0.1))),
@@ -107,13 +127,15 @@ def _share_in(goal: str, model: str, finding: Finding | None, bounds: tuple[floa
     if finding is None or finding.share_interval is None:
         return Verdict(goal, model, "not run yet", "")
     low, high = finding.share_interval
+    verdict = _on_its_side(low, high, *bounds)
     why = f"{percent(finding.share)} [{percent(low)}, {percent(high)}], {len(finding.shares)} seeds"
-    added = list(finding.added.values())
-    if len(added) > 1:
-        low_added, high_added = interval(added)
-        mean = sum(added) / len(added)
-        why += f"; the {len(added)} added alone {percent(mean)} [{percent(low_added)}, {percent(high_added)}]"
-    return Verdict(goal, model, _on_its_side(low, high, *bounds), why)
+    later = list(finding.later.values())
+    if len(later) > 1:
+        its_low, its_high = interval(later)
+        mean = sum(later) / len(later)
+        why += f"; the {len(later)} later alone {percent(mean)} [{percent(its_low)}, {percent(its_high)}]"
+        verdict = _also_alone(verdict, _on_its_side(its_low, its_high, *bounds))
+    return Verdict(goal, model, verdict, why)
 
 
 def within(
@@ -121,10 +143,12 @@ def within(
 ) -> Verdict:
     """Whether mine − rival, in shares of full fine-tuning's gain, lies within the bounds; by default not worse."""
     verdict = between(goal, model, mine.shares if mine else {}, rival.shares if rival else {}, (low, high))
-    added = difference(mine.added, rival.added) if mine and rival else None
-    if added is None:
+    later = difference(mine.later, rival.later) if mine and rival else None
+    if later is None:
         return verdict
-    return replace(verdict, why=f"{verdict.why}; the {added.pairs} added alone {in_points(added)}")
+    alone = _on_its_side(later.low, later.high, low, high)
+    why = f"{verdict.why}; the {later.pairs} later alone {in_points(later)}"
+    return replace(verdict, verdict=_also_alone(verdict.verdict, alone), why=why)
 
 
 def between(
@@ -134,7 +158,9 @@ def between(
     found = difference(mine, rival)
     if found is None:
         return Verdict(goal, model, "not run yet", "")
-    why = f"{in_points(found)} points, {found.pairs} seeds"
+    why = f"{in_points(found)} points, {found.pairs} seeds" + (
+        ", equal runs" if found.p == 1 and not found.mean else ""
+    )
     return Verdict(goal, model, _on_its_side(found.low, found.high, *bounds), why)
 
 
@@ -144,60 +170,84 @@ def _on_its_side(low: float, high: float, least: float, most: float) -> str:
     return "does not hold" if high < least or low > most else "undecided"
 
 
+def _also_alone(verdict: str, later: str) -> str:
+    """A verdict that the seeds which were added afterwards do not bear out by themselves says so."""
+    return verdict if verdict in ("undecided", later) else f"{verdict}; the later seeds alone: {later}"
+
+
 def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     goal = "and at no more than a third of its training memory"
     if mine is None or full is None:
         return Verdict(goal, model, "not run yet", "")
-    ratio = mine.mean("training_bytes") / full.mean("training_bytes")
-    with_largest = (mine.mean("training_bytes") + mine.mean("largest_gradient_bytes")) / full.mean("training_bytes")
-    verdict = "holds" if with_largest <= 1 / 3 else "undecided" if ratio <= 1 / 3 else "does not hold"
-    return Verdict(
-        goal,
-        model,
-        verdict,
-        f"{percent(ratio)}; {percent(with_largest)} with the one whole gradient that exists for a moment",
-    )
+    held, moment = mine.mean("training_bytes"), mine.mean("largest_gradient_bytes")
+    sample = STATISTICS_BYTES * mine.mean("parameters") + moment
+    of_full = {
+        "held": held,
+        "with the one whole gradient that exists for a moment": held + moment,
+        "while the local sample is measured in float32": sample,
+    }
+    ratios = {words: value / full.mean("training_bytes") for words, value in of_full.items()}
+    verdict = "holds" if max(ratios.values()) <= 1 / 3 else "undecided" if ratios["held"] <= 1 / 3 else "does not hold"
+    return Verdict(goal, model, verdict, "; ".join(f"{percent(ratio)} {words}" for words, ratio in ratios.items()))
+
+
+def _is_rival(choice: Choice) -> bool:
+    """Not full fine-tuning, nor one of ours; published factors alone are part of ours."""
+    ranked_here = choice.arm == "coordinates" and choice.score.removeprefix("linear+") in (DEFAULT, "published")
+    return not (choice == FULL or choice.arm == "library" or ranked_here)
 
 
 def _rivals_of(model: str, domain: str, plan: Sequence[Cell]) -> list[Cell]:
-    """Every other arm of a tenth of the parameters; factors alone are part of ours, as are those of a neighbour."""
-    no_rivals = (
-        FULL,
-        *neighbouring(0.1),
-        by_factors(0.1, domain),
-        *(arm for each in (ours(0.1, domain), library(0.1)) for arm in (each, linear_only(each))),
-    )
-    place = ("10 %", model, domain)
-    return [each for each in plan if (each.stage, each.model, each.domain) == place and each.choice not in no_rivals]
+    """Every other arm of a tenth of the parameters."""
+    return [each for each in plan if (each.stage, each.model, each.domain) == ("10 %", model, domain)]
 
 
 def _rivals(
     of_equal: str, model: str, mine: Finding | None, cells: Sequence[Cell], plan: Sequence[Cell], store: Store
 ) -> Verdict:
-    """Ours is ahead of a rival where the two intervals do not touch."""
+    rivals = [each for each in cells if _is_rival(each.choice)]
+    found = [finding for cell in rivals if (finding := find(cell, plan, store)) is not None]
     goal = f"at 10 %, better than every rival of equal {of_equal}, intervals apart"
-    rivals = [each for each in cells if each.choice != FULL and (mine is None or each.choice != mine.cell.choice)]
-    found = [finding for cell in rivals if (finding := find(cell, plan, store)) is not None and len(finding.shares) > 1]
-    if mine is None or mine.share_interval is None or not found:
+    return better_than_all(goal, model, mine, found, len(rivals))
+
+
+def better_than_all(goal: str, model: str, mine: Finding | None, rivals: Sequence[Finding], planned: int) -> Verdict:
+    """Ours is ahead of a rival where the two intervals do not touch; a rival that is ahead of ours refutes the goal."""
+    apart = [(each, each.share_interval) for each in rivals if each.share_interval is not None]
+    if mine is None or mine.share_interval is None or not apart:
         return Verdict(goal, model, "not run yet", "")
-    ahead = [
-        each for each in found if each.share_interval is not None and mine.share_interval[0] > each.share_interval[1]
+    low, high = mine.share_interval
+    ahead = [each for each, its in apart if its[1] < low]
+    behind = [each for each, its in apart if its[0] > high]
+    touching = [each for each, _ in apart if each not in ahead and each not in behind]
+    verdict = "does not hold" if behind else "holds" if len(ahead) == planned else "undecided"
+    parts = [f"ahead of {len(ahead)} of {planned}{_missing(len(apart), planned)}"]
+    for words, those in (("behind", behind), ("not apart from", touching)):
+        parts += [f"{words} {', '.join(name_of(each.cell.choice) for each in those)}"] if those else []
+    return Verdict(goal, model, verdict, "; ".join(parts))
+
+
+def never_worse(goal: str, model: str, cases: Sequence[tuple[Finding | None, Finding | None]]) -> Verdict:
+    """Refuted by one case that is worse for certain; holds when all have been run and none may be worse."""
+    known = [
+        (found, mine, rival)
+        for mine, rival in cases
+        if mine and rival and (found := difference(mine.shares, rival.shares)) is not None
     ]
-    not_ahead = [name_of(each.cell.choice) for each in found if each not in ahead]
-    verdict = "undecided" if len(found) < len(rivals) else "does not hold" if not_ahead else "holds"
-    of_all = f"ahead of {len(ahead)} of {len(rivals)}" + (f", {len(found)} of them run" * (len(found) < len(rivals)))
-    return Verdict(goal, model, verdict, of_all + (f"; not of {', '.join(not_ahead)}" if not_ahead else ""))
-
-
-def _worst(goal: str, model: str, cases: Sequence[Finding | None], rival: Finding | None) -> Verdict:
-    """The case in which it is furthest behind."""
-    run = [each for each in cases if each is not None and rival is not None and len(each.shares) > 1]
-    if rival is None or not run:
+    if not known:
         return Verdict(goal, model, "not run yet", "")
-    compared = [(found.mean, each) for each in run if (found := difference(each.shares, rival.shares)) is not None]
-    worst = min(compared, key=lambda pair: pair[0])[1]
-    verdict = within(goal, model, worst, rival)
-    return Verdict(goal, model, verdict.verdict, f"{name_of(worst.cell.choice)}: {verdict.why}")
+    known.sort(key=lambda case: case[0].mean)
+    worse = [case for case in known if case[0].high < 0]
+    holds = len(known) == len(cases) and all(found.low >= 0 for found, _, _ in known)
+    told = "; ".join(
+        f"{name_of(mine.cell.choice)}: {within('', model, mine, rival).why}" for _, mine, rival in (worse or known)[:2]
+    )
+    why = f"worse in {len(worse)} of {len(known)} cases" + _missing(len(known), len(cases))
+    return Verdict(goal, model, "does not hold" if worse else "holds" if holds else "undecided", f"{why}; {told}")
+
+
+def _missing(known: int, planned: int) -> str:
+    return f" ({planned - known} not run)" if known < planned else ""
 
 
 # --- the paper's claims

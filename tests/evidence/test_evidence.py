@@ -19,7 +19,7 @@ from evidence.hypotheses import judge_hypotheses
 from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, linear_only, of_layers, ours
 from evidence.runs import Choice, Data, Result, Run, Store
 from evidence.training import train
-from evidence.verdicts import judge, within
+from evidence.verdicts import better_than_all, judge, never_worse, within
 from gradient_blueprints.training.data_selection import exact_influences
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
@@ -143,9 +143,36 @@ def test_a_verdict_is_decided_by_the_whole_interval() -> None:
     assert within("", "tiny", None, rival).verdict == "not run yet"
 
 
+def test_never_worse_is_refuted_by_one_case_and_held_by_all() -> None:
+    low, even, high = finding(0.7, 0.71, 0.7), finding(0.9, 1.1, 0.95), finding(1.3, 1.31, 1.3)
+    rival = finding(1.0, 1.0, 1.0)
+    noisy = finding(0.2, 1.1, 0.3)  # the lowest mean, and not worse for certain
+    assert never_worse("", "tiny", [(noisy, rival), (low, rival)]).verdict == "does not hold"
+    assert never_worse("", "tiny", [(noisy, rival), (low, rival)]).why.startswith("worse in 1 of 2 cases; ")
+    assert never_worse("", "tiny", [(high, rival), (even, rival)]).verdict == "undecided"
+    assert never_worse("", "tiny", [(high, rival)]).verdict == "holds"
+    assert never_worse("", "tiny", [(high, rival), (None, rival)]).verdict == "undecided"
+    assert never_worse("", "tiny", [(None, rival)]).verdict == "not run yet"
+
+
+def test_a_rival_that_is_ahead_refutes_and_one_that_is_not_run_leaves_it_open() -> None:
+    mine, low, high = finding(1.0, 1.01, 1.02), finding(0.5, 0.51, 0.52), finding(1.5, 1.51, 1.52)
+
+    def verdict(*rivals: Finding, planned: int) -> str:
+        return better_than_all("", "tiny", mine, rivals, planned).verdict
+
+    assert verdict(low, planned=1) == "holds"
+    assert verdict(low, planned=2) == "undecided"
+    assert verdict(low, finding(1.0, 1.02, 1.01), planned=2) == "undecided"
+    assert verdict(low, high, planned=3) == "does not hold"
+    assert verdict(planned=1) == "not run yet"
+
+
 def test_added_seeds_are_judged_alone_too() -> None:
     mine, rival = finding(0.9, 0.9, 0.95, 0.96), finding(0.9, 0.9, 0.90, 0.90)
-    assert "4 seeds; the 2 added alone +5.5 [" in within("", "tiny", mine, rival).why
+    assert "4 seeds; the 2 later alone +5.5 [" in within("", "tiny", mine, rival).why
+    even, ahead = finding(0.9, 0.9, 0.9, 0.9), finding(0.95, 0.96, 0.94, 0.97)
+    assert within("", "tiny", ahead, even).verdict == "holds; the later seeds alone: undecided"
 
 
 def test_new_runs_are_kept_once(finished: tuple[Store, list[Cell]], work: Path) -> None:
