@@ -175,7 +175,7 @@ def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> li
 
 
 def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]:
-    drawn = choice == FULL or choice.score in ("random", "linear+random") or choice.arm == "shira"
+    drawn = choice == FULL or choice.score in ("random", "linear+random")
     judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
     return (DRAWS if judged and stage in MAIN_STAGES else SEEDS)[model]
 
@@ -352,9 +352,9 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
     cells += _cells("ablation", "smollm2", "code", misleading)
-    cells += _cells("5 %", "smollm2", "code", rivals(0.05))
     for model in ("gpt", "smollm2"):
         cells += _rest_of_legal(model)
+    cells += _cells("5 %", "smollm2", "code", rivals(0.05))
     cells += _constant_rates("smollm2")
     cells += [cell for cell in _likely("smollm2", "legal", 0.25) if cell not in cells]
     for model in ("gpt", "smollm2"):

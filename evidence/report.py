@@ -108,9 +108,9 @@ similarity. Each cell has its own rate. Shares of what full fine-tuning gains wi
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %; head and last layers below 25 %,
-where the head does not fit; ten draws of what was drawn by the posterior on SmolLM2; the ablation, parameters × data,
-the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading factors with other than 32
-local sequences. Larger models, longer training and a GPU were not at hand."""
+where the head does not fit; ten draws of SHiRA, and of what was drawn by the posterior, on SmolLM2; the ablation,
+parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading factors
+with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
