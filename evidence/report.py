@@ -84,11 +84,12 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   have; `gain` is over an arm's own, and so its interval tells of their number too; differences are over common seeds.
 - Legal text: only exact duplicates are kept together when documents are dealt. Licences resemble each other, so that
   held-out ones share passages with those trained on: read that table as adaptation to a narrow domain.
-- Memory is measured: moments, indices and the gradients held at a step; after the plus, the one whole gradient of a
-  tensor that a partial update sees for a moment. SHiRA's indices, 8 bytes a weight in peft, are not in it; nor what
-  is held before training, while a local sample is measured: 4 bytes a coordinate in float32, 2 in bfloat16. CPU seconds
-  are of the training loop on one thread of a shared machine; `selection` is what the choice takes before it, the
-  longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not."""
+- Memory is measured: moments, indices and the gradients held at a step; after the plus, one whole gradient of the
+  largest tensor, which a partial update sees for a moment; of the embedding, which is tied, three exist then, those of
+  its two uses and their sum (none where linear layers alone are trained). SHiRA's indices, 8 bytes a weight in peft,
+  are not in it; nor what is held before training, while a local sample is measured: 4 bytes a coordinate in float32, 2
+  in bfloat16. CPU seconds are of the training loop on one thread of a shared machine; `selection` is what the choice
+  takes before it, the longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not."""
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, code.
 From this the first default (`{DRAWN}`) was frozen; nothing here confirms anything."""
 METERED_WORDS = """One more run of each arm at 10 %, seed 0, under the meter of resources (docs/resources.md). ΔΨ is

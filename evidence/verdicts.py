@@ -37,6 +37,7 @@ from evidence.plan import (
 )
 from evidence.runs import Choice, Store
 from evidence.statistics import difference, interval
+from gradient_blueprints.training.selection.budgets import TIED_GRADIENTS
 
 INFINITY = float("inf")
 STATISTICS_BYTES = 4
@@ -179,12 +180,11 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     goal = "and at no more than a third of its training memory"
     if mine is None or full is None:
         return Verdict(goal, model, "not run yet", "")
-    held, moment = mine.mean("training_bytes"), mine.mean("largest_gradient_bytes")
-    sample = STATISTICS_BYTES * mine.mean("parameters") + moment
+    held, moment = mine.mean("training_bytes"), TIED_GRADIENTS * mine.mean("largest_gradient_bytes")
     of_full = {
         "held": held,
-        "with the one whole gradient that exists for a moment": held + moment,
-        "while the local sample is measured in float32": sample,
+        f"with the {TIED_GRADIENTS} whole gradients of the tied embedding that exist for a moment": held + moment,
+        "while a local sample is measured in float32": STATISTICS_BYTES * mine.mean("parameters") + moment,
     }
     ratios = {words: value / full.mean("training_bytes") for words, value in of_full.items()}
     verdict = "holds" if max(ratios.values()) <= 1 / 3 else "undecided" if ratios["held"] <= 1 / 3 else "does not hold"

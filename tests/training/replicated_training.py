@@ -108,11 +108,20 @@ def refusal(folder: Path, rank: int, processes: int) -> str:
     return ""
 
 
+def wrapped_without_a_selection(folder: Path) -> bool:
+    """Whether a SelectionTrainer that is given no selection averages as a Trainer does."""
+    arguments = TrainingArguments(output_dir=str(folder / "plain"), max_steps=1, report_to=[], use_cpu=True)
+    trainer = SelectionTrainer(model=make_model(0), args=arguments, train_dataset=Rows())
+    trainer.train()
+    return isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, rank, processes = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     weights, found = train(folder, rank, processes)
     found["refusal"] = refusal(folder, rank, processes)
+    found["wrapped without a selection"] = wrapped_without_a_selection(folder)
     save_file(weights, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()

@@ -29,6 +29,13 @@ def test_measured_memory_is_a_line_whose_slope_is_the_bytes_of_a_selected_coordi
     assert all(step.seconds > 0 for step in measured)
 
 
+def test_what_is_frozen_is_not_trained_when_costs_are_measured() -> None:
+    model = llama()
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    frozen, free = (measure_costs(each, batch(4), (1.0,), repeats=1)[0].peak_bytes for each in (model, llama()))
+    assert frozen < free
+
+
 def test_the_recommended_fraction_gains_more_per_cost_than_any_other() -> None:
     found = recommended_fraction(CostModel(fixed=10, variable=40), gamma=0.5)
     assert found.regime is Regime.PARTIAL

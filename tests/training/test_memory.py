@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gradient_blueprints.training.memory import estimate_memory
 from gradient_blueprints.training.selection import Budget, select
 from gradient_blueprints.training.selection.budgets import saved_bytes
 from tests.training.measured_training import CASES, make_batch, make_blueprint, make_model, make_selection
+from tests.training.profiling.small_models import llama
 
 WORST = 0.10
 
@@ -50,6 +52,26 @@ def test_what_a_device_has_room_for_fits_on_it(free: float) -> None:
     selection = select(make_blueprint(model), budget=Budget.device(model, batch, free=free), model=model)
     estimate = estimate_memory(model, selection, batch=batch)
     assert 0.8 * free < estimate.peak - estimate.weights <= free
+
+
+def test_a_tied_embedding_s_gradients_are_counted_where_it_is_trained() -> None:
+    """Of its two uses and of their sum; a frozen one has none."""
+    model: Any = llama(vocab_size=20_000, hidden_size=64, intermediate_size=128)
+    free = 30e6
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    budget = Budget.device(model, batch, free=free)
+    estimate = estimate_memory(model, select(make_blueprint(model), budget=budget, model=model), batch=batch)
+    assert 0.7 * free < estimate.peak - estimate.weights <= free
+    embedding = model.get_input_embeddings().weight.requires_grad_(False)
+    without = Budget.device(model, batch, free=free)
+    saved = saved_bytes(model, batch)
+    assert without.amount - budget.amount == pytest.approx(3 * embedding.nbytes - sum(saved) - max(saved), rel=0.01)
+
+
+def test_a_model_without_a_loss_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="put labels into the batch"):
+        estimate_memory(llama(), batch={"input_ids": torch.zeros(1, 8, dtype=torch.long)})
 
 
 def test_a_budget_counts_what_checkpointing_spares_a_model_in_evaluation_mode() -> None:

@@ -59,6 +59,11 @@ def test_replicas_are_not_wrapped_and_other_kinds_of_trainers_keep_their_ways(bo
         assert found["shouted"]
 
 
+def test_without_a_selection_it_is_a_trainer_like_any_other(both: list[Found]) -> None:
+    for _, found in both:
+        assert found["wrapped without a selection"]
+
+
 def test_a_trainer_that_wraps_replicas_is_refused_and_told_of_the_other(both: list[Found]) -> None:
     for _, found in both:
         assert "trainer.SelectionTrainer in its place" in found["refusal"]

@@ -49,6 +49,7 @@ def measure_costs(
 ) -> list[StepCost]:
     """Train a copy of `model` for some steps at each share of random coordinates, and measure the step.
 
+    What is frozen stays so, and a share is one of the rest.
     `peak_bytes` is everything: weights, gradients, state, indices, activations. `seconds` is the fastest of
     `repeats` steps. Share 1 too is trained by its coordinates' list, so that the cost is a line in k; training whole
     tensors needs no list and takes 4 bytes a parameter less.
@@ -62,6 +63,8 @@ def _measure(model: nn.Module, batch: Mapping[str, torch.Tensor], share: float, 
     generator = torch.Generator().manual_seed(seed)
     chosen, indices = [], 0
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         scores = torch.rand(parameter.numel(), generator=generator)
         indexed = scores.topk(max(1, int(share * len(scores)))).indices.sort().values.to(device, torch.int32)
         chosen.append(SelectedParameter(name, parameter, indexed))

@@ -26,12 +26,13 @@ class SelectedAdamW(torch.optim.Optimizer):
     >>> # loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     During `backward` a hook reads the chosen entries off each tensor's gradient as soon as it is accumulated and
-    frees the rest, so no more than one full gradient of one tensor exists at a time; under `torch.compile` those of
-    one graph do, for a graph returns its gradients together, so compile block by block. `parameter.grad` is therefore
-    None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which
-    clips by the global norm of the selected gradient, as clipping masked gradients would. Several backward passes
-    before a step add up, and the step uses them up. State is float32 or wider; of weights of lower precision a float32
-    copy of the chosen is kept, which gives way wherever the weights were changed from outside.
+    frees the rest, so no more than one full gradient of one tensor exists at a time (of a tied one those of its uses
+    and their sum); under `torch.compile` those of one graph do, for a graph returns its gradients together, so compile
+    block by block. `parameter.grad` is therefore None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently
+    do nothing. Give `max_norm` instead, which clips by the global norm of the selected gradient, as clipping masked
+    gradients would. Several backward passes before a step add up, and the step uses them up. State is float32 or
+    wider; of weights of lower precision a float32 copy of the chosen is kept, which gives way wherever the weights were
+    changed from outside.
     One optimizer trains a parameter: a newer one closes the older.
     Not for use with `torch.amp.GradScaler` (its unscaling needs `parameter.grad`); bfloat16 needs no scaler.
 
@@ -65,7 +66,7 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.gradient_bytes = 0
         """Bytes of the selected gradients at the last step."""
         self.largest_gradient_bytes = 0
-        """Largest full gradient of one tensor seen; the only one at a time, but for the others of a compiled graph."""
+        """Largest full gradient of one tensor seen; those that exist at one time are told above."""
         self._reached = False
         """Whether a gradient was ever taken; loaded state proves nothing of that."""
         self._compared = False

@@ -102,6 +102,8 @@ def estimate_memory(
                 raise ConfigurationError(
                     f"what the model computes depends on what is in its tensors: {error}"
                 ) from None
+            if loss is None:
+                raise ConfigurationError("the model gives no loss: put labels into the batch")
             activations = live.now - held
             loss.backward()
             del loss

@@ -17,7 +17,7 @@ from gradient_blueprints.training.selection import Selection
 
 
 class SelectionTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
-    """A Trainer of a selection in several processes, on replicas of the model; in one it is a Trainer like any other.
+    """A Trainer of a selection in several processes, on replicas of the model; else it is a Trainer like any other.
 
     A `Trainer` puts `DistributedDataParallel` around the model, which keeps and sends whole gradients. Here the model
     stays as it is, and the optimizer of `trainer_arguments` averages the selected gradients, and nothing else. Trainers
@@ -25,20 +25,21 @@ class SelectionTrainer(Trainer):  # type: ignore[misc]  # transformers carries n
     """
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in the Trainer, and the model is prepared as if for evaluation: cast and placed, but not wrapped."""
+        """As in the Trainer, and a model with a selection is prepared as if for evaluation: placed, but not wrapped."""
         super().create_accelerator_and_postprocess()
         prepare = self.accelerator.prepare_model
 
-        def prepare_unwrapped(
-            model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = True
+        def prepare_selected(
+            model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
         ) -> nn.Module:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, SelectionCallback):
-                    callback.unwrapped = True
-            prepared: nn.Module = prepare(model, device_placement=device_placement, evaluation_mode=True)
+            selected = [each for each in self.callback_handler.callbacks if isinstance(each, SelectionCallback)]
+            for callback in selected:
+                callback.unwrapped = True
+            unwrapped = evaluation_mode or bool(selected)
+            prepared: nn.Module = prepare(model, device_placement=device_placement, evaluation_mode=unwrapped)
             return prepared
 
-        self.accelerator.prepare_model = prepare_unwrapped
+        self.accelerator.prepare_model = prepare_selected
 
 
 def trainer_arguments(

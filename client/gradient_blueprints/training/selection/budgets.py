@@ -16,9 +16,13 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import evaluating
 from gradient_blueprints.training.profiling.losses import on_device_of, with_labels
 from gradient_blueprints.training.profiling.offload import lender_of
+from gradient_blueprints.training.selection.listed_tensors import kept_fixed, tied_names
 
 RESERVE = 0.1
 """Share of the free memory that is left alone: the allocator's fragments, workspaces of kernels."""
+
+TIED_GRADIENTS = 3
+"""Whole gradients of a tensor with two uses that exist at once: of the uses, and their sum."""
 
 
 class Budget(allocation.Budget):
@@ -35,26 +39,35 @@ class Budget(allocation.Budget):
     ) -> Self:
         """What is left for training on the model's device when one batch is in flight.
 
-        free · (1 − reserve) − activations − the largest gradient. The activations are measured: the tensors that one
-        forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves for its backward pass in training
-        mode, and the largest of them (the logits) once more for its own gradient. What checkpointed segments compute
-        anew is not counted. The model stays as it is. `free`: bytes, else what the device says now, with the model on
-        it (CUDA; on Linux the available main memory). Raises ConfigurationError when nothing is left, when the free
-        memory is not known, or for a model on the meta device.
+        free · (1 − reserve) − activations − the largest gradient, or − three gradients of a tied tensor where these
+        are more: autograd adds what one use gave to what the other did, when the activations are gone. The activations
+        are measured: the tensors that one forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves
+        for its backward pass in training mode, and the largest of them (the logits) once more for its own gradient.
+        What checkpointed segments compute anew is not counted. The model stays as it is. `free`: bytes, else what the
+        device says now, with the model on it (CUDA; on Linux the available main memory). Raises ConfigurationError
+        when nothing is left, when the free memory is not known, or for a model on the meta device.
         """
         if isinstance(batch, tuple):
             batch = {"input_ids": torch.zeros(batch, dtype=torch.long)}
         available = free_bytes(next(model.parameters()).device) if free is None else free
         saved = saved_bytes(model, batch)
-        gradient = max(parameter.nbytes for parameter in model.parameters())
-        left = available * (1 - reserve) - sum(saved) - max(saved, default=0) - gradient
+        gradient, tied = _gradient_bytes(model)
+        held = max(sum(saved) + max(saved, default=0) + gradient, TIED_GRADIENTS * tied)
+        left = available * (1 - reserve) - held
         if left <= 0:
             raise ConfigurationError(
-                f"{available / 1e6:,.0f} MB are free, the activations take {sum(saved) / 1e6:,.0f} MB, the "
-                f"largest gradient {gradient / 1e6:,.0f} MB: nothing is left to train with. Use smaller batches or "
-                "gradient checkpointing."
+                f"{available / 1e6:,.0f} MB are free, the activations take {sum(saved) / 1e6:,.0f} MB, the largest "
+                f"gradient {gradient / 1e6:,.0f} MB, those of a tied tensor {TIED_GRADIENTS * tied / 1e6:,.0f} MB: "
+                "nothing is left to train with. Use smaller batches or gradient checkpointing, or freeze the embedding."
             )
         return cls.bytes(left)
+
+
+def _gradient_bytes(model: nn.Module) -> tuple[int, int]:
+    """The largest gradient of a tensor that may be trained, and of a tied one."""
+    fixed = kept_fixed(model)
+    sizes = [(parameter.nbytes, len(names) > 1) for names, parameter in tied_names(model) if names[0] not in fixed]
+    return max((size for size, _ in sizes), default=0), max((size for size, tied in sizes if tied), default=0)
 
 
 def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
