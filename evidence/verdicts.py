@@ -41,7 +41,7 @@ from gradient_blueprints.training.selection.budgets import TIED_GRADIENTS
 
 INFINITY = float("inf")
 STATISTICS_BYTES = 4
-"""What `LocalStatistics.gather` keeps of a coordinate in float32, by arithmetic."""
+"""What `LocalStatistics.gather` keeps of a coordinate in float32; half of it in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,18 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     goal = "and at no more than a third of its training memory"
     if mine is None or full is None:
         return Verdict(goal, model, "not run yet", "")
-    held, moment = mine.mean("training_bytes"), TIED_GRADIENTS * mine.mean("largest_gradient_bytes")
-    of_full = {
-        "held": held,
-        f"with the {TIED_GRADIENTS} whole gradients of the tied embedding that exist for a moment": held + moment,
-        "while a local sample is measured in float32": STATISTICS_BYTES * mine.mean("parameters") + moment,
-    }
-    ratios = {words: value / full.mean("training_bytes") for words, value in of_full.items()}
-    verdict = "holds" if max(ratios.values()) <= 1 / 3 else "undecided" if ratios["held"] <= 1 / 3 else "does not hold"
-    return Verdict(goal, model, verdict, "; ".join(f"{percent(ratio)} {words}" for words, ratio in ratios.items()))
+    gradient, parameters = mine.mean("largest_gradient_bytes"), mine.mean("parameters")
+    held, moment = mine.mean("training_bytes"), TIED_GRADIENTS * gradient
+    full_held, full_moment = full.mean("training_bytes"), (TIED_GRADIENTS - 1) * gradient
+    peaks = (held, STATISTICS_BYTES / 2 * parameters, STATISTICS_BYTES * parameters)
+    step, halved, sample = ((each + moment) / (full_held + full_moment) for each in peaks)
+    why = (
+        f"{percent(held / full_held)} held; at the peak, with {TIED_GRADIENTS} gradients of the tied embedding that both "
+        f"see for a moment, {percent(step)}; while a local sample is measured {percent(halved)} in bfloat16, "
+        f"{percent(sample)} in float32"
+    )
+    verdict = "holds" if max(held / full_held, step, halved) <= 1 / 3 else "does not hold"
+    return Verdict(goal, model, verdict, why)
 
 
 def _is_rival(choice: Choice) -> bool:

@@ -17,6 +17,8 @@ from gradient_blueprints.training.profiling.losses import examples_in, on_device
 from gradient_blueprints.training.selection.listed_tensors import kept_fixed
 
 Kept = Literal["mean", "square", "factors"]
+_Generators = dict[torch.device, torch.Generator]
+"""Of random numbers, one on each device."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class LocalStatistics:
         if not batches:
             raise ConfigurationError("there is no batch to measure: was the iterator used up before?")
         found = cls()
-        lots = torch.Generator().manual_seed(0)
+        lots: _Generators = {}
 
         def take(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -86,7 +88,7 @@ class LocalStatistics:
         return found
 
     def _add(
-        self, name: str, gradient: Tensor, keep: Kept, dtype: torch.dtype, batches: int, lots: torch.Generator
+        self, name: str, gradient: Tensor, keep: Kept, dtype: torch.dtype, batches: int, lots: _Generators
     ) -> None:
         squares = as_matrix(gradient).square()
         row = squares.mean(-1) if squares.dim() > 1 else squares
@@ -140,11 +142,14 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.dim() == 4 else tensor
 
 
-def _rounded(value: Tensor, dtype: torch.dtype, lots: torch.Generator) -> Tensor:
+def _rounded(value: Tensor, dtype: torch.dtype, lots: _Generators) -> Tensor:
     """In bfloat16 up or down at random, in proportion to the nearness: right on average."""
     if dtype == torch.float32:
         return value
-    noise = torch.randint(0, 1 << 16, value.shape, generator=lots, dtype=torch.int32).to(value.device)
+    device = value.device
+    if device not in lots:
+        lots[device] = torch.Generator(device).manual_seed(0)
+    noise = torch.randint(0, 1 << 16, value.shape, generator=lots[device], dtype=torch.int32, device=device)
     return ((value.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
