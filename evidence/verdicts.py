@@ -186,8 +186,8 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     peaks = (held, STATISTICS_BYTES / 2 * parameters, STATISTICS_BYTES * parameters)
     step, halved, sample = ((each + moment) / (full_held + full_moment) for each in peaks)
     why = (
-        f"{percent(held / full_held)} held; at the peak, with {TIED_GRADIENTS} gradients of the tied embedding that both "
-        f"see for a moment, {percent(step)}; while a local sample is measured {percent(halved)} in bfloat16, "
+        f"{percent(held / full_held)} held; at the peak, with {TIED_GRADIENTS} gradients of the tied embedding that "
+        f"both see for a moment, {percent(step)}; while a local sample is measured {percent(halved)} in bfloat16, "
         f"{percent(sample)} in float32"
     )
     verdict = "holds" if max(held / full_held, step, halved) <= 1 / 3 else "does not hold"
