@@ -120,7 +120,7 @@ def published_profile(subject: Subject, domain: str, count: int, length: int) ->
     key = (subject.name, domain, count, length)
     if key not in _PROFILES:
         batches = _published_batches(subject, domain.rstrip("*"), count, length)
-        document, factors = profile(subject, batches, domain.rstrip("*"))
+        document, factors = profile(subject, batches, domain.rstrip("*").split("~")[0])
         if domain.endswith("*"):
             factors = {name: torch.from_numpy(_shuffled(name, each.numpy())) for name, each in factors.items()}
         _PROFILES[key] = document, factors
