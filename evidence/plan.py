@@ -349,13 +349,15 @@ def _plan() -> list[Cell]:
     for model in ("gpt", "smollm2"):
         halved = [(STAGES[share], in_bfloat16(library(share))) for share in (0.1, 0.01)]
         cells += [cell for stage, choice in halved for cell in _cells(stage, model, "code", [choice])]
-    cells += _cells("ablation", "smollm2", "code", short_ablation(0.01))
+    taken_apart = _cells("ablation", "smollm2", "code", short_ablation(0.01))
+    cells += [cell for cell in taken_apart if cell.choice.local < 512]  # the largest sample takes minutes a seed
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
     cells += _cells("ablation", "smollm2", "code", misleading)
     for model in ("gpt", "smollm2"):
         cells += _rest_of_legal(model)
     cells += _cells("5 %", "smollm2", "code", rivals(0.05))
     cells += _constant_rates("smollm2")
+    cells += [cell for cell in taken_apart if cell not in cells]
     cells += [cell for cell in _likely("smollm2", "legal", 0.25) if cell not in cells]
     for model in ("gpt", "smollm2"):
         in_linear = [linear_only(ours(share)) for share in (0.05, 0.25)]
