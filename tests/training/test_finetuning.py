@@ -442,6 +442,22 @@ def test_an_optimizer_that_went_on_from_a_state_says_so_too() -> None:
         optimizer.step()
 
 
+def test_an_optimizer_whose_tensors_were_all_frozen_since_says_so() -> None:
+    model, optimizer = train_selected(make_model(), make_selection(), 1)
+    model.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match="was frozen after apply_selection"):
+        optimizer.step()
+
+
+def test_gradients_taken_before_a_freeze_still_count() -> None:
+    model, optimizer = train_selected(make_model(), make_selection(), 1)
+    before = copy.deepcopy(model)
+    model(torch.ones(2, 12)).sum().backward()
+    model.requires_grad_(False)
+    optimizer.step()
+    assert not torch.equal(weight_of(model), weight_of(before))
+
+
 def test_a_selection_for_a_smaller_model_is_warned_of() -> None:
     larger = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3))
     with pytest.warns(UserWarning, match="larger than in the model that the selection was made for: 2, 4"):

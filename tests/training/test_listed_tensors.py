@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from gradient_blueprints.allocation import LayerValue
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
-from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
-from gradient_blueprints.training.selection import Budget, Selection, Unit, select
+from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection, release_selection
+from gradient_blueprints.training.selection import Budget, LocalStatistics, Selection, Unit, select
+from tests.training.profiling.small_models import llama
 
 
 class Tied(nn.Module):
@@ -116,11 +118,11 @@ def test_a_selection_made_without_the_model_leaves_frozen_tensors_and_says_so() 
     with pytest.warns(UserWarning, match=r"frozen before and left so: embedding\.weight"):
         assert "embedding.weight" not in trained(model, selection)
     assert not model.embedding.weight.requires_grad
-    model.requires_grad_(False)
+    frozen = Tied().requires_grad_(False)
     with pytest.raises(ConfigurationError, match="all of it is frozen"):
-        apply_selection(model, selection)
+        apply_selection(frozen, selection)
     with pytest.raises(ConfigurationError, match="everything that it lists is frozen"):
-        select(blueprint_of("block"), model=model)
+        select(blueprint_of("block"), model=frozen)
 
 
 def test_what_an_earlier_selection_froze_is_free_for_the_next() -> None:
@@ -136,6 +138,68 @@ def test_what_an_earlier_selection_froze_is_free_for_the_next() -> None:
         assert not model["c"].weight.requires_grad
     copied = copy.deepcopy(model)
     assert len(trained(copied, select(blueprint_of("a", "b"), budget=0.5, model=copied))) == 4
+
+
+def train_one_layer_of_two(model: nn.Module) -> None:
+    one = select(blueprint_of("a", "b"), budget=0.5, unit="layer", criterion=lambda layer: layer.id == "b", model=model)
+    assert trained(model, one) == {"b.weight": 64, "b.bias": 8}
+
+
+def test_what_is_frozen_after_a_selection_was_released_stays_so() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["c"] = nn.Linear(8, 8).requires_grad_(False)
+    train_one_layer_of_two(model)
+    release_selection(model)
+    model["a"].requires_grad_(False)
+    next_one = select(blueprint_of("a", "b", "c"), budget=0.5, model=model)
+    assert trained(model, next_one) == {"b.weight": 32, "b.bias": 4}
+
+
+def test_once_all_was_set_free_the_flags_count() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    train_one_layer_of_two(model)
+    model.requires_grad_(True)
+    model["b"].requires_grad_(False)
+    assert trained(model, select(blueprint_of("a", "b"), budget=0.5, model=model)) == {"a.weight": 32, "a.bias": 4}
+
+
+@pytest.mark.parametrize(("changed", "trainable"), [("b.weight", False), ("a.weight", True)])
+def test_other_flags_than_the_last_selection_left_are_refused(changed: str, trainable: bool) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    train_one_layer_of_two(model)
+    model.get_parameter(changed).requires_grad_(trainable)
+    with pytest.raises(ConfigurationError, match=rf"by peft: {changed}\. .* call release_selection\(model\)"):
+        select(blueprint_of("a", "b"), model=model)
+
+
+# --- adapters of peft
+
+
+def test_a_model_with_adapters_is_refused_with_what_to_do() -> None:
+    model = llama()
+    blueprint = blueprint_of("model.layers.0.self_attn")
+    selection = select(blueprint, model=model)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+    ids = torch.arange(6).view(1, 6)
+    for asked in (
+        lambda: select(blueprint, model=model),
+        lambda: apply_selection(model, selection),
+        lambda: LocalStatistics.gather(model, [{"input_ids": ids}]),
+    ):
+        with pytest.raises(ConfigurationError, match=r"adapters of peft, at .*q_proj.* merge_and_unload\(\)"):
+            asked()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_after_an_adapter_was_merged_nothing_is_selected_until_it_is_released() -> None:
+    model = llama()
+    blueprint = blueprint_of(*(name for name, _ in model.named_parameters()))
+    apply_selection(model, select(blueprint, budget=0.3, unit="layer", model=model))
+    merged = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    with pytest.raises(ConfigurationError, match="since the last selection, by you or by peft"):
+        select(blueprint, model=merged)
+    release_selection(merged)
+    assert select(blueprint, model=merged).parameters == sum(each.numel() for each in merged.parameters())
 
 
 # --- tensors outside the blueprint

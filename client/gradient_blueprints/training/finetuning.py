@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.gradient_hooks import GradientHook, readers_of
 from gradient_blueprints.training.selected_parameters import SelectedParameter, apply_selection, local
-from gradient_blueprints.training.selection.listed_tensors import some
+from gradient_blueprints.training.selection.listed_tensors import release_selection, some
 
-__all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes"]
+__all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes", "release_selection"]
 
 
 class SelectedAdamW(torch.optim.Optimizer):
@@ -153,6 +153,11 @@ class SelectedAdamW(torch.optim.Optimizer):
         if not self._reached:
             raise ConfigurationError(
                 "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
+            )
+        if not self._gradients and not any(entry.parameter.requires_grad for entry in self.selected):
+            raise ConfigurationError(
+                "all that this optimizer trains was frozen after apply_selection, as by peft, which adds an adapter: "
+                "train either the selection or the adapter"
             )
         if self.process_group is None and any(entry.shard_group is None for entry in self.selected):
             several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -70,10 +70,12 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
     and freed as soon as the chosen entries are read off. After `fully_shard` (FSDP2), not before it; each process then
     trains its own shard.
 
-    What you froze stays frozen; what an earlier selection froze is free again. Warns of tensors that the selection
-    names and you froze, of those that the blueprint does not list, which are frozen too (a new head: see
-    `also_train` of `select`), and of layers of another size than the selection was made for, where chosen coordinates
-    may be others. Raises ConfigurationError when the selection names nothing of this model.
+    What you froze stays frozen; what an earlier selection froze is free again. To freeze more after a selection, call
+    `release_selection` first. Warns of tensors that the selection names and you froze, of those that the blueprint does
+    not list, which are frozen too (a new head: see `also_train` of `select`), and of layers of another size than the
+    selection was made for, where chosen coordinates may be others. Raises ConfigurationError when the selection names
+    nothing of this model, for a model with adapters of peft, and where some tensors were frozen or set free since the
+    last selection.
     """
     layers = {layer.id for layer in selection.layers}
     fixed = kept_fixed(model)

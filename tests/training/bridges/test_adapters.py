@@ -6,8 +6,10 @@ import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.adapters import SCALE, adapter_parameters, to_peft
 from gradient_blueprints.training.profiling.layers import Granularity, group_parameters
-from gradient_blueprints.training.selection import Budget, select
+from gradient_blueprints.training.selection import Budget, Unit, select
 from tests.training.profiling.small_models import VOCABULARY, gpt2, llama, mixtral
 
 # peft 0.21 reads an attribute that transformers 5 deprecates
@@ -114,6 +116,36 @@ def test_a_selection_of_layers_gets_adapters_there_alone() -> None:
     modules = {name for name, _, _ in built(model, config)}
     assert modules
     assert {name.rpartition(".")[0] for name in modules} <= chosen
+
+
+@pytest.mark.parametrize("unit", ["coordinate", "row", "layer"])
+def test_matrices_of_which_a_selection_trains_nothing_get_no_adapter(unit: Unit) -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" not in name)
+    selection = select(blueprint_of(model, "block"), budget=0.5, unit=unit, model=model)
+    modules = {name for name, _, _ in built(model, to_peft(selection, model, 0.2))}
+    assert modules
+    assert all("self_attn" in name for name in modules)
+
+
+def test_a_selections_ranks_follow_what_it_trains_of_each_matrix() -> None:
+    model = llama()
+    selection = select(blueprint_of(model, "block"), model=model)
+    query, key = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    chosen = {f"{query}.weight": np.arange(100), f"{key}.weight": np.arange(10)}
+    ranks = {name: rank for name, rank, _ in built(model, to_peft(replace(selection, parts=chosen), model, 0.2))}
+    assert ranks[query] > 5 * ranks[key]  # 100 / (16 + 16) and 10 / (16 + 8)
+
+
+def test_a_tied_matrix_is_known_by_the_name_that_the_blueprint_lists() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    model["a"].weight.requires_grad_(False)
+    layers = [{"id": name, "gradient_norm": 1.0} for name in "abc"]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    selection = select(blueprint, budget=0.5, model=model)
+    assert to_peft(selection, model, 0.5).target_modules == {"c"}
 
 
 @pytest.mark.parametrize("groups", ["tensor", "block"])
@@ -226,6 +258,12 @@ def test_a_source_that_tells_nothing_apart_is_not_taken_for_a_small_budget() -> 
     embedding = select(Blueprint.from_dict(document | {"layers": layers}), budget=0.3, unit="layer", model=model)
     with pytest.raises(ConfigurationError, match="none of the model's linear modules"):
         to_peft(embedding, model, 0.5)
+
+
+def test_ranks_by_something_unknown_are_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="by k_star or share, not by 'norm'"):
+        to_peft(blueprint_of(model), model, by="norm")  # type: ignore[arg-type]  # as an untyped caller might
 
 
 def test_a_blueprint_of_another_model_and_a_budget_in_bytes_are_refused() -> None:

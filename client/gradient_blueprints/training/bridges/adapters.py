@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.tensors import layer_of
 from gradient_blueprints.training.selection import Budget, Selection
+from gradient_blueprints.training.selection.chosen import parts_of, width_of
+from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
 
 try:
     from peft import LoraConfig, get_peft_model
 except ImportError as missing:
     raise ImportError("LoraConfig comes from peft, which is not installed: pip install peft") from missing
 
+DealtBy = Literal["k_star", "share"]
 SCALE = 2.0
 """lora_alpha / r of every adapter: the usual alpha = 2r, kept the same however the ranks differ."""
 
@@ -31,7 +34,7 @@ def to_peft(
     model: nn.Module,
     budget: float | Budget = 0.01,
     *,
-    by: Literal["k_star", "share"] = "k_star",
+    by: DealtBy = "k_star",
     largest_rank: int = 256,
     scale: float = SCALE,
     experts: bool = True,
@@ -46,7 +49,7 @@ def to_peft(
     - by `k_star`: in proportion to k_star·d·p, the share of the matrix worth updating (layers without one count as
       the mean of the others);
     - by `share`: in proportion to the layer's share of the gradient norm, within a layer by d·p (Algorithm 1's rank);
-    - of a `Selection`: in proportion to the parameters it selects, whatever `by`.
+    - of a `Selection`: in proportion to the parameters it selects of the matrix, whatever `by`; none, no adapter.
 
     A module that would get less than half a rank is left out of `target_modules`; where the budget pays for no other,
     those nearest to it get a rank, as far as it goes. Every linear module (torch's, and Hugging Face's Conv1D) that a
@@ -56,6 +59,8 @@ def to_peft(
     `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
     builds.
     """
+    if by not in get_args(DealtBy):
+        raise ConfigurationError(f"ranks are dealt out by {' or '.join(get_args(DealtBy))}, not by {by!r}")
     known = {layer.id for layer in source.layers}
     fused = _fused_experts(model, known) if experts else {}
     matrices = _matrices(model, known) | fused
@@ -66,7 +71,10 @@ def to_peft(
     if budget.measure == "bytes":
         raise ConfigurationError("An adapter's budget is a fraction or a number of parameters, Budget.parameters(n).")
     capacity = budget.coordinates(total, 1)
-    weights = _adapter_weights(source, matrices, by)
+    if isinstance(source, Selection):
+        weights = _selected(source, matrices, model)
+    else:
+        weights = _adapter_weights(source, matrices, by)
     if not any(weights.values()):
         raise ConfigurationError(
             "The selection trains none of the model's linear modules."
@@ -147,11 +155,27 @@ def _fused_experts(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
     return found
 
 
-def _adapter_weights(source: Blueprint | Selection, matrices: Mapping[str, _Matrix], by: str) -> dict[str, float]:
+def _selected(selection: Selection, matrices: Mapping[str, _Matrix], model: nn.Module) -> dict[str, float]:
+    """Parameters of each matrix that the selection trains, as `Selection.units` has them, but none is drawn."""
+    fractions = {layer.id: layer.fraction for layer in selection.layers}
+    listed = {
+        name.removesuffix(".weight"): found
+        for names, _ in tied_names(model)
+        if (found := listing(names, fractions.keys())) is not None
+        for name in names
+    }
+    selected = {}
+    for name, matrix in matrices.items():
+        tensor, layer = listed.get(name, (name, matrix.layer))
+        shape = (matrix.experts, matrix.rows, matrix.columns)
+        width = width_of(selection.unit, shape)
+        ranked = selection.parts.get(tensor)
+        selected[name] = float(width * (parts_of(fractions[layer], shape, width) if ranked is None else len(ranked)))
+    return selected
+
+
+def _adapter_weights(source: Blueprint, matrices: Mapping[str, _Matrix], by: DealtBy) -> dict[str, float]:
     """What each matrix's adapter may cost, relative to the others."""
-    if isinstance(source, Selection):
-        fractions = {layer.id: layer.fraction for layer in source.layers}
-        return {name: fractions[matrix.layer] * matrix.size for name, matrix in matrices.items()}
     if by == "share":
         held = Counter({matrix.layer: 0 for matrix in matrices.values()})
         for matrix in matrices.values():

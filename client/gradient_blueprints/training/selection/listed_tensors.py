@@ -12,9 +12,9 @@ from torch import nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection.indices import prefixes
 
-_FROZEN = "_frozen_by_selection"
-"""Where a model keeps the names of the tensors that `apply_selection` froze: a next selection may have them, unlike
-those that its owner froze. On the model, so that a copy of it knows them too."""
+_LEFT = "_left_by_selection"
+"""Where a model keeps the names of the tensors that `apply_selection` left to train and of those that it froze: a next
+selection may have these, unlike those that its owner froze. On the model, so that a copy of it knows them too."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,22 @@ def listing(names: Sequence[str], layers: Set[str]) -> tuple[str, str] | None:
 
 
 def kept_fixed(model: nn.Module) -> set[str]:
-    """Names of the tensors that are not to be trained: frozen, though not by a selection, or not floating-point."""
-    by_selection: frozenset[str] = getattr(model, _FROZEN, frozenset())
+    """Names of the tensors that are not to be trained: frozen, though not by a selection, or not floating-point.
+
+    Raises ConfigurationError where that cannot be told: for a model with adapters of peft, and for one of which some
+    tensors were frozen or set free since the last selection.
+    """
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if any(each.__name__ == "BaseTunerLayer" for each in type(module).__mro__)
+    ]
+    if adapted:
+        raise ConfigurationError(
+            f"the model has adapters of peft, at {some(adapted)}, and a selection is of the model's own weights: "
+            "merge_and_unload() or unload() them first. Adapters that follow a blueprint or a selection: to_peft"
+        )
+    by_selection = _frozen_by_selection(model)
     return {
         name
         for name, parameter in model.named_parameters()
@@ -105,12 +119,35 @@ def freeze(model: nn.Module, chosen: Set[str], fixed: Set[str]) -> None:
     free = [(name, parameter) for name, parameter in model.named_parameters() if name not in fixed]
     for name, parameter in free:
         parameter.requires_grad_(name in chosen)
-    setattr(model, _FROZEN, frozenset(name for name, _ in free if name not in chosen))
+    setattr(model, _LEFT, (frozenset(chosen), frozenset(name for name, _ in free if name not in chosen)))
+
+
+def release_selection(model: nn.Module) -> None:
+    """Set free what the last selection trained or froze. What you had frozen before stays so; freeze more after it."""
+    trained, frozen = getattr(model, _LEFT, (frozenset(), frozenset()))
+    for name, parameter in model.named_parameters():
+        if name in trained | frozen:
+            parameter.requires_grad_(True)
+    setattr(model, _LEFT, (frozenset(), frozenset()))
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first of them, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _frozen_by_selection(model: nn.Module) -> set[str]:
+    """Names of what the last selection froze, unless it was set free since."""
+    trained, frozen = getattr(model, _LEFT, (frozenset(), frozenset()))
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name in trained | frozen}
+    changed = sorted(name for name, trainable in flags.items() if trainable != (name in trained))
+    still = {name for name in frozen if not flags.get(name, True)}
+    if changed and still:
+        raise ConfigurationError(
+            f"frozen or set free since the last selection, by you or by peft: {some(changed)}. What may be trained now "
+            "cannot be told: call release_selection(model), then freeze what is to stay as it is"
+        )
+    return still
 
 
 def _names(entry: str, parameter: str) -> bool:

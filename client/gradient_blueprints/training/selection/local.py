@@ -57,7 +57,7 @@ class LocalStatistics:
         Layers that gradient checkpointing is enabled for are checkpointed here too.
         What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
 
-        Raises ConfigurationError when there is no batch, or no tensor gets a gradient.
+        Raises ConfigurationError when there is no batch, no tensor gets a gradient, or the model has adapters of peft.
         """
         if keep not in get_args(Kept):
             raise ConfigurationError(f"keep is one of {', '.join(get_args(Kept))}, not {keep!r}")

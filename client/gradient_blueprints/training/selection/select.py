@@ -90,8 +90,8 @@ def select(
         staleness: of `client.check_staleness`. Stale: the published side has no say, not even its factors; where a
             coarser level holds, its norms have one between the groups of that level.
         model: what it has of the blueprint's layers and may be trained is chosen from: no layer that it lacks (with a
-            warning), no tied tensor twice, nothing that you froze (`requires_grad`), no integers. It knows the tensors'
-            shapes and precision; needed for a score of your own.
+            warning), no tied tensor twice, nothing that you froze (`requires_grad`, see `apply_selection`), no
+            integers. It knows the tensors' shapes and precision; needed for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another. A member stands
             for the layers below it too; layers outside every group make up one more.
@@ -101,7 +101,8 @@ def select(
             new head, which no blueprint lists.
 
     Raises ConfigurationError when a layer's parameter count is unknown, a tensor's shape does not fit, factors, sample
-    or score know none of the tensors, a score or criterion is negative or not finite, or the budget pays for nothing.
+    or score know none of the tensors, a score or criterion is negative or not finite, the budget pays for nothing, or
+    the model has adapters of peft.
     """
     budget = budget if isinstance(budget, allocation.Budget) else allocation.Budget.fraction(budget)
     if unit not in get_args(SelectionUnit):
