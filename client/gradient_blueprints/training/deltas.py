@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection
 from gradient_blueprints.training.selection.indices import pack, unpack
-from gradient_blueprints.training.selection.listed_tensors import listing
+from gradient_blueprints.training.selection.listed_tensors import check_names, listing
 
 DELTA_FORMAT = 1
 _LOAD_MODELS = (
@@ -138,6 +138,7 @@ class DeltaStack:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        check_names(self._parameters)
         _check_whole(self._parameters)
         self._applied: dict[str, tuple[Delta, float]] = {}
         self._digests: dict[str, str] = {}  # of the originals of the tensors that are changed now
@@ -257,6 +258,7 @@ def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
     else:
         buffers = dict(other.named_buffers()) if isinstance(other, nn.Module) else {}
         found = {name: tensor for name, tensor in weights.items() if name not in buffers}
+    check_names(found)
     _check_whole(found)
     return found
 
