@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.deltas import Delta, DeltaStack, Weights, save_delta
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
-from gradient_blueprints.training.selection import select
+from gradient_blueprints.training.selection import Selection, select
 from gradient_blueprints.training.selection.indices import pack, unpack
 from tests.training.test_finetuning import make_model, make_selection, train_selected, weight_of
 from tests.training.test_selection import make_blueprint
@@ -254,3 +254,88 @@ def test_a_change_outside_the_selection_is_refused(tmp_path: Path) -> None:
     tuned, _ = train_selected(make_model(), make_selection(0.6), 1)
     with pytest.raises(ConfigurationError, match="outside the selection"):
         save_delta(base, tuned, make_selection(0.1), tmp_path / "d")
+
+
+# --- new heads, and checkpoints that name tensors otherwise
+
+
+def headed(seed: int, head: str = "score", outputs: int = 3) -> nn.ModuleDict:
+    """The same body at every load, under a head that is drawn anew."""
+    torch.manual_seed(0)
+    body = nn.Linear(4, 4)
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"body": body, head: nn.Linear(4, outputs)})
+
+
+def tune_with_head(seed: int) -> tuple[nn.ModuleDict, Selection]:
+    tuned = headed(seed)
+    selection = select(make_blueprint({"body": 1.0}), budget=0.5, model=tuned, also_train=["score"])
+    optimizer = SelectedAdamW(apply_selection(tuned, selection), lr=0.1)
+    tuned["score"](tuned["body"](torch.ones(2, 4))).square().sum().backward()
+    optimizer.step()
+    return tuned, selection
+
+
+@pytest.mark.parametrize("base_is", ["model", "state"])
+@pytest.mark.parametrize(("head", "outputs"), [("score", 3), ("score", 2), ("lm_head", 9)])
+def test_a_delta_brings_its_new_head_whatever_head_the_base_had(
+    tmp_path: Path, base_is: str, head: str, outputs: int
+) -> None:
+    tuned, selection = tune_with_head(seed=1)
+    base = headed(2, head, outputs)
+    delta = Delta.load(
+        save_delta(base if base_is == "model" else base.state_dict(), tuned, selection, tmp_path / "delta")
+    )
+    model, before = headed(seed=3), headed(seed=3)
+    stack = DeltaStack(model)
+    stack.apply("task", delta)
+    assert equal(model, tuned)
+    stack.remove("task")
+    assert equal(model, before)
+
+
+def test_a_new_head_stacks_as_any_tensor(tmp_path: Path) -> None:
+    model, before = headed(seed=3), headed(seed=3)
+    stack = DeltaStack(model)
+    heads = []
+    for seed in (1, 2):
+        tuned, selection = tune_with_head(seed)
+        heads.append(tuned.get_parameter("score.weight"))
+        delta = Delta.load(save_delta(headed(seed), tuned, selection, tmp_path / "delta"))
+        stack.apply(str(seed), delta, weight=0.5)
+    torch.testing.assert_close(model.get_parameter("score.weight"), (heads[0] + heads[1]) / 2)
+    stack.remove("1")
+    stack.remove("2")
+    assert equal(model, before)
+
+
+def test_a_new_head_of_another_size_and_another_body_are_refused(tmp_path: Path) -> None:
+    tuned, selection = tune_with_head(seed=1)
+    delta = Delta.load(save_delta(headed(seed=1), tuned, selection, tmp_path / "delta"))
+    with pytest.raises(ConfigurationError, match=r"another model: score\.weight is not what"):
+        DeltaStack(headed(seed=1, outputs=2)).apply("task", delta)
+    with pytest.raises(ConfigurationError, match=r"another model: body\.weight is not what"):
+        DeltaStack(tune_by_hand(headed(seed=1))).apply("task", delta)
+
+
+def test_a_tuned_checkpoint_without_a_listed_tensor_is_one_shard_with_a_new_head_too(tmp_path: Path) -> None:
+    tuned, selection = tune_with_head(seed=1)
+    shard = {name: value for name, value in tuned.state_dict().items() if name != "body.bias"}
+    with pytest.raises(ConfigurationError, match=r"body\.bias is not in the tuned weights"):
+        save_delta(headed(seed=1), shard, selection, tmp_path / "delta")
+
+
+def renamed(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"stored.{name}": value for name, value in model.state_dict().items()}
+
+
+def test_a_checkpoint_that_names_its_tensors_otherwise_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
+    base, selection = make_model(), make_selection()
+    tuned, _ = train_selected(make_model(), selection, 1)
+    with pytest.raises(ConfigurationError, match=r"0\.weight is not in the base, 6 tensors .* from_pretrained"):
+        save_delta(renamed(base), tuned, selection, tmp_path / "d")
+    with pytest.raises(ConfigurationError, match=r"stored\.0\.weight changed outside .* from_pretrained"):
+        save_delta(renamed(base), renamed(tuned), selection, tmp_path / "d")
+    delta = Delta.load(save_delta(renamed(base), renamed(tuned), None, tmp_path / "d"))
+    with pytest.raises(ConfigurationError, match=r"stored\.0\.weight is not in this.* from_pretrained"):
+        DeltaStack(base).apply("task", delta)

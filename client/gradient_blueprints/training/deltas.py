@@ -18,9 +18,12 @@ from torch.distributed.tensor import DTensor
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection
 from gradient_blueprints.training.selection.indices import pack, unpack
-from gradient_blueprints.training.selection.listed_tensors import listing
+from gradient_blueprints.training.selection.listed_tensors import check_names, listing
 
 DELTA_FORMAT = 1
+_LOAD_MODELS = (
+    "If a checkpoint names its tensors otherwise than the model, load it with from_pretrained and give the model"
+)
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -35,7 +38,8 @@ class Change:
     """Flat, ascending, int64."""
     values: Tensor
     base: str
-    """SHA-256 of the whole tensor that it is a change of: shape, precision, bytes."""
+    """SHA-256 of the whole tensor that it is a change of: shape, precision, bytes. Of a tensor that is saved whole, as
+    those of `also_train` are, its shape and precision alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,37 +76,44 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     """Write the coordinates in which `tuned` differs from `base`, bit by bit, as one safetensors file.
 
     `base` and `tuned` are models, or mappings of tensors by name such as `safetensors.torch.load_file` of a checkpoint.
-    A tensor that has several names (a tied head) is saved under its first.
-    With a selection nothing else may have changed: ConfigurationError otherwise, when shapes differ, when `tuned` lacks
-    tensors of the base, and for shards (gather them first).
+    A tensor that has several names (a tied head) is saved under its first. Those of `also_train` are saved whole, and
+    the base need not have them: a new head is random at each load. Of the base what the selection does not list may be
+    missing in `tuned`: the old head.
+    With a selection nothing else may have changed: ConfigurationError otherwise, when names or shapes differ, and for
+    shards (gather them first).
     """
     before, after = _tensors(base, tuned), _tensors(tuned, base)
     names_before, names_after = _names(before), _names(after)
-    missing = [name for name, names in names_before.items() if name == names[0] and name not in after]
+    layers = {} if selection is None else {layer.id: layer for layer in selection.layers}
+    listed = {  # the blueprint may list a name that a checkpoint left out: take the side that has more of them
+        name: listing(max(names_before.get(name, []), names_after.get(name, []), key=len), layers.keys())
+        for name in before | after
+    }
+    whole = {name for name, found in listed.items() if found is not None and layers[found[1]].beside_budget}
+    added = [name for name in _first(names_after) if name not in before and name not in whole]
+    if added:
+        raise ConfigurationError(f"{added[0]} is not in the base, {len(added)} tensors in all. {_LOAD_MODELS}")
+    missing = [name for name in _first(names_before) if name not in after and (selection is None or listed[name])]
     if missing:
         raise ConfigurationError(f"{missing[0]} is not in the tuned weights, {len(missing)} tensors in all: one shard?")
-    layers = set() if selection is None else {layer.id for layer in selection.layers}
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
-    for name, new in after.items():
-        if name != names_after[name][0]:
-            continue
-        old = before.get(name)
-        if old is None or old.shape != new.shape or old.dtype != new.dtype:
-            raise ConfigurationError(f"{name} is not in the base, or has another shape or precision there")
-        changed = (_bits(old) != _bits(new)).nonzero().flatten().cpu()
+    for name in _first(names_after):
+        new = after[name]
+        changed = torch.arange(new.numel()) if name in whole else _changed(name, before[name], new)
         if selection is not None:
-            # The blueprint may list a name that a checkpoint left out: take the side that has more of them.
-            listed = listing(max(names_before[name], names_after[name], key=len), layers)
-            allowed = selection.indices(listed[0] if listed else name, tuple(new.shape))
+            found = listed[name]
+            allowed = selection.indices(name if found is None else found[0], tuple(new.shape))
             outside = np.ones(new.numel(), np.bool_)
             outside[slice(None) if allowed is None else allowed] = False
             if outside[changed.numpy()].any():
-                raise ConfigurationError(f"{name} changed outside the selection: pass selection=None to save it all")
+                raise ConfigurationError(
+                    f"{name} changed outside the selection. {_LOAD_MODELS}; else selection=None saves all that changed"
+                )
         if len(changed):
             contents[f"{name}/indices"] = torch.from_numpy(pack(changed.numpy()).copy())
             contents[f"{name}/values"] = new.flatten().cpu()[changed]
-            digests[name] = digest_of(old)
+            digests[name] = _form(new) if name in whole else digest_of(before[name])
     header = {
         "format": DELTA_FORMAT,
         "blueprint_digest": None if selection is None else selection.blueprint_digest,
@@ -127,6 +138,7 @@ class DeltaStack:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        check_names(self._parameters)
         _check_whole(self._parameters)
         self._applied: dict[str, tuple[Delta, float]] = {}
         self._digests: dict[str, str] = {}  # of the originals of the tensors that are changed now
@@ -144,7 +156,11 @@ class DeltaStack:
         self._check_precision(delta)
         digests = {tensor: self._base_digest(tensor) for tensor in delta.changes if tensor in self._parameters}
         for tensor, change in delta.changes.items():
-            if digests.get(tensor) != change.base:
+            if tensor not in digests:
+                raise ConfigurationError(
+                    f"{name!r} was made for another model: {tensor} is not in this. {_LOAD_MODELS}"
+                )
+            if change.base not in (digests[tensor], _form(self._parameters[tensor])):
                 raise ConfigurationError(f"{name!r} was made for another model: {tensor} is not what it is a change of")
         self._digests |= digests
         self._applied[name] = delta, weight
@@ -219,9 +235,20 @@ def _stacked(base: Tensor, touched: Tensor, changes: list[tuple[Change, float]])
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 of a tensor's shape, precision and bytes."""
     content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
+    digest = hashlib.sha256(_form(content).encode())
     digest.update(content.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
+    """Flat indices of what changed, bit by bit."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        raise ConfigurationError(f"{name} has another shape or precision in the base")
+    return (_bits(old) != _bits(new)).nonzero().flatten().cpu()
 
 
 def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
@@ -231,6 +258,7 @@ def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
     else:
         buffers = dict(other.named_buffers()) if isinstance(other, nn.Module) else {}
         found = {name: tensor for name, tensor in weights.items() if name not in buffers}
+    check_names(found)
     _check_whole(found)
     return found
 
@@ -244,6 +272,11 @@ def _names(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
         found[name] = named.setdefault(memory if tensor.numel() else name, [])
         found[name].append(name)
     return found
+
+
+def _first(names: Mapping[str, list[str]]) -> list[str]:
+    """Each tensor's first name."""
+    return [name for name, found in names.items() if name == found[0]]
 
 
 def _check_whole(tensors: Mapping[str, Tensor]) -> None:

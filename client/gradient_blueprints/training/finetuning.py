@@ -28,11 +28,11 @@ class SelectedAdamW(torch.optim.Optimizer):
     During `backward` a hook reads the chosen entries off each tensor's gradient as soon as it is accumulated and
     frees the rest, so no more than one full gradient of one tensor exists at a time (of a tied one those of its uses
     and their sum); under `torch.compile` those of one graph do, for a graph returns its gradients together, so compile
-    block by block. `parameter.grad` is therefore None after `backward`: `torch.nn.utils.clip_grad_norm_` would silently
-    do nothing. Give `max_norm` instead, which clips by the global norm of the selected gradient, as clipping masked
-    gradients would. Several backward passes before a step add up, and the step uses them up. State is float32 or
-    wider; of weights of lower precision a float32 copy of the chosen is kept, which gives way wherever the weights were
-    changed from outside.
+    block by block (`block.compile()`). `parameter.grad` is therefore None after `backward`:
+    `torch.nn.utils.clip_grad_norm_` would silently do nothing. Give `max_norm` instead, which clips by the global norm
+    of the selected gradient, as clipping masked gradients would. Several backward passes before a step add up, and the
+    step uses them up. State is float32 or wider; of weights of lower precision a float32 copy of the chosen is kept,
+    which gives way wherever the weights were changed from outside.
     One optimizer trains a parameter: a newer one closes the older.
     Not for use with `torch.amp.GradScaler` (its unscaling needs `parameter.grad`); bfloat16 needs no scaler.
 

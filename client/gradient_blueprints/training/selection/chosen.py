@@ -42,6 +42,11 @@ class SelectedLayer:
     def selected(self) -> int:
         return count(self.fraction, self.parameters) if self.trained is None else self.trained
 
+    @property
+    def beside_budget(self) -> bool:
+        """Whether it is a tensor of `also_train`: a budget buys nothing that has no share of the criterion."""
+        return self.fraction == 1 and self.share == 0
+
 
 class Units(NamedTuple):
     """Chosen parts of a tensor seen as (parts, width): single coordinates of width 1, or whole rows."""

@@ -14,7 +14,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import evaluating
 from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.losses import examples_in, on_device_of, with_labels
-from gradient_blueprints.training.selection.listed_tensors import kept_fixed
+from gradient_blueprints.training.selection.listed_tensors import check_names, kept_fixed
 
 Kept = Literal["mean", "square", "factors"]
 _Generators = dict[torch.device, torch.Generator]
@@ -161,6 +161,7 @@ def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> It
     """
     fixed = kept_fixed(model)
     free = {name: parameter for name, parameter in model.named_parameters() if name not in fixed}
+    check_names(free)
     if any(parameter.grad is not None for parameter in free.values()):
         raise ConfigurationError("the model holds gradients: call model.zero_grad() before local statistics are taken")
     frozen = [parameter for parameter in free.values() if not parameter.requires_grad]
