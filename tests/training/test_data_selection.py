@@ -37,6 +37,14 @@ def padded(lengths: tuple[int, ...], seed: int = 0) -> Batch:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def padded_left(batch: Batch) -> Batch:
+    """The same examples with their padding in front."""
+    padding = (batch["attention_mask"] == 0).sum(1).tolist()
+    return {
+        name: torch.stack([row.roll(n) for row, n in zip(value, padding, strict=True)]) for name, value in batch.items()
+    }
+
+
 def one_by_one(model: nn.Module, batch: Batch) -> list[Batch]:
     lengths = batch["attention_mask"].sum(1).tolist()
     return [{"input_ids": batch["input_ids"][i : i + 1, :length]} for i, length in enumerate(lengths)]
@@ -101,6 +109,27 @@ def test_an_example_without_targets_has_no_score_and_shifts_no_other(model: nn.M
         if strategy not in (Loss("middle"), Random()):
             assert scores[[6, 7, 9, 10, 11]] == pytest.approx(scores[[0, 1, 3, 4, 5]], rel=1e-4)
     assert 8 not in select_data(model, [batch, silent], 1.0, Loss())
+
+
+@pytest.mark.parametrize("strategy", [Loss(), ErrorNorm(), GradientNorm()])
+def test_padding_on_the_left_changes_no_score(model: nn.Module, strategy: Strategy) -> None:
+    batch = padded(LENGTHS)
+    assert strategy(model, [padded_left(batch)]) == pytest.approx(strategy(model, [batch]), rel=1e-3)
+
+
+def test_a_target_after_padding_counts_where_labels_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    masked, batch = bert().eval(), padded_left(padded((4, 6)))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert Loss()(masked, [batch]).tolist() == Loss()(masked, [batch | {"labels": labels}]).tolist()
+
+
+def test_given_labels_after_padding_count(model: nn.Module) -> None:
+    batch = padded_left(padded((4, 6)))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        wanted = float(model(**{name: value[:1] for name, value in (batch | {"labels": labels}).items()}).loss)
+    assert Loss()(model, [batch | {"labels": labels}])[0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_losses_and_error_norms_are_those_of_each_example_alone(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ stream, 8 bytes an example. A large gradient may be noise: compare with `Random`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -31,13 +30,11 @@ from gradient_blueprints.training.profiling.losses import (
     IGNORED,
     Batch,
     LossReader,
+    evaluating,
     examples_in,
-    first_labelled,
     on_device_of,
-    slice_examples,
     target_tokens,
     token_losses,
-    with_labels,
 )
 from gradient_blueprints.training.ridge import Ridge, out_of_fold
 
@@ -233,7 +230,7 @@ class Random:
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         reader = LossReader(model)
-        silent = _joined([_without_targets(reader, with_labels(batch, None)) for batch in batches])
+        silent = _joined([_without_targets(reader, reader.with_labels(batch, run=False)) for batch in batches])
         scores = np.random.default_rng(self.seed).random(len(silent))
         scores[silent > 0] = np.nan
         return scores
@@ -245,7 +242,7 @@ def _without_targets(reader: LossReader, batch: Batch) -> Scores:
     if not isinstance(labels, Tensor):
         return np.zeros(examples_in(batch))
     shifted, unshifted = (target_tokens(labels, shift=shift) == 0 for shift in (True, False))
-    silent = shifted if not torch.equal(shifted, unshifted) and _shifts(reader, batch) else unshifted
+    silent = shifted if not torch.equal(shifted, unshifted) and reader.shifts(batch) else unshifted
     return silent.double().cpu().numpy()
 
 
@@ -354,9 +351,9 @@ def _forwards(
     """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
     reader = LossReader(model)
     for given in batches:
-        batch = on_device_of(model, with_labels(given, None))
+        batch = on_device_of(model, reader.with_labels(given))
         with evaluating(model), torch.no_grad():
-            run = _Forward(batch, _shifts(reader, batch))
+            run = _Forward(batch, reader.shifts(batch))
 
             def note(module: nn.Module, inputs: Any, output: Any, run: _Forward = run) -> None:
                 run.hidden = output if isinstance(output, Tensor) else output[0]
@@ -372,28 +369,6 @@ def _forwards(
                 if hook is not None:
                     hook.remove()
         yield run
-
-
-def _shifts(reader: LossReader, batch: Batch) -> bool:
-    """Whether the model shifts its labels by one: read off its own loss of the stream's first example with a label."""
-    labels: Tensor = batch["labels"]
-    if reader.shift is None and bool(labels.ne(IGNORED).any()):
-        first = first_labelled(batch)
-        with evaluating(reader.model), torch.no_grad():
-            reader.run(on_device_of(reader.model, slice_examples(batch, first, first + 1)))
-    return reader.shift_of(labels)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module is in its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.data_selection import Scores, evaluating
+from gradient_blueprints.training.data_selection import Scores
 from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.losses import (
     Batch,
     LossReader,
+    evaluating,
     examples_in,
     on_device_of,
     slice_examples,
-    with_labels,
 )
 
 
@@ -86,7 +86,7 @@ def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, see
     reader = LossReader(model)
     try:
         for given in batches:
-            batch = on_device_of(model, with_labels(given, None))
+            batch = on_device_of(model, reader.with_labels(given))
             for position in range(examples_in(batch)):
                 projected.zero_()
                 with unread(parameters.values()), evaluating(model), torch.enable_grad():
