@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -17,14 +18,16 @@ from gradient_blueprints.training.data_selection import (
     GradientNorm,
     Loss,
     Random,
+    Scores,
     Strategy,
     exact_influences,
     fit_influence,
     keep_top,
     select_data,
 )
+from gradient_blueprints.training.gradient_similarity import GradientSimilarity
 from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
-from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5
+from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5, untied_llama
 
 LENGTHS = (4, 12, 7, 3, 9, 12)
 
@@ -58,6 +61,7 @@ def model() -> nn.Module:
 
 def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
     scores = np.array([5.0, 1.0, np.nan, 4.0, 3.0, 2.0])
+    assert keep_top(np.append(scores, np.inf), 0.3).tolist() == [0, 3]
     assert keep_top(scores, 0.5).tolist() == [0, 3, 4]
     assert keep_top(scores, 1.0).tolist() == [0, 1, 3, 4, 5]
     assert keep_top(scores, 0.34, guard=0.17).tolist() == [3, 4]
@@ -67,6 +71,44 @@ def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
 def test_shares_outside_their_range_are_refused(fraction: float, guard: float) -> None:
     with pytest.raises(ConfigurationError, match="share"):
         keep_top(np.ones(3), fraction, guard=guard)
+
+
+@pytest.mark.parametrize(
+    ("scores", "fraction", "guard"),
+    [(np.arange(9.0), 0.1, 0), (np.full(9, np.nan), 0.5, 0), (np.array([1.0] + [np.nan] * 8), 0.5, 0.2)],
+)
+def test_an_index_that_would_be_empty_is_refused(scores: Scores, fraction: float, guard: float) -> None:
+    with pytest.raises(ConfigurationError, match="keeps none of 9 examples"):
+        keep_top(scores, fraction, guard=guard)
+
+
+@pytest.mark.parametrize("strategy", [Loss(), GradientNorm(), Random(), GradientSimilarity((padded((6,)),))])
+def test_a_stream_that_was_used_up_is_refused(model: nn.Module, strategy: Strategy) -> None:
+    with pytest.raises(ConfigurationError, match="no batch"):
+        select_data(model, iter([]), 0.3, strategy)
+
+
+def test_a_sample_that_was_used_up_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigurationError, match="no batch"):
+        fit_influence(model, iter([]))
+
+
+def test_a_broken_example_has_no_score_and_takes_none_from_its_batch() -> None:
+    torch.manual_seed(0)
+    model, batch = untied_llama().eval(), padded((6,) * 4)
+    batch["input_ids"].clamp_(max=50)
+    whole = exact_influences(model, [batch])
+    with torch.no_grad():
+        model.get_submodule("model.embed_tokens").weight[60] = torch.inf  # type: ignore[index,operator]
+    batch["input_ids"][2, 3] = 60
+    scores = exact_influences(model, [batch])
+    assert np.isnan(scores).tolist() == [False, False, True, False]
+    assert scores[[0, 1, 3]] == pytest.approx(whole[[0, 1, 3]], rel=1e-4)
+
+
+def test_an_unknown_preference_among_losses_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="high, low, middle"):
+        Loss("hard")  # type: ignore[arg-type]
 
 
 def test_the_index_works_with_datasets_and_with_a_data_loader(model: nn.Module) -> None:
@@ -211,6 +253,20 @@ def test_the_gradient_norm_over_several_checkpoints_is_the_mean(model: nn.Module
     other, batch = llama().eval(), padded(LENGTHS)
     mean = (exact_influences(model, [batch]) + exact_influences(other, [batch])) / 2
     assert GradientNorm((other,))(model, iter([batch])) == pytest.approx(mean)
+
+
+def test_several_checkpoints_score_a_stream_batch_by_batch(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    other, events = llama().eval(), []
+    other.register_forward_hook(lambda *call: events.append("scored"))
+
+    def stream() -> Iterator[Batch]:
+        for seed in range(3):
+            events.append("read")
+            yield padded((6,), seed)
+
+    GradientNorm((other,))(model, stream())
+    assert [event for event, _ in groupby(events)] == ["read", "scored"] * 3
 
 
 def test_chance_is_the_same_for_the_same_seed_and_another_for_another(model: nn.Module) -> None:

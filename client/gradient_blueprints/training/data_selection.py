@@ -15,8 +15,9 @@ stream, 8 bytes an example. A large gradient may be noise: compare with `Random`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ from gradient_blueprints.training.profiling.losses import (
     evaluating,
     examples_in,
     on_device_of,
+    slice_examples,
     target_tokens,
     token_losses,
 )
@@ -40,6 +42,7 @@ from gradient_blueprints.training.ridge import Ridge, out_of_fold
 
 Scores = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
+Preference = Literal["high", "low", "middle"]
 
 _FOLDS = 5
 _RESAMPLES = 1_000
@@ -47,7 +50,7 @@ _FEWEST = 20
 
 
 class Strategy(Protocol):
-    """Scores of examples, (examples,), in their order; NaN for an example without a target, which is never kept."""
+    """Scores of examples, (examples,), in their order; NaN without a target. What is not finite is never kept."""
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores: ...
 
@@ -67,13 +70,21 @@ def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
 
     >>> keep_top(np.array([0.1, 9.0, 0.3, np.nan, 0.2]), 0.4, guard=0.2)
     array([2, 4])
+
+    Raises ConfigurationError when nothing would be kept.
     """
     if not 0 < fraction <= 1 or not 0 <= guard < 1:
         raise ConfigurationError(f"fraction = {fraction} is a share in (0, 1], guard = {guard} one in [0, 1)")
-    known = np.flatnonzero(~np.isnan(scores))
+    known = np.flatnonzero(np.isfinite(scores))
     best = known[np.argsort(-scores[known], kind="stable")]
     start = int(guard * len(scores) + 1e-9)
-    return np.sort(best[start : start + int(fraction * len(scores) + 1e-9)])
+    kept = best[start : start + int(fraction * len(scores) + 1e-9)]
+    if not len(kept):
+        raise ConfigurationError(
+            f"fraction = {fraction} after guard = {guard} keeps none of {len(scores)} examples, "
+            f"{len(known)} with a finite score: raise the fraction, lower the guard, or give more examples with targets"
+        )
+    return np.sort(kept)
 
 
 # --- exact influences
@@ -83,23 +94,33 @@ def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_norma
     """J(z) = ||∇L(z)|| over the whole model (eq. 27), L the mean loss of z's target tokens; (examples,).
 
     One forward and backward pass per batch. The gradient of a mean over t tokens whose gradients are mostly noise
-    shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead.
+    shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead. NaN for an example without a
+    target, and for one whose loss or gradient is not finite: its batch is then measured again, one by one.
     """
-    found: list[Scores] = []
+    with _influences(model, length_normalised) as measure:
+        return _joined([measure(batch) for batch in batches])
+
+
+@contextmanager
+def _influences(model: nn.Module, length_normalised: bool) -> Iterator[Callable[[Batch], Scores]]:
+    """What gives J of a batch's examples; nothing is kept of it."""
     with evaluating(model), GradientProfiler(model, groups="block", statistics="examples") as profiler:
-        for number, batch in enumerate(batches):
-            scores = np.full(examples_in(batch), np.nan)
-            profiler.step(batch, key=number)
+
+        def measure(batch: Batch) -> Scores:
+            examples = examples_in(batch)
+            scores = np.full(examples, np.nan)
+            profiler.step(batch, key=0)
             domain = profiler.domain()
-            counted = domain.counted(number)
-            domain.silent.pop(number, None)  # what is not kept of the stream
-            record = domain.records.pop(number, None)
+            counted, silent = domain.counted(0), domain.silent.pop(0, None)
+            record, skipped = domain.records.pop(0, None), domain.skipped.pop(0, None)
             if record is not None:
-                scores[counted] = np.sqrt(record.example_squares.sum(0)) * (
-                    np.sqrt(record.tokens) if length_normalised else 1.0
-                )
-            found.append(scores)
-    return _joined(found)
+                weights = np.sqrt(record.tokens) if length_normalised else 1.0
+                scores[counted] = np.sqrt(record.example_squares.sum(0)) * weights
+            elif skipped and silent is None and examples > 1:  # not finite, which may be one example's fault
+                return _joined([measure(slice_examples(batch, i, i + 1)) for i in range(examples)])
+            return scores
+
+        yield measure
 
 
 # --- Algorithm 2
@@ -166,7 +187,7 @@ def fit_influence(
     standard deviations, so that no outlier bends the fit or is carried to the top by it.
     The paper's own J is `length_normalised=False`.
 
-    Raises ConfigurationError for fewer than 20 examples with a gradient.
+    Raises ConfigurationError for fewer than 20 examples with a gradient, and for no batch at all.
     """
     sample = list(sample)  # it is run through twice, in the same order
     influences = exact_influences(model, sample, length_normalised=length_normalised)
@@ -250,7 +271,11 @@ def _without_targets(reader: LossReader, batch: Batch) -> Scores:
 class Loss:
     """Mean loss per target token, one forward pass; `prefer` what is hard, easy, or nearest to the median."""
 
-    prefer: Literal["high", "low", "middle"] = "high"
+    prefer: Preference = "high"
+
+    def __post_init__(self) -> None:
+        if self.prefer not in get_args(Preference):
+            raise ConfigurationError(f"prefer is one of {', '.join(get_args(Preference))}, not {self.prefer!r}")
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         losses = _per_example(model, batches, _loss)
@@ -278,11 +303,9 @@ class GradientNorm:
     length_normalised: bool = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
-        stream = list(batches) if self.others else batches
-        found = [
-            exact_influences(one, stream, length_normalised=self.length_normalised) for one in (model, *self.others)
-        ]
-        return np.asarray(np.mean(found, axis=0))
+        with ExitStack() as stack:
+            measures = [stack.enter_context(_influences(one, self.length_normalised)) for one in (model, *self.others)]
+            return _joined([np.mean([measure(batch) for measure in measures], axis=0) for batch in batches])
 
 
 def _loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
@@ -372,4 +395,6 @@ def _forwards(
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
-    return np.concatenate(parts) if parts else np.empty(0)
+    if not parts:
+        raise ConfigurationError("there is no batch to score: was the iterator used up before?")
+    return np.concatenate(parts)

@@ -51,6 +51,8 @@ class GradientSimilarity:
             float(torch.cosine_similarity(gradient, direction, dim=0)) if bool(gradient.norm() > 0) else np.nan
             for gradient in _projections(model, batches, self.dimension, self.seed)
         ]
+        if not found:
+            raise ConfigurationError("there is no batch to score: was the iterator used up before?")
         return np.array(found, np.float64)
 
 
