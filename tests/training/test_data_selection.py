@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -99,7 +101,7 @@ def test_a_broken_example_has_no_score_and_takes_none_from_its_batch() -> None:
     batch["input_ids"].clamp_(max=50)
     whole = exact_influences(model, [batch])
     with torch.no_grad():
-        model.get_submodule("model.embed_tokens").weight[60] = torch.inf  # type: ignore[index,operator]
+        model.get_submodule("model.embed_tokens").weight[60] = torch.inf  # type: ignore[operator]
     batch["input_ids"][2, 3] = 60
     scores = exact_influences(model, [batch])
     assert np.isnan(scores).tolist() == [False, False, True, False]
@@ -238,6 +240,58 @@ def test_a_silent_start_of_the_stream_does_not_change_how_labels_are_read(strate
     scores = strategy(masked, [nothing, batch | {"labels": labels}])
     assert np.flatnonzero(np.isnan(scores)).tolist() == [0, 1, 2, 3, 4]
     assert scores[5:] == pytest.approx(strategy(masked, [batch])[1:], rel=1e-4)
+
+
+def bert_for(kind: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.BertConfig(vocab_size=VOCABULARY, initializer_range=0.2, pad_token_id=0, **sizes, **changes)
+    model: nn.Module = getattr(hf, f"BertFor{kind}")(config)
+    return model.eval()
+
+
+def several_labels() -> tuple[nn.Module, Batch]:
+    model = bert_for("SequenceClassification", num_labels=3, problem_type="multi_label_classification")
+    return model, padded((6,) * 4) | {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0]])}
+
+
+def regression() -> tuple[nn.Module, Batch]:
+    return bert_for("SequenceClassification", num_labels=1), padded((6,) * 4) | {"labels": torch.randn(4)}
+
+
+def question_answering() -> tuple[nn.Module, Batch]:
+    places = torch.tensor([1, 2, 3, 4])
+    return bert_for("QuestionAnswering"), padded((6,) * 4) | {"start_positions": places, "end_positions": places}
+
+
+@pytest.mark.parametrize("task", [several_labels, regression, question_answering])
+def test_a_model_with_another_loss_is_refused_with_the_way_out(task: Callable[[], tuple[nn.Module, Batch]]) -> None:
+    model, batch = task()
+    for strategy in (Loss(), GradientNorm(), GradientSimilarity((batch,))):
+        with pytest.raises(ConfigurationError, match="pass loss="):
+            strategy(model, [batch])
+
+
+def test_gradients_are_of_the_loss_that_is_given() -> None:
+    def loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs.logits, batch["labels"], reduction="none").mean(1)
+
+    model, batch = several_labels()
+    wanted = []
+    for i in range(4):
+        model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
+        wanted.append(float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()))
+        model.zero_grad()
+    assert GradientNorm(loss=loss)(model, [batch]) == pytest.approx(wanted, rel=1e-4)
+    second = {name: value[1:2] for name, value in batch.items()}
+    assert GradientSimilarity((second,), loss=loss)(model, [batch]).argmax() == 1
+
+
+@pytest.mark.parametrize("strategy", [Loss(), GradientNorm()])
+def test_batches_of_lists_are_refused_with_the_way_out(model: nn.Module, strategy: Strategy) -> None:
+    rows = Dataset.from_dict({"input_ids": padded((6,) * 4)["input_ids"].tolist()})
+    with pytest.raises(ConfigurationError, match="with_format"):
+        strategy(model, DataLoader(rows, batch_size=2))
 
 
 def test_chance_asks_an_example_with_a_label_how_labels_are_read() -> None:

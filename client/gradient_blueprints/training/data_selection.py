@@ -30,6 +30,7 @@ from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.profiling.losses import (
     IGNORED,
     Batch,
+    LossFunction,
     LossReader,
     evaluating,
     examples_in,
@@ -90,21 +91,30 @@ def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
 # --- exact influences
 
 
-def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_normalised: bool = False) -> Scores:
+def exact_influences(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    length_normalised: bool = False,
+    loss: LossFunction | None = None,
+) -> Scores:
     """J(z) = ||∇L(z)|| over the whole model (eq. 27), L the mean loss of z's target tokens; (examples,).
 
     One forward and backward pass per batch. The gradient of a mean over t tokens whose gradients are mostly noise
     shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead. NaN for an example without a
     target, and for one whose loss or gradient is not finite: its batch is then measured again, one by one.
+    `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     """
-    with _influences(model, length_normalised) as measure:
+    with _influences(model, length_normalised, loss) as measure:
         return _joined([measure(batch) for batch in batches])
 
 
 @contextmanager
-def _influences(model: nn.Module, length_normalised: bool) -> Iterator[Callable[[Batch], Scores]]:
+def _influences(
+    model: nn.Module, length_normalised: bool, loss: LossFunction | None
+) -> Iterator[Callable[[Batch], Scores]]:
     """What gives J of a batch's examples; nothing is kept of it."""
-    with evaluating(model), GradientProfiler(model, groups="block", statistics="examples") as profiler:
+    with evaluating(model), GradientProfiler(model, groups="block", statistics="examples", loss=loss) as profiler:
 
         def measure(batch: Batch) -> Scores:
             examples = examples_in(batch)
@@ -297,14 +307,19 @@ class GradientNorm:
     """GraNd (Paul et al. 2021) at the model as it is: the exact J of every example, not a prediction of it.
 
     GraNd proper averages J over several networks early in training; `others` are such further checkpoints.
+    `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     """
 
     others: tuple[nn.Module, ...] = ()
     length_normalised: bool = False
+    loss: LossFunction | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         with ExitStack() as stack:
-            measures = [stack.enter_context(_influences(one, self.length_normalised)) for one in (model, *self.others)]
+            measures = [
+                stack.enter_context(_influences(one, self.length_normalised, self.loss))
+                for one in (model, *self.others)
+            ]
             return _joined([np.mean([measure(batch) for measure in measures], axis=0) for batch in batches])
 
 

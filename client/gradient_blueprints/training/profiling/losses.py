@@ -20,6 +20,12 @@ Batch = Mapping[str, Any]
 LossFunction = Callable[[Any, Batch], Tensor]
 """Per-example losses (examples,) from the model's output and the batch."""
 
+_GIVE_TENSORS = 'of a data set of `datasets` take .with_format("torch")'
+_GIVE_LOSS = (
+    "pass loss=function(outputs, batch) that returns one loss per example to GradientProfiler, exact_influences, "
+    "GradientNorm or GradientSimilarity; nothing else reads another loss."
+)
+
 
 @dataclass(slots=True)
 class Losses:
@@ -38,7 +44,7 @@ def examples_in(batch: Batch) -> int:
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
     raise ConfigurationError(
-        "The batch holds no tensor; give a dict with input_ids, and attention_mask and labels if any."
+        f"The batch holds no tensor; give a dict with input_ids, and attention_mask and labels if any; {_GIVE_TENSORS}."
     )
 
 
@@ -83,6 +89,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ConfigurationError(
+            f"The batch has no tensor of labels, nor of input_ids to take their place; {_GIVE_TENSORS}."
+        )
+    return labels
 
 
 def _padding(batch: Batch, pad_token_id: int | None) -> Tensor:
@@ -135,11 +150,13 @@ class LossReader:
             if isinstance(labels, Tensor) and labels.dim() > 1:
                 return Losses(values, labels.ne(IGNORED).flatten(1).sum(1).clamp_min(1))
             return Losses(values, torch.ones_like(values, dtype=torch.long))
-        labels = batch["labels"]
+        labels = _labels(batch)
         if self.shift is None or self.seq2seq:
             inputs["labels"] = labels
         outputs = self.model(**inputs)
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+            raise ConfigurationError(f"The model's labels are not one class for each row of its logits; {_GIVE_LOSS}")
         if self.shift is None and bool((labels != IGNORED).any()):
             reported = getattr(outputs, "loss", None)
             self.shift = self._find_shift(logits, labels, None if reported is None else float(reported.detach()))
@@ -147,7 +164,7 @@ class LossReader:
 
     def shifts(self, batch: Batch) -> bool:
         """Whether labels are shifted: while no run has told, the first example with a label is run."""
-        labels: Tensor = batch["labels"]
+        labels = _labels(batch)
         if self.shift is None and bool(labels.ne(IGNORED).any()):
             first = first_labelled(batch)
             with evaluating(self.model), torch.no_grad():
@@ -181,8 +198,7 @@ class LossReader:
         shift = min(found, key=lambda key: found[key])
         if found[shift] > 1e-2 * (1 + abs(reported)):
             raise ConfigurationError(
-                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; "
-                "pass loss=function(outputs, batch) that returns one loss per example."
+                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; {_GIVE_LOSS}"
             )
         return shift
 
