@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -17,14 +20,16 @@ from gradient_blueprints.training.data_selection import (
     GradientNorm,
     Loss,
     Random,
+    Scores,
     Strategy,
     exact_influences,
     fit_influence,
     keep_top,
     select_data,
 )
+from gradient_blueprints.training.gradient_similarity import GradientSimilarity
 from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
-from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5
+from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5, untied_llama
 
 LENGTHS = (4, 12, 7, 3, 9, 12)
 
@@ -35,6 +40,14 @@ def padded(lengths: tuple[int, ...], seed: int = 0) -> Batch:
     ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def padded_left(batch: Batch) -> Batch:
+    """The same examples with their padding in front."""
+    padding = (batch["attention_mask"] == 0).sum(1).tolist()
+    return {
+        name: torch.stack([row.roll(n) for row, n in zip(value, padding, strict=True)]) for name, value in batch.items()
+    }
 
 
 def one_by_one(model: nn.Module, batch: Batch) -> list[Batch]:
@@ -50,6 +63,7 @@ def model() -> nn.Module:
 
 def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
     scores = np.array([5.0, 1.0, np.nan, 4.0, 3.0, 2.0])
+    assert keep_top(np.append(scores, np.inf), 0.3).tolist() == [0, 3]
     assert keep_top(scores, 0.5).tolist() == [0, 3, 4]
     assert keep_top(scores, 1.0).tolist() == [0, 1, 3, 4, 5]
     assert keep_top(scores, 0.34, guard=0.17).tolist() == [3, 4]
@@ -59,6 +73,44 @@ def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
 def test_shares_outside_their_range_are_refused(fraction: float, guard: float) -> None:
     with pytest.raises(ConfigurationError, match="share"):
         keep_top(np.ones(3), fraction, guard=guard)
+
+
+@pytest.mark.parametrize(
+    ("scores", "fraction", "guard"),
+    [(np.arange(9.0), 0.1, 0), (np.full(9, np.nan), 0.5, 0), (np.array([1.0] + [np.nan] * 8), 0.5, 0.2)],
+)
+def test_an_index_that_would_be_empty_is_refused(scores: Scores, fraction: float, guard: float) -> None:
+    with pytest.raises(ConfigurationError, match="keeps none of 9 examples"):
+        keep_top(scores, fraction, guard=guard)
+
+
+@pytest.mark.parametrize("strategy", [Loss(), GradientNorm(), Random(), GradientSimilarity((padded((6,)),))])
+def test_a_stream_that_was_used_up_is_refused(model: nn.Module, strategy: Strategy) -> None:
+    with pytest.raises(ConfigurationError, match="no batch"):
+        select_data(model, iter([]), 0.3, strategy)
+
+
+def test_a_sample_that_was_used_up_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigurationError, match="no batch"):
+        fit_influence(model, iter([]))
+
+
+def test_a_broken_example_has_no_score_and_takes_none_from_its_batch() -> None:
+    torch.manual_seed(0)
+    model, batch = untied_llama().eval(), padded((6,) * 4)
+    batch["input_ids"].clamp_(max=50)
+    whole = exact_influences(model, [batch])
+    with torch.no_grad():
+        model.get_submodule("model.embed_tokens").weight[60] = torch.inf  # type: ignore[operator]
+    batch["input_ids"][2, 3] = 60
+    scores = exact_influences(model, [batch])
+    assert np.isnan(scores).tolist() == [False, False, True, False]
+    assert scores[[0, 1, 3]] == pytest.approx(whole[[0, 1, 3]], rel=1e-4)
+
+
+def test_an_unknown_preference_among_losses_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="high, low, middle"):
+        Loss("hard")  # type: ignore[arg-type]
 
 
 def test_the_index_works_with_datasets_and_with_a_data_loader(model: nn.Module) -> None:
@@ -101,6 +153,27 @@ def test_an_example_without_targets_has_no_score_and_shifts_no_other(model: nn.M
         if strategy not in (Loss("middle"), Random()):
             assert scores[[6, 7, 9, 10, 11]] == pytest.approx(scores[[0, 1, 3, 4, 5]], rel=1e-4)
     assert 8 not in select_data(model, [batch, silent], 1.0, Loss())
+
+
+@pytest.mark.parametrize("strategy", [Loss(), ErrorNorm(), GradientNorm()])
+def test_padding_on_the_left_changes_no_score(model: nn.Module, strategy: Strategy) -> None:
+    batch = padded(LENGTHS)
+    assert strategy(model, [padded_left(batch)]) == pytest.approx(strategy(model, [batch]), rel=1e-3)
+
+
+def test_a_target_after_padding_counts_where_labels_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    masked, batch = bert().eval(), padded_left(padded((4, 6)))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert Loss()(masked, [batch]).tolist() == Loss()(masked, [batch | {"labels": labels}]).tolist()
+
+
+def test_given_labels_after_padding_count(model: nn.Module) -> None:
+    batch = padded_left(padded((4, 6)))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        wanted = float(model(**{name: value[:1] for name, value in (batch | {"labels": labels}).items()}).loss)
+    assert Loss()(model, [batch | {"labels": labels}])[0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_losses_and_error_norms_are_those_of_each_example_alone(model: nn.Module) -> None:
@@ -169,6 +242,58 @@ def test_a_silent_start_of_the_stream_does_not_change_how_labels_are_read(strate
     assert scores[5:] == pytest.approx(strategy(masked, [batch])[1:], rel=1e-4)
 
 
+def bert_for(kind: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.BertConfig(vocab_size=VOCABULARY, initializer_range=0.2, pad_token_id=0, **sizes, **changes)
+    model: nn.Module = getattr(hf, f"BertFor{kind}")(config)
+    return model.eval()
+
+
+def several_labels() -> tuple[nn.Module, Batch]:
+    model = bert_for("SequenceClassification", num_labels=3, problem_type="multi_label_classification")
+    return model, padded((6,) * 4) | {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0]])}
+
+
+def regression() -> tuple[nn.Module, Batch]:
+    return bert_for("SequenceClassification", num_labels=1), padded((6,) * 4) | {"labels": torch.randn(4)}
+
+
+def question_answering() -> tuple[nn.Module, Batch]:
+    places = torch.tensor([1, 2, 3, 4])
+    return bert_for("QuestionAnswering"), padded((6,) * 4) | {"start_positions": places, "end_positions": places}
+
+
+@pytest.mark.parametrize("task", [several_labels, regression, question_answering])
+def test_a_model_with_another_loss_is_refused_with_the_way_out(task: Callable[[], tuple[nn.Module, Batch]]) -> None:
+    model, batch = task()
+    for strategy in (Loss(), GradientNorm(), GradientSimilarity((batch,))):
+        with pytest.raises(ConfigurationError, match="pass loss="):
+            strategy(model, [batch])
+
+
+def test_gradients_are_of_the_loss_that_is_given() -> None:
+    def loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs.logits, batch["labels"], reduction="none").mean(1)
+
+    model, batch = several_labels()
+    wanted = []
+    for i in range(4):
+        model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
+        wanted.append(float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()))
+        model.zero_grad()
+    assert GradientNorm(loss=loss)(model, [batch]) == pytest.approx(wanted, rel=1e-4)
+    second = {name: value[1:2] for name, value in batch.items()}
+    assert GradientSimilarity((second,), loss=loss)(model, [batch]).argmax() == 1
+
+
+@pytest.mark.parametrize("strategy", [Loss(), GradientNorm()])
+def test_batches_of_lists_are_refused_with_the_way_out(model: nn.Module, strategy: Strategy) -> None:
+    rows = Dataset.from_dict({"input_ids": padded((6,) * 4)["input_ids"].tolist()})
+    with pytest.raises(ConfigurationError, match="with_format"):
+        strategy(model, DataLoader(rows, batch_size=2))
+
+
 def test_chance_asks_an_example_with_a_label_how_labels_are_read() -> None:
     labels = torch.full((3, 6), -100)
     labels[1, 0] = labels[2, 3] = 1
@@ -182,6 +307,20 @@ def test_the_gradient_norm_over_several_checkpoints_is_the_mean(model: nn.Module
     other, batch = llama().eval(), padded(LENGTHS)
     mean = (exact_influences(model, [batch]) + exact_influences(other, [batch])) / 2
     assert GradientNorm((other,))(model, iter([batch])) == pytest.approx(mean)
+
+
+def test_several_checkpoints_score_a_stream_batch_by_batch(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    other, events = llama().eval(), []
+    other.register_forward_hook(lambda *call: events.append("scored"))
+
+    def stream() -> Iterator[Batch]:
+        for seed in range(3):
+            events.append("read")
+            yield padded((6,), seed)
+
+    GradientNorm((other,))(model, stream())
+    assert [event for event, _ in groupby(events)] == ["read", "scored"] * 3
 
 
 def test_chance_is_the_same_for_the_same_seed_and_another_for_another(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from gradient_blueprints.training.selection import (
     select,
 )
 from gradient_blueprints.training.selection.budgets import saved_bytes
+from tests.training.profiling.small_models import build
 
 
 class Scorer(nn.Module):
@@ -61,6 +62,14 @@ def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding()
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(model.parameters()))
     for gradient, (name, _) in zip(expected, model.named_parameters(), strict=True):
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_padding_on_the_left_changes_no_mean_gradient() -> None:
+    model, row = build("llama"), torch.tensor([[5, 7, 11, 13, 17]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), row], 1)
+    found = mean_gradients(model, [{"input_ids": padded, "attention_mask": (padded > 0).long()}])
+    for name, gradient in mean_gradients(model, [{"input_ids": row}]).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def batches_of(count: int, examples: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -15,9 +15,9 @@ stream, 8 bytes an example. A large gradient may be noise: compare with `Random`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +30,20 @@ from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.profiling.losses import (
     IGNORED,
     Batch,
+    LossFunction,
     LossReader,
+    evaluating,
     examples_in,
-    first_labelled,
     on_device_of,
     slice_examples,
     target_tokens,
     token_losses,
-    with_labels,
 )
 from gradient_blueprints.training.ridge import Ridge, out_of_fold
 
 Scores = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
+Preference = Literal["high", "low", "middle"]
 
 _FOLDS = 5
 _RESAMPLES = 1_000
@@ -50,7 +51,7 @@ _FEWEST = 20
 
 
 class Strategy(Protocol):
-    """Scores of examples, (examples,), in their order; NaN for an example without a target, which is never kept."""
+    """Scores of examples, (examples,), in their order; NaN without a target. What is not finite is never kept."""
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores: ...
 
@@ -70,39 +71,66 @@ def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
 
     >>> keep_top(np.array([0.1, 9.0, 0.3, np.nan, 0.2]), 0.4, guard=0.2)
     array([2, 4])
+
+    Raises ConfigurationError when nothing would be kept.
     """
     if not 0 < fraction <= 1 or not 0 <= guard < 1:
         raise ConfigurationError(f"fraction = {fraction} is a share in (0, 1], guard = {guard} one in [0, 1)")
-    known = np.flatnonzero(~np.isnan(scores))
+    known = np.flatnonzero(np.isfinite(scores))
     best = known[np.argsort(-scores[known], kind="stable")]
     start = int(guard * len(scores) + 1e-9)
-    return np.sort(best[start : start + int(fraction * len(scores) + 1e-9)])
+    kept = best[start : start + int(fraction * len(scores) + 1e-9)]
+    if not len(kept):
+        raise ConfigurationError(
+            f"fraction = {fraction} after guard = {guard} keeps none of {len(scores)} examples, "
+            f"{len(known)} with a finite score: raise the fraction, lower the guard, or give more examples with targets"
+        )
+    return np.sort(kept)
 
 
 # --- exact influences
 
 
-def exact_influences(model: nn.Module, batches: Iterable[Batch], *, length_normalised: bool = False) -> Scores:
+def exact_influences(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    length_normalised: bool = False,
+    loss: LossFunction | None = None,
+) -> Scores:
     """J(z) = ||∇L(z)|| over the whole model (eq. 27), L the mean loss of z's target tokens; (examples,).
 
     One forward and backward pass per batch. The gradient of a mean over t tokens whose gradients are mostly noise
-    shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead.
+    shrinks as 1/√t, so J favours short examples; `length_normalised` gives J·√t instead. NaN for an example without a
+    target, and for one whose loss or gradient is not finite: its batch is then measured again, one by one.
+    `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     """
-    found: list[Scores] = []
-    with evaluating(model), GradientProfiler(model, groups="block", statistics="examples") as profiler:
-        for number, batch in enumerate(batches):
-            scores = np.full(examples_in(batch), np.nan)
-            profiler.step(batch, key=number)
+    with _influences(model, length_normalised, loss) as measure:
+        return _joined([measure(batch) for batch in batches])
+
+
+@contextmanager
+def _influences(
+    model: nn.Module, length_normalised: bool, loss: LossFunction | None
+) -> Iterator[Callable[[Batch], Scores]]:
+    """What gives J of a batch's examples; nothing is kept of it."""
+    with evaluating(model), GradientProfiler(model, groups="block", statistics="examples", loss=loss) as profiler:
+
+        def measure(batch: Batch) -> Scores:
+            examples = examples_in(batch)
+            scores = np.full(examples, np.nan)
+            profiler.step(batch, key=0)
             domain = profiler.domain()
-            counted = domain.counted(number)
-            domain.silent.pop(number, None)  # what is not kept of the stream
-            record = domain.records.pop(number, None)
+            counted, silent = domain.counted(0), domain.silent.pop(0, None)
+            record, skipped = domain.records.pop(0, None), domain.skipped.pop(0, None)
             if record is not None:
-                scores[counted] = np.sqrt(record.example_squares.sum(0)) * (
-                    np.sqrt(record.tokens) if length_normalised else 1.0
-                )
-            found.append(scores)
-    return _joined(found)
+                weights = np.sqrt(record.tokens) if length_normalised else 1.0
+                scores[counted] = np.sqrt(record.example_squares.sum(0)) * weights
+            elif skipped and silent is None and examples > 1:  # not finite, which may be one example's fault
+                return _joined([measure(slice_examples(batch, i, i + 1)) for i in range(examples)])
+            return scores
+
+        yield measure
 
 
 # --- Algorithm 2
@@ -169,7 +197,7 @@ def fit_influence(
     standard deviations, so that no outlier bends the fit or is carried to the top by it.
     The paper's own J is `length_normalised=False`.
 
-    Raises ConfigurationError for fewer than 20 examples with a gradient.
+    Raises ConfigurationError for fewer than 20 examples with a gradient, and for no batch at all.
     """
     sample = list(sample)  # it is run through twice, in the same order
     influences = exact_influences(model, sample, length_normalised=length_normalised)
@@ -233,7 +261,7 @@ class Random:
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         reader = LossReader(model)
-        silent = _joined([_without_targets(reader, with_labels(batch, None)) for batch in batches])
+        silent = _joined([_without_targets(reader, reader.with_labels(batch, run=False)) for batch in batches])
         scores = np.random.default_rng(self.seed).random(len(silent))
         scores[silent > 0] = np.nan
         return scores
@@ -245,7 +273,7 @@ def _without_targets(reader: LossReader, batch: Batch) -> Scores:
     if not isinstance(labels, Tensor):
         return np.zeros(examples_in(batch))
     shifted, unshifted = (target_tokens(labels, shift=shift) == 0 for shift in (True, False))
-    silent = shifted if not torch.equal(shifted, unshifted) and _shifts(reader, batch) else unshifted
+    silent = shifted if not torch.equal(shifted, unshifted) and reader.shifts(batch) else unshifted
     return silent.double().cpu().numpy()
 
 
@@ -253,7 +281,11 @@ def _without_targets(reader: LossReader, batch: Batch) -> Scores:
 class Loss:
     """Mean loss per target token, one forward pass; `prefer` what is hard, easy, or nearest to the median."""
 
-    prefer: Literal["high", "low", "middle"] = "high"
+    prefer: Preference = "high"
+
+    def __post_init__(self) -> None:
+        if self.prefer not in get_args(Preference):
+            raise ConfigurationError(f"prefer is one of {', '.join(get_args(Preference))}, not {self.prefer!r}")
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         losses = _per_example(model, batches, _loss)
@@ -275,17 +307,20 @@ class GradientNorm:
     """GraNd (Paul et al. 2021) at the model as it is: the exact J of every example, not a prediction of it.
 
     GraNd proper averages J over several networks early in training; `others` are such further checkpoints.
+    `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     """
 
     others: tuple[nn.Module, ...] = ()
     length_normalised: bool = False
+    loss: LossFunction | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
-        stream = list(batches) if self.others else batches
-        found = [
-            exact_influences(one, stream, length_normalised=self.length_normalised) for one in (model, *self.others)
-        ]
-        return np.asarray(np.mean(found, axis=0))
+        with ExitStack() as stack:
+            measures = [
+                stack.enter_context(_influences(one, self.length_normalised, self.loss))
+                for one in (model, *self.others)
+            ]
+            return _joined([np.mean([measure(batch) for measure in measures], axis=0) for batch in batches])
 
 
 def _loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
@@ -354,9 +389,9 @@ def _forwards(
     """Run every batch; `block`: note its hidden states, and go no further if `stop`."""
     reader = LossReader(model)
     for given in batches:
-        batch = on_device_of(model, with_labels(given, None))
+        batch = on_device_of(model, reader.with_labels(given))
         with evaluating(model), torch.no_grad():
-            run = _Forward(batch, _shifts(reader, batch))
+            run = _Forward(batch, reader.shifts(batch))
 
             def note(module: nn.Module, inputs: Any, output: Any, run: _Forward = run) -> None:
                 run.hidden = output if isinstance(output, Tensor) else output[0]
@@ -374,27 +409,7 @@ def _forwards(
         yield run
 
 
-def _shifts(reader: LossReader, batch: Batch) -> bool:
-    """Whether the model shifts its labels by one: read off its own loss of the stream's first example with a label."""
-    labels: Tensor = batch["labels"]
-    if reader.shift is None and bool(labels.ne(IGNORED).any()):
-        first = first_labelled(batch)
-        with evaluating(reader.model), torch.no_grad():
-            reader.run(on_device_of(reader.model, slice_examples(batch, first, first + 1)))
-    return reader.shift_of(labels)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module is in its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _joined(parts: Sequence[Scores]) -> Scores:
-    return np.concatenate(parts) if parts else np.empty(0)
+    if not parts:
+        raise ConfigurationError("there is no batch to score: was the iterator used up before?")
+    return np.concatenate(parts)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.data_selection import Scores, evaluating
+from gradient_blueprints.training.data_selection import Scores
 from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.losses import (
     Batch,
+    LossFunction,
     LossReader,
+    evaluating,
     examples_in,
     on_device_of,
     slice_examples,
-    with_labels,
 )
 
 
@@ -35,26 +36,36 @@ class GradientSimilarity:
 
     `target`: batches of the domain to get better at, a few dozen examples. Unit gradients, since otherwise a few loud
     target examples decide, and the cosine, since otherwise short loud examples win.
+    `loss(outputs, batch)`: per-example losses of a model whose loss is not a mean cross-entropy.
     """
 
     target: tuple[Batch, ...]
     dimension: int = 4096
     seed: int = 0
+    loss: LossFunction | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
-        wanted = projected_gradients(model, self.target, self.dimension, self.seed)
+        wanted = projected_gradients(model, self.target, self.dimension, self.seed, self.loss)
         wanted = wanted[wanted.isfinite().all(1)]
         direction = torch.nn.functional.normalize(wanted).mean(0)
         if not bool(direction.norm() > 0):
             raise ConfigurationError("The target has no example with a gradient.")
         found = [
             float(torch.cosine_similarity(gradient, direction, dim=0)) if bool(gradient.norm() > 0) else np.nan
-            for gradient in _projections(model, batches, self.dimension, self.seed)
+            for gradient in _projections(model, batches, self.dimension, self.seed, self.loss)
         ]
+        if not found:
+            raise ConfigurationError("there is no batch to score: was the iterator used up before?")
         return np.array(found, np.float64)
 
 
-def projected_gradients(model: nn.Module, batches: Iterable[Batch], dimension: int = 4096, seed: int = 0) -> Tensor:
+def projected_gradients(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dimension: int = 4096,
+    seed: int = 0,
+    loss: LossFunction | None = None,
+) -> Tensor:
     """Every example's whole-model gradient, folded to `dimension` numbers, float32 (examples, dimension).
 
     Coordinate i goes with a random sign to a random bucket (count sketch, Charikar et al. 2002). Inner products are
@@ -62,11 +73,13 @@ def projected_gradients(model: nn.Module, batches: Iterable[Batch], dimension: i
     projection at one addition a coordinate. The same model, dimension and seed give the same projection; 5 bytes a
     parameter are held for it. NaN for an example without a target.
     """
-    rows = list(_projections(model, batches, dimension, seed))
+    rows = list(_projections(model, batches, dimension, seed, loss))
     return torch.stack(rows) if rows else torch.empty(0, dimension)
 
 
-def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, seed: int) -> Iterator[Tensor]:
+def _projections(
+    model: nn.Module, batches: Iterable[Batch], dimension: int, seed: int, loss: LossFunction | None
+) -> Iterator[Tensor]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if any(parameter.grad is not None for parameter in parameters.values()):
         raise ConfigurationError("The model holds gradients: call model.zero_grad() first.")
@@ -83,10 +96,10 @@ def _projections(model: nn.Module, batches: Iterable[Batch], dimension: int, see
         parameter.register_post_accumulate_grad_hook(lambda tensor, name=name: take(name, tensor))  # type: ignore[no-untyped-call]  # torch has no types
         for name, parameter in parameters.items()
     ]
-    reader = LossReader(model)
+    reader = LossReader(model, loss)
     try:
         for given in batches:
-            batch = on_device_of(model, with_labels(given, None))
+            batch = on_device_of(model, reader.with_labels(given))
             for position in range(examples_in(batch)):
                 projected.zero_()
                 with unread(parameters.values()), evaluating(model), torch.enable_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,12 @@ IGNORED = -100
 Batch = Mapping[str, Any]
 LossFunction = Callable[[Any, Batch], Tensor]
 """Per-example losses (examples,) from the model's output and the batch."""
+
+_GIVE_TENSORS = 'of a data set of `datasets` take .with_format("torch")'
+_GIVE_LOSS = (
+    "pass loss=function(outputs, batch) that returns one loss per example to GradientProfiler, exact_influences, "
+    "GradientNorm or GradientSimilarity; nothing else reads another loss."
+)
 
 
 @dataclass(slots=True)
@@ -37,7 +44,7 @@ def examples_in(batch: Batch) -> int:
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
     raise ConfigurationError(
-        "The batch holds no tensor; give a dict with input_ids, and attention_mask and labels if any."
+        f"The batch holds no tensor; give a dict with input_ids, and attention_mask and labels if any; {_GIVE_TENSORS}."
     )
 
 
@@ -72,17 +79,33 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def with_labels(batch: Batch, pad_token_id: int | None) -> dict[str, Any]:
-    """The batch with labels: those given, else the input ids with padding ignored."""
-    batch = dict(batch)
-    if batch.get("labels") is None and isinstance(batch.get("input_ids"), Tensor):
-        labels = batch["input_ids"].clone()
-        if isinstance(batch.get("attention_mask"), Tensor) and batch["attention_mask"].shape == labels.shape:
-            labels[batch["attention_mask"] == 0] = IGNORED
-        elif pad_token_id is not None:
-            labels[labels == pad_token_id] = IGNORED
-        batch["labels"] = labels
-    return batch
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module is in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ConfigurationError(
+            f"The batch has no tensor of labels, nor of input_ids to take their place; {_GIVE_TENSORS}."
+        )
+    return labels
+
+
+def _padding(batch: Batch, pad_token_id: int | None) -> Tensor:
+    """Which of the input ids are padding, as the attention mask says, or without one the token."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask == 0
+    return torch.zeros_like(ids, dtype=torch.bool) if pad_token_id is None else torch.eq(ids, pad_token_id)
 
 
 class LossReader:
@@ -100,6 +123,21 @@ class LossReader:
         """Whether the model makes its decoder's inputs out of the labels, and so has to be given them."""
         self.shift: bool | None = False if loss is not None else None
 
+    def with_labels(self, batch: Batch, pad_token_id: int | None = None, *, run: bool = True) -> dict[str, Any]:
+        """The batch with labels: those given, else the input ids with padding ignored.
+
+        Ignored too, where labels are shifted, is a token after padding, as at the start of a row padded on the left: it
+        would be predicted from padding. `run`: find out by running the model, if need be, whether labels are shifted.
+        """
+        batch = dict(batch)
+        if batch.get("labels") is None and isinstance(batch.get("input_ids"), Tensor):
+            hidden = _padding(batch, pad_token_id)
+            labels = batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED)
+            groundless = hidden[..., :-1] & ~hidden[..., 1:]
+            if bool(groundless.any()) and (self.shifts(batch) if run else self.shift_of(labels)):
+                labels[..., 1:][groundless] = IGNORED
+        return batch
+
     def run(self, batch: Batch) -> Losses:
         """Forward pass of a batch that has labels."""
         inputs = {name: value for name, value in batch.items() if name != "labels" or self._loss is not None}
@@ -112,15 +150,26 @@ class LossReader:
             if isinstance(labels, Tensor) and labels.dim() > 1:
                 return Losses(values, labels.ne(IGNORED).flatten(1).sum(1).clamp_min(1))
             return Losses(values, torch.ones_like(values, dtype=torch.long))
-        labels = batch["labels"]
+        labels = _labels(batch)
         if self.shift is None or self.seq2seq:
             inputs["labels"] = labels
         outputs = self.model(**inputs)
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+            raise ConfigurationError(f"The model's labels are not one class for each row of its logits; {_GIVE_LOSS}")
         if self.shift is None and bool((labels != IGNORED).any()):
             reported = getattr(outputs, "loss", None)
             self.shift = self._find_shift(logits, labels, None if reported is None else float(reported.detach()))
         return token_losses(logits, labels, shift=self.shift_of(labels))
+
+    def shifts(self, batch: Batch) -> bool:
+        """Whether labels are shifted: while no run has told, the first example with a label is run."""
+        labels = _labels(batch)
+        if self.shift is None and bool(labels.ne(IGNORED).any()):
+            first = first_labelled(batch)
+            with evaluating(self.model), torch.no_grad():
+                self.run(on_device_of(self.model, slice_examples(batch, first, first + 1)))
+        return self.shift_of(labels)
 
     def shift_of(self, labels: Tensor) -> bool:
         """Whether these labels are shifted; while no run has told, as the commonest model of their kind does."""
@@ -149,8 +198,7 @@ class LossReader:
         shift = min(found, key=lambda key: found[key])
         if found[shift] > 1e-2 * (1 + abs(reported)):
             raise ConfigurationError(
-                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; "
-                "pass loss=function(outputs, batch) that returns one loss per example."
+                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; {_GIVE_LOSS}"
             )
         return shift
 

@@ -165,6 +165,10 @@ class GradientPass:
             found[name] = full.double().square().sum()
         return found
 
+    def with_labels(self, batch: Batch, pad_token_id: int | None) -> Batch:
+        """The batch with labels, the input ids unless it has its own; ranks in step are not kept waiting for a run."""
+        return self.reader.with_labels(batch, pad_token_id, run=not self._ranks.together)
+
     def measure(self, batch: Batch, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Forward and backward of a batch that has labels.
 

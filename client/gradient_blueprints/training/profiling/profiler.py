@@ -37,7 +37,6 @@ from gradient_blueprints.training.profiling.losses import (
     examples_in,
     on_device_of,
     slice_examples,
-    with_labels,
 )
 from gradient_blueprints.training.profiling.passes import GradientPass, Measurement
 from gradient_blueprints.training.profiling.precision import Until
@@ -184,7 +183,7 @@ class GradientProfiler:
         state = self._state.domains.setdefault(domain, DomainState())
         key = self._key(state, domain, key)
         began = time.perf_counter()
-        labelled = with_labels(on_device_of(self.model, batch), self._pad_token_id)
+        labelled = gradients.with_labels(on_device_of(self.model, batch), self._pad_token_id)
         with seeded(self._settings.seed, domain, key):
             if self._privacy is not None:
                 state.records[key] = self._measured_apart(gradients, labelled)

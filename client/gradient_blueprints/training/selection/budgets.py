@@ -13,8 +13,7 @@ from torch import nn
 
 from gradient_blueprints import allocation
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.data_selection import evaluating
-from gradient_blueprints.training.profiling.losses import on_device_of, with_labels
+from gradient_blueprints.training.profiling.losses import LossReader, evaluating, on_device_of
 from gradient_blueprints.training.profiling.offload import lender_of
 from gradient_blueprints.training.selection.listed_tensors import kept_fixed, tied_names
 
@@ -88,7 +87,7 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
         return tensor
 
     with as_in_training(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(**on_device_of(model, with_labels(batch, None)))
+        output = model(**on_device_of(model, LossReader(model).with_labels(batch, run=False)))
         del output
     return list(held.values())
 

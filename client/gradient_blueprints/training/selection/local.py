@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.data_selection import evaluating
 from gradient_blueprints.training.gradient_hooks import unread
-from gradient_blueprints.training.profiling.losses import examples_in, on_device_of, with_labels
+from gradient_blueprints.training.profiling.losses import LossReader, evaluating, examples_in, on_device_of
 from gradient_blueprints.training.selection.listed_tensors import check_names, kept_fixed
 
 Kept = Literal["mean", "square", "factors"]
@@ -53,7 +52,8 @@ class LocalStatistics:
         The batches are held in a list meanwhile: a mean needs their number.
         `dtype=torch.bfloat16` halves what is kept; it is rounded stochastically, so that small batches do not vanish
         in the sum. `device="cpu"` keeps it beside the model's device. At least two batches tell how noisy the mean is.
-        Labels default to the input ids with padding masked. Dropout is off; modes and random state stay as they are.
+        Labels default to the input ids with padding masked, and with it, but for an encoder-decoder model, the
+        token after padding. Dropout is off; modes and random state stay as they are.
         Layers that gradient checkpointing is enabled for are checkpointed here too.
         What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
 
@@ -75,9 +75,10 @@ class LocalStatistics:
             parameter.grad = None
             found._add(name, gradient, keep, dtype, len(batches), lots)
 
+        reader = LossReader(model)
         with gradients_taken(model, take):
             for batch in batches:
-                model(**with_labels(on_device_of(model, batch), None)).loss.backward()
+                model(**reader.with_labels(on_device_of(model, batch), run=False)).loss.backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
         if not found.row:
