@@ -168,11 +168,14 @@ def test_a_run_after_an_interrupted_one_starts_without_its_gradients(
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("launched", [False, True])
 def test_fp16_is_refused_before_the_model_is_touched(
-    base: PreTrainedModel, selection: Selection, tmp_path: Path
+    launched: bool, base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = copy.deepcopy(base)
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, fp16=True)
+    if launched:  # as `accelerate launch --mixed_precision fp16` does
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, fp16=not launched)
     with pytest.raises(ConfigurationError, match="bf16=True"):
         trainer_arguments(model, selection, arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -67,7 +67,7 @@ def trainer_arguments(
             "it has to know the shards. Train replicas with SelectionTrainer, or write the loop: apply_selection after "
             "fully_shard."
         )
-    if arguments.fp16:
+    if arguments.fp16 or getattr(arguments, "mixed_precision", "no") == "fp16":  # the latter by `accelerate launch`
         raise ConfigurationError(
             "fp16 scales the loss, and its GradScaler finds no gradients to unscale: SelectedAdamW has taken them. Use "
             "bf16=True, which needs no scaling."
