@@ -347,8 +347,8 @@ def _plan() -> list[Cell]:
     for model in ("gpt", "smollm2"):
         cells += _chosen_data(model)
     for model in ("gpt", "smollm2"):
-        halved = [(STAGES[share], in_bfloat16(library(share))) for share in (0.1, 0.01)]
-        cells += [cell for stage, choice in halved for cell in _cells(stage, model, "code", [choice])]
+        for share in (0.1, 0.01):
+            cells += _cells(STAGES[share], model, "code", [in_bfloat16(library(share))])
     taken_apart = _cells("ablation", "smollm2", "code", short_ablation(0.01))
     cells += [cell for cell in taken_apart if cell.choice.local < 512]  # the largest sample takes minutes a seed
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
@@ -399,20 +399,17 @@ def _constant_rates(model: str) -> list[Cell]:
 
 
 def _library(model: str) -> list[Cell]:
-    stages = ((0.1, "10 %"), (0.01, "1 %"))
-    return [cell for share, stage in stages for cell in _cells(stage, model, "code", [library(share)])]
+    return [cell for share in (0.1, 0.01) for cell in _cells(STAGES[share], model, "code", [library(share)])]
 
 
 def _bridged(model: str) -> list[Cell]:
-    stages = ((0.1, "10 %"), (0.01, "1 %"))
-    choices = [(bridged(rule, share), stage) for share, stage in stages for rule in ("k_star", "share")]
-    return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
+    choices = {share: [bridged(rule, share) for rule in ("k_star", "share")] for share in (0.1, 0.01)}
+    return [cell for share, those in choices.items() for cell in _cells(STAGES[share], model, "code", those)]
 
 
 def _linear_only(model: str) -> list[Cell]:
-    stages = ((0.01, "1 %"), (0.1, "10 %"))
-    choices = [(linear_only(each(share)), stage) for share, stage in stages for each in (ours, library, at_random)]
-    return [cell for choice, stage in choices for cell in _cells(stage, model, "code", [choice])]
+    choices = {share: [linear_only(each(share)) for each in (ours, library, at_random)] for share in (0.01, 0.1)}
+    return [cell for share, those in choices.items() for cell in _cells(STAGES[share], model, "code", those)]
 
 
 def _products(model: str) -> list[Cell]:

@@ -48,12 +48,17 @@ def test_a_delta_gives_the_tuned_model_and_its_removal_the_base_bit_by_bit(tmp_p
     tuned, _ = train_selected(make_model(dtype), selection, 3)
     delta = Delta.load(save_delta(base, tuned, selection, tmp_path / "delta.safetensors"))
     assert 0 < delta.changed <= selection.selected
-    model = copy.deepcopy(base)
+    check_on_and_off(copy.deepcopy(base), delta, tuned)
+
+
+def check_on_and_off(model: nn.Module, delta: Delta, tuned: nn.Module) -> None:
+    """A delta makes the model the tuned one, and its removal what it was."""
+    before = copy.deepcopy(model)
     stack = DeltaStack(model)
     stack.apply("task", delta)
     assert equal(model, tuned)
     stack.remove("task")
-    assert equal(model, base)
+    assert equal(model, before)
 
 
 def test_deltas_stack_in_any_order_and_each_can_be_removed(tmp_path: Path) -> None:
@@ -286,12 +291,7 @@ def test_a_delta_brings_its_new_head_whatever_head_the_base_had(
     delta = Delta.load(
         save_delta(base if base_is == "model" else base.state_dict(), tuned, selection, tmp_path / "delta")
     )
-    model, before = headed(seed=3), headed(seed=3)
-    stack = DeltaStack(model)
-    stack.apply("task", delta)
-    assert equal(model, tuned)
-    stack.remove("task")
-    assert equal(model, before)
+    check_on_and_off(headed(seed=3), delta, tuned)
 
 
 def test_a_new_head_stacks_as_any_tensor(tmp_path: Path) -> None:
