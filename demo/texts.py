@@ -11,7 +11,7 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -55,14 +55,15 @@ def english() -> Domain:
     )
 
 
-def legal() -> Domain:
-    """Licences that the installed packages carry; a document is a paragraph, each one once."""
+def legal(packages: Container[str] | None = None) -> Domain:
+    """Licences that the installed packages carry, or those of them that are named; a paragraph is a document."""
     seen: set[str] = set()
 
     def paragraphs() -> Iterator[str]:
         files = {
             Path(str(file.locate()))
             for distribution in metadata.distributions()
+            if packages is None or str(distribution.metadata["Name"]).lower() in packages
             for file in distribution.files or ()
             if re.search(r"licen[sc]e|copying|notice|authors", file.name, re.IGNORECASE) and file.suffix != ".py"
         }

@@ -10,32 +10,72 @@ from pathlib import Path
 import torch
 
 from evidence import models
-from evidence.models import WORK, Subject
+from evidence.models import WORK, Subject, digest
 from evidence.plan import Cell, pending
 from evidence.runs import Run, Store
-from evidence.training import train
+from evidence.training import losses_before, train
 
 STOP = "stop"
 WAIT_SECONDS = 5.0
 
 
+class NotComparableError(Exception):
+    """The stored runs of a model and domain were of other texts, or of a processor that rounds otherwise."""
+
+    def __init__(self, run: Run, message: str) -> None:
+        super().__init__(message)
+        self.place = _place(run)
+
+
 def work_off(cells: Sequence[Cell], store: Store, work: Path = WORK, *, report: Callable[[str], None] = print) -> int:
-    """Run what is pending until nothing is, or until the file `stop` lies in the work folder; answers how many ran."""
+    """Run what is pending until nothing is, or until the file `stop` lies in the work folder; answers how many ran.
+
+    What could not be compared with the stored runs of its model and domain is left out, and told.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     subjects: dict[str, Subject] = {}
+    refused: set[tuple[str, str]] = set()
     done = 0
     while not (work / STOP).exists():
         store.refresh()
-        waiting = list(pending(cells, store))
+        waiting = [run for run in pending(cells, store) if _place(run) not in refused]
         if not waiting:
             break
-        finished = _first_free(waiting, store, subjects, work)
+        try:
+            finished = _first_free(waiting, store, subjects, work)
+        except NotComparableError as error:
+            refused.add(error.place)
+            report(str(error))
+            continue
         if finished is None:  # all of them are in other processes' hands
             time.sleep(WAIT_SECONDS)
             continue
         done += 1
         report(finished)
     return done
+
+
+def refuse_others(subject: Subject, run: Run, store: Store) -> None:
+    """Raise `NotComparableError` when the run begins elsewhere than stored ones of its model, domain and purpose."""
+    texts, (base, english) = digest(run.domain, subject.work), losses_before(subject, run)
+    like = (run.model, run.domain, run.purpose, run.length)
+    for other, stored in store:
+        if (other.model, other.domain, other.purpose, other.length) == like and (
+            (stored.texts, stored.base, stored.english_base) != (texts, base, english)
+        ):
+            raise NotComparableError(
+                run,
+                f"{run.model} on {run.domain} is left out, since its stored runs could not be compared with runs from "
+                f"here: before training the loss was {stored.base:.6f}, and {stored.english_base:.6f} on English, of "
+                f"texts {stored.texts}; here {base:.6f} and {english:.6f} of texts {texts}. Other texts: install the "
+                "versions of constraints.txt and remove evidence/work. Other losses: the processor rounds otherwise; "
+                "with AMX try ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16. Or begin anew: take its runs out of "
+                f"evidence/runs/{run.model}.jsonl.",
+            )
+
+
+def _place(run: Run) -> tuple[str, str]:
+    return run.model, run.domain
 
 
 def _first_free(waiting: Sequence[Run], store: Store, subjects: dict[str, Subject], work: Path) -> str | None:
@@ -45,6 +85,7 @@ def _first_free(waiting: Sequence[Run], store: Store, subjects: dict[str, Subjec
                 name = run.model
                 if name not in subjects:
                     subjects[name] = models.load(name, work)  # type: ignore[arg-type]  # a name of the plan
+                refuse_others(subjects[name], run, store)
                 result = train(subjects[name], run)
                 store.add(run, result)
                 choice = run.choice

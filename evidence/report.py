@@ -226,7 +226,8 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
         "selection",
     ]
     base = found[0].mean("base")
-    return f"Loss before: {base:.3f}.\n\n" + table(head, rows)
+    read = sorted({result.texts for each in found for result in each.results.values()})
+    return f"Loss before: {base:.3f}. Texts: {', '.join(f'`{each}`' for each in read)}.\n\n" + table(head, rows)
 
 
 def _trained(each: Finding) -> str:

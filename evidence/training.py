@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from evidence.arms import Arm, build
 from evidence.data import training_batches
 from evidence.models import Batch, Subject
 from evidence.runs import Result, Run
+from evidence.texts import Part
 from gradient_blueprints.run_models import Resource
 from gradient_blueprints.training.finetuning import SelectedAdamW, optimizer_bytes
 from gradient_blueprints.training.resources import ResourceMeter
@@ -32,12 +34,8 @@ _STATUS = Path("/proc/self/status")
 
 def train(subject: Subject, run: Run) -> Result:
     """Fine-tune and measure; equal runs give equal losses on one machine."""
-    text = "heldout" if run.purpose in ("confirm", "meter") else "development"
-    judged = ordered_batches(subject.tokens(run.domain, text), JUDGED[run.model], 8, run.length)
-    english = ordered_batches(subject.tokens("english", "heldout"), ENGLISH, 8, run.length)
-    base, english_base = (
-        _base_loss(subject, name, each) for name, each in ((f"{run.domain}-{text}", judged), ("english", english))
-    )
+    base, english_base = losses_before(subject, run)
+    judged, english = _judged(subject, run)
     started = time.process_time()
     arm = build(subject, run, AUTOCAST)
     batches = training_batches(subject, run)
@@ -71,7 +69,17 @@ def train(subject: Subject, run: Run) -> Result:
         spent=None if meter is None else _spent(meter),
         texts=models.digest(run.domain, subject.work),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
+        machine=_machine(),
+    )
+
+
+def _machine() -> str:
+    """What decides how products are rounded."""
+    matrices = "AMX" if torch.cpu.get_capabilities().get("amx_bf16") else "no AMX"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return (
+        f"{platform.machine()} with {matrices}{f', oneDNN held to {limit}' if limit else ''}, "
+        f"{torch.get_num_threads()} thread, torch {torch.__version__}"
     )
 
 
@@ -122,14 +130,30 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     return sum(losses) / len(losses)
 
 
-_BASES: dict[str, float] = {}
+_LOSSES_BEFORE: dict[tuple[str, str, str, int], tuple[float, float]] = {}
 
 
-def _base_loss(subject: Subject, name: str, batches: Sequence[Batch]) -> float:
-    key = f"{subject.name}-{name}-{batches[0]['input_ids'].shape[1]}"
-    if key not in _BASES:
-        _BASES[key] = mean_loss(subject.model, batches)
-    return _BASES[key]
+def losses_before(subject: Subject, run: Run) -> tuple[float, float]:
+    """Of the model as it is, on the text that judges the run and on English; nats per token."""
+    key = (subject.name, run.domain, _text_that_judges(run), run.length)
+    if key not in _LOSSES_BEFORE:
+        judged, english = _judged(subject, run)
+        _LOSSES_BEFORE[key] = mean_loss(subject.model, judged), mean_loss(subject.model, english)
+    return _LOSSES_BEFORE[key]
+
+
+def _judged(subject: Subject, run: Run) -> tuple[list[Batch], list[Batch]]:
+    """The text that judges the run, and English."""
+    text = subject.tokens(run.domain, _text_that_judges(run))
+    english = subject.tokens("english", "heldout")
+    return (
+        ordered_batches(text, JUDGED[run.model], 8, run.length),
+        ordered_batches(english, ENGLISH, 8, run.length),
+    )
+
+
+def _text_that_judges(run: Run) -> Part:
+    return "heldout" if run.purpose in ("confirm", "meter") else "development"
 
 
 def forget_peak() -> None:

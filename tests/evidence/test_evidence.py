@@ -67,6 +67,24 @@ def test_the_queue_runs_every_arm_once_and_the_next_one_nothing(finished: tuple[
     assert queue.work_off(plan, Store(work, kept=work / "kept"), work, report=print) == 0
 
 
+@pytest.mark.parametrize("changed", [{"texts": "of another machine"}, {"base": 6.0}, {"english_base": 6.0}])
+def test_what_could_not_be_compared_with_the_stored_runs_is_left_out(
+    changed: dict[str, str | float], finished: tuple[Store, list[Cell]], work: Path, tmp_path: Path
+) -> None:
+    stored, plan = finished
+    other = Store(tmp_path, kept=tmp_path / "kept")
+    for run, result in stored:
+        other.add(run, replace(result, **changed))  # type: ignore[arg-type]  # fields of a result
+    told: list[str] = []
+    more = [replace(plan[0], seeds=range(3)), replace(plan[2], seeds=range(3))]
+    assert queue.work_off(more, other, work, report=told.append) == 0
+    assert [line.split(",")[0] for line in told] == ["tiny on code is left out"]
+    same = Store(tmp_path / "same", kept=tmp_path / "kept")
+    for run, result in stored:
+        same.add(run, result)
+    assert queue.work_off(more[:1], same, work, report=told.append) == 1
+
+
 def test_a_selection_holds_a_tenth_of_the_moments_and_gradients(finished: tuple[Store, list[Cell]]) -> None:
     store, plan = finished
     full, selected = (cell.results(store)[0] for cell in plan[:2])
