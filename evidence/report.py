@@ -62,9 +62,14 @@ OPENING = """# Evidence: what a selection is worth
 
 Written by `python -m evidence report` from `evidence/runs/*.jsonl`; do not edit. `make evidence` runs what is missing,
 and can be stopped and continued at any time."""
-SETTING = f"""- Domains: code (the standard library) and legal text (licences of installed packages) to adapt to;
+SETTING = f"""- Domains: code (the standard library) and legal text (licences of packages) to adapt to;
   READMEs of packages and Debian's licences as their neighbours. Documents are dealt to training, local sample,
   published sample, development and held-out text, which share none. Every loss below is on held-out text unless said.
+- Every table names its texts by a digest. SmolLM2's legal text is of the packages that `evidence/texts.py` names, in
+  the versions of constraints.txt. The GPT's, and what its factors of READMEs and licences on code and most of SmolLM2's
+  were made of, came from all packages that were installed then, of which no list was kept: those runs cannot be
+  repeated to the digit. SmolLM2's runs on legal text were computed with AMX, all others without, which rounds
+  otherwise: runs of one model and domain are always of one kind, and others are refused.
 - Published factors are of {PUBLISHED_SEQUENCES["gpt"]} sequences for the GPT and of
   {PUBLISHED_SEQUENCES["smollm2"]} for SmolLM2: a local sample of 128 or 512 knows more than what is published for it.
 - AdamW without decay or clipping, float32 weights under bfloat16 autocast, warmup over a tenth, then linearly to zero,
