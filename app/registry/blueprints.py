@@ -10,7 +10,7 @@ from decimal import Decimal
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Numeric, Row, bindparam, func, select, text
+from sqlalchemy import Numeric, Row, Select, bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -281,24 +281,29 @@ def layer_record(document_id: int, position: int, layer: models.Layer) -> tuple[
 # --- resolving
 
 
-_FOUND = (
-    select(
-        tables.Version.id,
-        tables.Version.document_id,
-        tables.Document.digest,
-        tables.Document.size,
-        tables.Version.number,
-        tables.Lab.name.label("lab"),
-        tables.Model.name.label("model_id"),
-        tables.Checkpoint.fraction,
-        tables.Yank.reason.label("yanked"),
+def _select_versions(*columns: Any) -> Select[Any]:
+    """Versions with their document, checkpoint, model and lab, and their withdrawal if there is one."""
+    return (
+        select(*columns)
+        .select_from(tables.Version)
+        .join(tables.Document, tables.Document.id == tables.Version.document_id)
+        .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
+        .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+        .join(tables.Lab, tables.Lab.id == tables.Version.lab_id)
+        .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
     )
-    .select_from(tables.Version)
-    .join(tables.Document, tables.Document.id == tables.Version.document_id)
-    .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
-    .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
-    .join(tables.Lab, tables.Lab.id == tables.Version.lab_id)
-    .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
+
+
+_FOUND = _select_versions(
+    tables.Version.id,
+    tables.Version.document_id,
+    tables.Document.digest,
+    tables.Document.size,
+    tables.Version.number,
+    tables.Lab.name.label("lab"),
+    tables.Model.name.label("model_id"),
+    tables.Checkpoint.fraction,
+    tables.Yank.reason.label("yanked"),
 )
 
 
@@ -438,27 +443,19 @@ class VersionRow:
     summary: models.VersionSummary
 
 
-VERSIONS = (
-    select(
-        tables.Version.id,
-        tables.Version.lab_id,
-        tables.Version.number,
-        tables.Version.created_at,
-        tables.Version.document_id,
-        tables.Document.digest,
-        tables.Document.layer_count,
-        tables.Document.size,
-        tables.Lab.name.label("lab"),
-        tables.Model.name.label("model_id"),
-        tables.Checkpoint.fraction,
-        tables.Yank.reason.label("yanked_reason"),
-    )
-    .select_from(tables.Version)
-    .join(tables.Document, tables.Document.id == tables.Version.document_id)
-    .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
-    .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
-    .join(tables.Lab, tables.Lab.id == tables.Version.lab_id)
-    .outerjoin(tables.Yank, tables.Yank.version_id == tables.Version.id)
+VERSIONS = _select_versions(
+    tables.Version.id,
+    tables.Version.lab_id,
+    tables.Version.number,
+    tables.Version.created_at,
+    tables.Version.document_id,
+    tables.Document.digest,
+    tables.Document.layer_count,
+    tables.Document.size,
+    tables.Lab.name.label("lab"),
+    tables.Model.name.label("model_id"),
+    tables.Checkpoint.fraction,
+    tables.Yank.reason.label("yanked_reason"),
 )
 
 
