@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.selection import Selection
 from gradient_blueprints.training.selection.indices import pack, unpack
-from gradient_blueprints.training.selection.listed_tensors import check_names, listing
+from gradient_blueprints.training.selection.listed_tensors import listing
 
 DELTA_FORMAT = 1
 _LOAD_MODELS = (

@@ -34,6 +34,20 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+def test_a_compiled_model_is_profiled_by_the_names_of_the_model_and_a_renamed_block_is_refused() -> None:
+    model = llama()
+    found = []
+    for each in (model, torch.compile(model, backend="aot_eager")):
+        with GradientProfiler(each) as profiler:  # type: ignore[arg-type]  # the compiled one is typed as a function
+            profiler.step(batch())
+        found.append([(layer.id, layer.gradient_norm) for layer in profiler.blueprint("m", 1.0).layers])
+    assert found[0] == found[1]
+    layers: Any = model.get_submodule("model.layers")
+    layers[0] = torch.compile(layers[0], backend="aot_eager")
+    with pytest.raises(ConfigurationError, match=r"layers\.0\._orig_mod\.\S+: compile in place, module\.compile\(\)"):
+        GradientProfiler(model)
+
+
 # --- what it leaves behind
 
 

@@ -43,10 +43,13 @@ def gather_states(state: ProfileState) -> ProfileState:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, whose reducer waits for gradients that parameters do not get."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    """The model inside DistributedDataParallel, whose reducer waits for gradients that parameters do not get, and the
+    one inside `torch.compile(model)`, which renames its parameters."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
 
 
 class Ranks:

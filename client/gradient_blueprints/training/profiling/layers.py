@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
+from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import LayerKind
 
 Granularity = Literal["tensor", "submodule", "block"]
@@ -53,6 +55,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: model.get_parameter(name) for name in parameter_names(model).values()}
 
 
+def check_names(names: Iterable[str]) -> None:
+    """ConfigurationError for names that `torch.compile(module)` gave."""
+    renamed = next((name for name in names if "_orig_mod" in name.split(".")), None)
+    if renamed is not None:
+        raise ConfigurationError(
+            f"torch.compile(module) renamed a tensor to {renamed}: compile in place, module.compile(), or give the "
+            "model as it was before"
+        )
+
+
 def _tied(model: nn.Module) -> list[tuple[str, str]]:
     """Paths of one weight, as transformers keeps them."""
     found = []
@@ -68,10 +80,13 @@ def group_parameters(model: nn.Module, granularity: Granularity) -> list[Group]:
 
     `tensor`: one per parameter. `submodule`: attention, feed-forward and norms of each block
     (`model.layers.3.self_attn`), and every module outside the blocks. `block`: `model.layers.3`.
+    Raises ConfigurationError for a block that `torch.compile(block)` took the place of.
     """
+    named_once = named_parameters(model)
+    check_names(named_once)
     modules = dict(model.named_modules())
     members: dict[str, list[tuple[str, Tensor]]] = {}
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in named_once.items():
         members.setdefault(_layer_of(name, modules, granularity), []).append((name, parameter))
     head = _untied_head(model)
     return [

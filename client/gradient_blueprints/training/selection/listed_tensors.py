@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.selection.indices import prefixes
 
 _LEFT = "_left_by_selection"
@@ -84,16 +85,6 @@ def tied_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
         found.setdefault(id(parameter), ([], parameter))[0].append(name)
     check_names(name for names, _ in found.values() for name in names)
     return list(found.values())
-
-
-def check_names(names: Iterable[str]) -> None:
-    """ConfigurationError for names that `torch.compile(module)` gave."""
-    renamed = next((name for name in names if "_orig_mod" in name.split(".")), None)
-    if renamed is not None:
-        raise ConfigurationError(
-            f"torch.compile(module) renamed a tensor to {renamed}: compile in place, module.compile(), or give the "
-            "model as it was before"
-        )
 
 
 def listing(names: Sequence[str], layers: Set[str]) -> tuple[str, str] | None:

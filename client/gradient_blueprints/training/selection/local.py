@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.gradient_hooks import unread
+from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.profiling.losses import LossReader, evaluating, examples_in, on_device_of
-from gradient_blueprints.training.selection.listed_tensors import check_names, kept_fixed
+from gradient_blueprints.training.selection.listed_tensors import kept_fixed
 
 Kept = Literal["mean", "square", "factors"]
 _Generators = dict[torch.device, torch.Generator]
