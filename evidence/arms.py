@@ -29,7 +29,7 @@ from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParam
 from gradient_blueprints.training.selection import Budget, LocalStatistics, Selection, select
 
 PUBLISHED_SEQUENCES = {"gpt": 512, "smollm2": 64, "tiny": 16}
-ADAPTERS = ("lora", "rslora", "dora", "pissa", "shira")
+ADAPTERS = ("lora", "dora", "pissa", "shira")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _adapter(model: PreTrainedModel, run: Run) -> Arm:
             config = LoraConfig(
                 **common,
                 lora_alpha=2 * rank,
-                use_rslora=run.choice.arm in {"rslora", "pissa"},
+                use_rslora=run.choice.arm == "pissa",
                 use_dora=run.choice.arm == "dora",
                 init_lora_weights="pissa" if run.choice.arm == "pissa" else True,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from evidence.plan import FULL, SEEDS, Cell, ours
+from evidence.plan import FULL, SEEDS, Cell, cells_of, ours
 from evidence.runs import Choice, Data, Result, Store
 from evidence.statistics import Difference, difference, holm, interval
 
@@ -60,6 +60,11 @@ def find(cell: Cell, plan: Sequence[Cell], store: Store) -> Finding | None:
         seed: result.gain / (full[seed].base - full[seed].loss) for seed, result in results.items() if seed in full
     }
     return Finding(cell, cell.tuning(store).rate(), results, shares) if shares else None
+
+
+def find_all(cells: Sequence[Cell], plan: Sequence[Cell], store: Store) -> list[Finding]:
+    """Of every cell of which something is known."""
+    return [found for cell in cells if (found := find(cell, plan, store)) is not None]
 
 
 def full_of(cell: Cell, plan: Sequence[Cell]) -> Cell:
@@ -131,11 +136,9 @@ def product(model: str, data: Data, plan: Sequence[Cell], store: Store) -> Produ
     )
     cells = {
         (cell.choice, cell.steps is not None, cell.data): cell
-        for cell in plan
-        if (cell.stage, cell.model) == ("parameters × data", model)
+        for cell in cells_of("parameters × data", model, "code", plan)
     }
-    found = [find(cells[place], plan, store) for place in places if place in cells]
-    parts = [each for each in found if each is not None]
+    parts = find_all([cells[place] for place in places if place in cells], plan, store)
     return Product(*parts) if len(parts) == len(places) else None
 
 
@@ -154,7 +157,7 @@ def equal_memory(model: str, plan: Sequence[Cell], domain: str = "code") -> list
 
 def metered(model: str, plan: Sequence[Cell], store: Store) -> dict[Choice, Result]:
     """The runs under the meter of resources."""
-    cells = [cell for cell in plan if cell.stage == "metered" and cell.model == model]
+    cells = cells_of("metered", model, "code", plan)
     return {cell.choice: result for cell in cells for result in cell.results(store).values()}
 
 

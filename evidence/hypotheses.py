@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from evidence.findings import DATA, Finding, pick, product
 from evidence.plan import (
     STAGES,
     Cell,
+    Ranks,
     at_random,
     bridged,
     by_factors,
@@ -21,10 +22,9 @@ from evidence.plan import (
 )
 from evidence.runs import Choice, Data, Store
 from evidence.statistics import Difference, difference
-from evidence.verdicts import INFINITY, Verdict, at_least, at_most, between, within
+from evidence.verdicts import INFINITY, Verdict, also_alone, at_least, at_most, between, on_its_side, within
 
 _Pick = Callable[[Choice], Finding | None]
-_RULES: tuple[Literal["k_star", "share"], ...] = ("k_star", "share")
 
 
 def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Verdict]:
@@ -90,7 +90,7 @@ def _third(model: str, of: _Pick) -> Iterator[Verdict]:
         goal = "3.3 `select` with 8 local sequences and no factors, at 1 %: ahead of chance"
         yield within(goal, model, of(library(0.01, "", 8)), of(at_random(0.01)))
     for each in (0.01, 0.1):
-        for rule in _RULES:
+        for rule in get_args(Ranks):
             goal = f"3.4 LoRA with ranks by {rule}, at {each:.0%}: within 1.5 points of LoRA with one rank"
             yield within(goal, model, of(bridged(rule, each)), of(Choice("lora", share=each)), -0.015, 0.015)
 
@@ -152,11 +152,14 @@ def _sixth(model: str, of: _Pick) -> Iterator[Verdict]:
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:
     if mine is None or rival is None or (found := difference(mine.forgotten, rival.forgotten)) is None:
         return Verdict(goal, model, "not run yet", "")
-    verdict = "holds" if found.high <= 0 else "does not hold" if found.low > 0 else "undecided"
+    verdict = on_its_side(found.low, found.high, -INFINITY, 0.0)
     why = f"{_nats(found)} nats per token, each at its own rate and gain"
     mine_later, rival_later = ({seed: each.forgotten[seed] for seed in each.later} for each in (mine, rival))
     later = difference(mine_later, rival_later)
-    return Verdict(goal, model, verdict, why + ("" if later is None else f"; the later seeds alone {_nats(later)}"))
+    if later is None:
+        return Verdict(goal, model, verdict, why)
+    verdict = also_alone(verdict, on_its_side(later.low, later.high, -INFINITY, 0.0))
+    return Verdict(goal, model, verdict, f"{why}; the later seeds alone {_nats(later)}")
 
 
 def _nats(found: Difference) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -90,6 +90,11 @@ def first_step(model: str, choice: Choice) -> int:
     return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
 
 
+def cells_of(stage: str, model: str, domain: str, plan: Sequence[Cell]) -> list[Cell]:
+    """The arms of one table."""
+    return [cell for cell in plan if (cell.stage, cell.model, cell.domain) == (stage, model, domain)]
+
+
 def pending(cells: Sequence[Cell], store: Store) -> Iterator[Run]:
     """Runs that can be started now, in order."""
     seen = set()
@@ -128,9 +133,16 @@ def in_bfloat16(choice: Choice) -> Choice:
     return replace(choice, score=f"bf16+{choice.score}")
 
 
-def bridged(rule: Literal["k_star", "share"], share: float) -> Choice:
+Ranks = Literal["k_star", "share"]
+
+
+def bridged(rule: Ranks, share: float) -> Choice:
     """LoRA with the ranks of `to_peft`, from a published document."""
     return Choice("bridged", rule, share, 0, "code")
+
+
+def by_ranks(share: float) -> list[Choice]:
+    return [bridged(rule, share) for rule in get_args(Ranks)]
 
 
 def by_factors(share: float, published: str = "code") -> Choice:
@@ -207,8 +219,7 @@ def rivals(share: float) -> list[Choice]:
 
 def all_arms(share: float) -> list[Choice]:
     """Everything that is trained in tables of this share."""
-    since = [library(share), *(linear_only(each(share)) for each in (ours, library, at_random))]
-    return main_arms(share) + rivals(share) + since + [bridged(rule, share) for rule in ("k_star", "share")]
+    return main_arms(share) + rivals(share) + [library(share)] + in_linear_layers(share) + by_ranks(share)
 
 
 MISLEADING = ("documentation", "legal", "english", "code~25", "code*")
@@ -331,24 +342,23 @@ def _plan() -> list[Cell]:
     cells += _cells("ablation of what was drawn", "gpt", "code", ablation_of_drawn(0.1))
     cells += _cells("ablation", "gpt", "code", ablation(0.01))
     cells += _constant_rates("gpt")
-    cells += _library("gpt")
+    cells += _at_tenth_and_hundredth("gpt", lambda share: [library(share)])
     for share in ablated("gpt"):
         cells += _cells("ablation", "gpt", "code", [posterior_of_local(share), *ablation_of_library(share)])
-    cells += _bridged("gpt")
+    cells += _at_tenth_and_hundredth("gpt", by_ranks)
     few = [library(0.01, "code*"), library(0.01, "", 8), posterior_of_local(0.01)]
     cells += _cells("ablation", "smollm2", "code", few)
-    cells += _library("smollm2")
+    cells += _at_tenth_and_hundredth("smollm2", lambda share: [library(share)])
     cells += _likely("smollm2", "code", 0.05) + _likely("smollm2", "legal", 0.1)
-    cells += _bridged("smollm2")
+    cells += _at_tenth_and_hundredth("smollm2", by_ranks)
     for share in (0.01, 0.25):
         cells += _cells(STAGES[share], "smollm2", "code", rivals(share))
     for model in ("smollm2", "gpt"):
-        cells += _linear_only(model)
+        cells += _at_tenth_and_hundredth(model, in_linear_layers)
     for model in ("gpt", "smollm2"):
         cells += _chosen_data(model)
     for model in ("gpt", "smollm2"):
-        for share in (0.1, 0.01):
-            cells += _cells(STAGES[share], model, "code", [in_bfloat16(library(share))])
+        cells += _at_tenth_and_hundredth(model, lambda share: [in_bfloat16(library(share))])
     taken_apart = _cells("ablation", "smollm2", "code", short_ablation(0.01))
     cells += [cell for cell in taken_apart if cell.choice.local < 512]  # the largest sample takes minutes a seed
     misleading = [choice for choice in ablation_of_library(0.01) if choice not in few]
@@ -398,18 +408,12 @@ def _constant_rates(model: str) -> list[Cell]:
     return [replace(cell, schedule="constant") for cell in _cells("schedule", model, "code", all_arms(0.1))]
 
 
-def _library(model: str) -> list[Cell]:
-    return [cell for share in (0.1, 0.01) for cell in _cells(STAGES[share], model, "code", [library(share)])]
+def _at_tenth_and_hundredth(model: str, arms: Callable[[float], Sequence[Choice]]) -> list[Cell]:
+    return [cell for share in (0.1, 0.01) for cell in _cells(STAGES[share], model, "code", arms(share))]
 
 
-def _bridged(model: str) -> list[Cell]:
-    choices = {share: [bridged(rule, share) for rule in ("k_star", "share")] for share in (0.1, 0.01)}
-    return [cell for share, those in choices.items() for cell in _cells(STAGES[share], model, "code", those)]
-
-
-def _linear_only(model: str) -> list[Cell]:
-    choices = {share: [linear_only(each(share)) for each in (ours, library, at_random)] for share in (0.01, 0.1)}
-    return [cell for share, those in choices.items() for cell in _cells(STAGES[share], model, "code", those)]
+def in_linear_layers(share: float) -> list[Choice]:
+    return [linear_only(each(share)) for each in (ours, library, at_random)]
 
 
 def _products(model: str) -> list[Cell]:

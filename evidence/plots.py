@@ -9,8 +9,8 @@ from textwrap import fill
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from evidence.findings import Finding, find, name_of, pick
-from evidence.plan import LOCAL_SIZES, Cell, ablated, at_random, by_factors, by_local, linear_only, ours
+from evidence.findings import Finding, find_all, name_of, pick
+from evidence.plan import LOCAL_SIZES, Cell, ablated, at_random, by_factors, by_local, cells_of, linear_only, ours
 from evidence.runs import Choice, Store
 
 SHARES = (0.01, 0.05, 0.1, 0.25)
@@ -100,8 +100,7 @@ def _local(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
 
 
 def _arms(model: str, plan: Sequence[Cell], store: Store) -> Figure | None:
-    cells = [cell for cell in plan if (cell.stage, cell.model, cell.domain) == ("10 %", model, "code")]
-    found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
+    found = find_all(cells_of("10 %", model, "code", plan), plan, store)
     if len(found) < 2:
         return None
     found.sort(key=lambda finding: finding.share)

@@ -13,7 +13,7 @@ from evidence import models
 from evidence.models import WORK, Subject, digest
 from evidence.plan import Cell, pending
 from evidence.runs import Run, Store
-from evidence.training import losses_before, train
+from evidence.training import losses_before, text_that_judges, train
 
 STOP = "stop"
 WAIT_SECONDS = 5.0
@@ -56,12 +56,13 @@ def work_off(cells: Sequence[Cell], store: Store, work: Path = WORK, *, report: 
 
 
 def refuse_others(subject: Subject, run: Run, store: Store) -> None:
-    """Raise `NotComparableError` when the run begins elsewhere than stored ones of its model, domain and purpose."""
+    """Raise `NotComparableError` when the run begins elsewhere than the stored ones of its model and domain."""
     texts, (base, english) = digest(run.domain, subject.work), losses_before(subject, run)
-    like = (run.model, run.domain, run.purpose, run.length)
+    like = (run.model, run.domain, run.length)
     for other, stored in store:
-        if (other.model, other.domain, other.purpose, other.length) == like and (
-            (stored.texts, stored.base, stored.english_base) != (texts, base, english)
+        if (other.model, other.domain, other.length) == like and (
+            (stored.texts, stored.english_base) != (texts, english)
+            or (text_that_judges(other) == text_that_judges(run) and stored.base != base)
         ):
             raise NotComparableError(
                 run,

@@ -16,6 +16,7 @@ from evidence.findings import (
     compare,
     equal_memory,
     find,
+    find_all,
     in_points,
     metered,
     name_of,
@@ -38,6 +39,7 @@ from evidence.plan import (
     STAGES,
     TUNING_SEEDS,
     Cell,
+    cells_of,
     ours,
 )
 from evidence.runs import Choice, Data, Store
@@ -54,7 +56,7 @@ MODELS = {
     "smollm2": "SmolLM2-135M (weights dequantised from 4 bits)",
 }
 OFTEN = {
-    "gpt": "the arms at 1, 5, 10 and 25 % on code, of full fine-tuning and of what is drawn at random on legal text",
+    "gpt": "the arms at 1, 5, 7.5, 10 and 25 % on code, of full fine-tuning and what is drawn at random on legal text",
     "smollm2": "full fine-tuning, of coordinates and layers at random and, on code, of most arms that are judged",
 }
 DOMAINS = {"code": "code", "legal": "legal text"}
@@ -66,24 +68,26 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   READMEs of packages and Debian's licences as their neighbours. Documents are dealt to training, local sample,
   published sample, development and held-out text, which share none. Every loss below is on held-out text unless said.
 - Every table names its texts by a digest. SmolLM2's legal text is of the packages that `evidence/texts.py` names, in
-  the versions of constraints.txt. The GPT's, and what its factors of READMEs and licences on code and most of SmolLM2's
-  were made of, came from all packages that were installed then, of which no list was kept: those runs cannot be
-  repeated to the digit. SmolLM2's runs on legal text were computed with AMX, all others without, which rounds
-  otherwise: runs of one model and domain are always of one kind, and others are refused.
+  the versions of constraints.txt. The GPT's, and the READMEs and licences of factors on code (of SmolLM2 all but those
+  of `select`), were of all packages that were installed then, of which no list was kept: those runs cannot be repeated
+  to the digit. SmolLM2's runs on legal text were computed with AMX, all others without, which rounds otherwise: runs of
+  one model and domain are always of one kind, and others are refused.
 - Published factors are of {PUBLISHED_SEQUENCES["gpt"]} sequences for the GPT and of
   {PUBLISHED_SEQUENCES["smollm2"]} for SmolLM2: a local sample of 128 or 512 knows more than what is published for it.
 - AdamW without decay or clipping, float32 weights under bfloat16 autocast, warmup over a tenth, then linearly to zero,
   for every arm alike. Each arm's rate is tuned on the development text (seed {TUNING_SEEDS[0]}) over powers of two,
   extended until the best is inside the grid.
 - A seed decides the training batches, the local sample, and what is random. Layers are single tensors, which come
-  near a budget and seldom meet it; adapters sit on every linear layer, with the rank, at least 1, whose parameters come
-  nearest. The tables give what was trained and its part of the budget.
+  near a budget and seldom meet it; of layers at random a draw that holds the embedding is of another kind than one
+  without. Adapters sit on every linear layer, with the rank, at least 1, whose parameters come nearest. The tables give
+  what was trained and its part of the budget. No arm trains on the local sample: those that choose nothing by it have
+  seen less of the domain.
 - Intervals are 95 %: studentised bootstraps over ten paired seeds, Student's t over fewer, of which a bootstrap knows
   too few resamples. They are of training and selection, given the held-out text and a rate tuned with one seed. p is by
   exact sign flips with Holm's correction over the table; with 10 seeds no p can be below 0.002, with 5 below 0.06 and
   with 3 below 0.25, before the correction. Verdicts, and the tables of the ablation, are by intervals, uncorrected: of
   many that look at several cases one may fail by chance. A verdict that the later seeds alone do not bear out says so;
-  those of rivals are of all seeds. Later seeds are those from {len(SEEDS["gpt"])} (GPT) and
+  those of rivals and of several cases are of all seeds. Later seeds are those from {len(SEEDS["gpt"])} (GPT) and
   {len(SEEDS["smollm2"])} (SmolLM2) on.
 - Where arms of a table have different numbers of seeds, `loss`, `English` and `CPU s` are over those that all of them
   have; `gain` is over an arm's own, and so its interval tells of their number too; differences are over common seeds.
@@ -94,9 +98,11 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   its two uses and their sum (none where linear layers alone are trained). SHiRA's indices, 8 bytes a weight in peft,
   are not in it; nor what is held before training, while a local sample is measured: 4 bytes a coordinate in float32, 2
   in bfloat16. CPU seconds are of the training loop on one thread of a shared machine; `selection` is what the choice
-  takes before it, the longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not."""
+  takes before it, the longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not. Runs
+  of one table may be days and processors apart: seconds that differ by less than a factor of two tell nothing."""
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, code.
-From this the first default (`{DRAWN}`) was frozen; nothing here confirms anything."""
+An arm without a loss at the other seed was dropped, or frozen, by that of the tuning seed. From this the first default
+(`{DRAWN}`) was frozen; nothing here confirms anything."""
 METERED_WORDS = """One more run of each arm at 10 %, seed 0, under the meter of resources (docs/resources.md). ΔΨ is
 what the held-out loss fell by, nats per token; Γ is processor time of training and of the selection before it, so
 ΔΨ/ΔΓ is nats per processor minute. FLOPs are by formula, of training. Wall time is of the
@@ -113,10 +119,11 @@ pass or over the best of it by a strategy; {LOCAL} local sequences are the sampl
 similarity. Each cell has its own rate. Shares of what full fine-tuning gains with the whole pass. `scoring` is the
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
-BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %; head and last layers below 25 %,
-where the head does not fit; ten draws of SHiRA, and of what was drawn by the posterior, on SmolLM2; the ablation,
-parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading factors
-with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
+BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
+linear layers alone; head and last layers below 25 %, where the head does not fit; on SmolLM2 more than 3 seeds of
+DoRA, PiSSA, SHiRA, of `to_peft` and of what was drawn by the posterior (more runs of SHiRA at 10 % are stored, not
+counted); the ablation, parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %,
+and misleading factors with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
@@ -186,8 +193,7 @@ def _stages(plan: Sequence[Cell], store: Store) -> Iterable[str]:
     for stage, model, domain in sorted(
         places, key=lambda place: (list(MODELS).index(place[1]), place[2], list(STAGES.values()).index(place[0]))
     ):
-        cells = [cell for cell in plan if (cell.stage, cell.model, cell.domain) == (stage, model, domain)]
-        found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
+        found = find_all(cells_of(stage, model, domain, plan), plan, store)
         if found:
             yield f"## {model}: {stage} of the parameters, {DOMAINS[domain]}"
             yield _arms(found, plan, store)
@@ -250,19 +256,19 @@ def _schedules(plan: Sequence[Cell], store: Store) -> Iterable[str]:
     for model in MODELS:
         rows = []
         gains = []
-        for cell in plan:
-            constant = find(cell, plan, store) if (cell.stage, cell.model) == ("schedule", model) else None
-            linear = pick(cell.choice, model, plan, store)
-            if constant is None or linear is None:
+        found = find_all(cells_of("schedule", model, "code", plan), plan, store)
+        of_full = next((each.shares for each in found if each.cell.choice == FULL), {})
+        for constant in found if of_full else []:
+            choice = constant.cell.choice
+            linear = pick(choice, model, plan, store)
+            if linear is None:
                 continue
-            if cell.choice == FULL:
-                full = constant
             losses = [_tuning_loss(each.cell, store) for each in (linear, constant)]
-            shares = {seed: share / full.shares[seed] for seed, share in constant.shares.items()}
+            shares = {seed: share / of_full[seed] for seed, share in constant.shares.items()}
             gains.append((linear.share, sum(shares.values()) / len(shares)))
             rows.append(
                 [
-                    name_of(cell.choice),
+                    name_of(choice),
                     f"{linear.rate:g}",
                     f"{constant.rate:g}",
                     *(f"{loss:.3f}" for loss in losses),
@@ -388,7 +394,7 @@ def _between(first: Mapping[int, float], second: Mapping[int, float]) -> str:
 def _equal_memory(plan: Sequence[Cell], store: Store) -> Iterable[str]:
     for model, domain in product_of(MODELS, DOMAINS):
         cells = equal_memory(model, plan, domain)
-        found = [finding for cell in cells if (finding := find(cell, plan, store)) is not None]
+        found = find_all(cells, plan, store)
         yield (
             f"{model}, {DOMAINS[domain]}: adapters and layers with 10 % of the parameters, coordinates with "
             f"{percent(EQUAL_MEMORY)} of them, whose indices take the rest."
@@ -430,21 +436,21 @@ def _metered(plan: Sequence[Cell], store: Store) -> Iterable[str]:
 def _exploration(explored: Sequence[Cell], store: Store) -> str:
     rows = []
     for cell in explored:
-        each = find(cell, explored, store)
-        if each is not None:
-            at_tuning = _tuning_loss(cell, store)
-            rows.append(
-                [
-                    f"`{cell.model}`",
-                    f"{cell.choice.share:.0%}",
-                    name_of(cell.choice),
-                    f"{each.rate:g}",
-                    f"{at_tuning:.3f}",
-                    f"{each.mean('loss'):.3f}",
-                    percent(each.share),
-                ]
-            )
-    rows.sort(key=lambda row: (row[0], row[1], float(row[4]) + float(row[5])))
+        rate, each = cell.tuning(store).rate(), find(cell, explored, store)
+        if rate is None:
+            continue
+        rows.append(
+            [
+                f"`{cell.model}`",
+                f"{cell.choice.share:.0%}",
+                name_of(cell.choice),
+                f"{rate:g}",
+                f"{_tuning_loss(cell, store):.3f}",
+                "" if each is None else f"{each.mean('loss'):.3f}",
+                "" if each is None else percent(each.share),
+            ]
+        )
+    rows.sort(key=lambda row: (row[0], row[1], float(row[4])))
     return table(["model", "share", "chosen by", "rate", "loss, tuning seed", "loss, other seed", "gain"], rows)
 
 

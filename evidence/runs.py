@@ -32,6 +32,10 @@ class Choice:
     published: str = ""
     """The domain whose factors are published, or a variant of it (evidence.gradients.published_factors)."""
 
+    @property
+    def published_domain(self) -> str:
+        return self.published.rstrip("*>").split("~")[0]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,13 +79,13 @@ class Result:
     """Gradients held when the optimizer steps."""
     largest_gradient_bytes: int
     """The whole gradient of one tensor that exists for a moment beside them; 0 where gradients are held whole."""
-    peak_bytes: int | None
-    """By how much the process grew while training, weights' copy excluded; None where the system does not tell."""
     seconds: float
     cpu_seconds: float
     selection_cpu_seconds: float
-    train_loss: float
     texts: str = ""
+    """Digest of the domain's texts."""
+    published_texts: str = ""
+    """Of the texts that the published factors are of; runs before it was kept have none."""
     when: str = ""
     machine: str = ""
     spent: dict[str, float] | None = None

@@ -44,21 +44,6 @@ def local_mean(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
     return np.abs(_local(known).mean[name])
 
 
-def local_rms(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
-    """√q"""
-    return np.sqrt(_local(known).square[name])
-
-
-def local_factors(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
-    """√(row · column) of q"""
-    return np.sqrt(separable(_local(known).square[name]))
-
-
-def local_mean_factors(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
-    """√(row · column) of ĝ²"""
-    return np.sqrt(separable(np.square(_local(known).mean[name])))
-
-
 def published(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
     """√v"""
     return np.sqrt(_published(known).second_moment(name, shape))
@@ -77,11 +62,6 @@ def bayes(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
         separable(known.local.square[name]) if known.published is None else known.published.second_moment(name, shape)
     )
     return _posterior(known.local, name, prior)
-
-
-def product(known: Knowledge, name: str, shape: tuple[int, ...]) -> Array:
-    """√(|ĝ| · √v): the blend in logarithms, half and half"""
-    return np.asarray(np.sqrt(local_mean(known, name, shape) * published(known, name, shape)), np.float32)
 
 
 def sampled(score: Score, temperature: float) -> Score:
@@ -177,12 +157,8 @@ def top(scores: Array, share: float) -> np.ndarray[tuple[int], np.dtype[np.int64
 _SCORES: dict[str, Score] = {
     "random": random,
     "local_mean": local_mean,
-    "local_rms": local_rms,
-    "local_factors": local_factors,
-    "local_mean_factors": local_mean_factors,
     "published": published,
     "bayes": bayes,
-    "product": product,
 }
 
 

@@ -91,4 +91,3 @@ _DOCUMENTS = {
     "legal": _legal,
     "debian-legal": _debian_legal,
 }
-DOMAINS = tuple(_DOCUMENTS)

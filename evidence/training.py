@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +28,6 @@ JUDGED, ENGLISH = {"gpt": 12, "smollm2": 8, "tiny": 4}, 4
 """Batches of 8 sequences."""
 AUTOCAST = True
 """float32 weights and optimizer, bfloat16 matrix products, for every arm alike."""
-_STATUS = Path("/proc/self/status")
 
 
 def train(subject: Subject, run: Run) -> Result:
@@ -40,14 +38,11 @@ def train(subject: Subject, run: Run) -> Result:
     arm = build(subject, run, AUTOCAST)
     batches = training_batches(subject, run)
     selection_cpu = time.process_time() - started
-    forget_peak()
-    before = peak()
     started, cpu_started = time.perf_counter(), time.process_time()
     with ExitStack() as stack:
         meter = stack.enter_context(ResourceMeter(arm.model, arm.optimizer)) if run.purpose == "meter" else None
-        losses, gradient_bytes, largest = _fit(arm, batches, run)
+        gradient_bytes, largest = _fit(arm, batches, run)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    after = peak()
     held = (
         arm.optimizer.optimizer_bytes() if isinstance(arm.optimizer, SelectedAdamW) else optimizer_bytes(arm.optimizer)
     )
@@ -61,13 +56,12 @@ def train(subject: Subject, run: Run) -> Result:
         optimizer_bytes=held,
         gradient_bytes=gradient_bytes,
         largest_gradient_bytes=largest,
-        peak_bytes=None if before is None or after is None else after - before,
         seconds=round(seconds, 3),
         cpu_seconds=round(cpu_seconds, 3),
         selection_cpu_seconds=round(selection_cpu, 3),
-        train_loss=sum(losses[-10:]) / len(losses[-10:]),
         spent=None if meter is None else _spent(meter),
         texts=models.digest(run.domain, subject.work),
+        published_texts=models.digest(run.choice.published_domain, subject.work) if run.choice.published else "",
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=_machine(),
     )
@@ -89,11 +83,14 @@ def _spent(meter: ResourceMeter) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount is not None}
 
 
-def _fit(arm: Arm, batches: Sequence[Batch], run: Run) -> tuple[list[float], int, int]:
-    """AdamW without decay; warmup over a tenth, then to zero in a straight line or constant."""
+def _fit(arm: Arm, batches: Sequence[Batch], run: Run) -> tuple[int, int]:
+    """AdamW without decay; warmup over a tenth, then to zero in a straight line or constant.
+
+    Answers the bytes of gradients that are held at a step, and of the largest that exists beside them.
+    """
     arm.model.train()
     scheduler = torch.optim.lr_scheduler.LambdaLR(arm.optimizer, _schedule(run))
-    losses, gradient_bytes, largest = [], 0, 0
+    gradient_bytes, largest = 0, 0
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
             loss = arm.model(**batch).loss
@@ -106,8 +103,7 @@ def _fit(arm: Arm, batches: Sequence[Batch], run: Run) -> tuple[list[float], int
         arm.optimizer.step()
         arm.optimizer.zero_grad()
         scheduler.step()
-        losses.append(loss.item())
-    return losses, gradient_bytes, largest
+    return gradient_bytes, largest
 
 
 def _schedule(run: Run) -> Callable[[int], float]:
@@ -135,7 +131,7 @@ _LOSSES_BEFORE: dict[tuple[str, str, str, int], tuple[float, float]] = {}
 
 def losses_before(subject: Subject, run: Run) -> tuple[float, float]:
     """Of the model as it is, on the text that judges the run and on English; nats per token."""
-    key = (subject.name, run.domain, _text_that_judges(run), run.length)
+    key = (subject.name, run.domain, text_that_judges(run), run.length)
     if key not in _LOSSES_BEFORE:
         judged, english = _judged(subject, run)
         _LOSSES_BEFORE[key] = mean_loss(subject.model, judged), mean_loss(subject.model, english)
@@ -144,7 +140,7 @@ def losses_before(subject: Subject, run: Run) -> tuple[float, float]:
 
 def _judged(subject: Subject, run: Run) -> tuple[list[Batch], list[Batch]]:
     """The text that judges the run, and English."""
-    text = subject.tokens(run.domain, _text_that_judges(run))
+    text = subject.tokens(run.domain, text_that_judges(run))
     english = subject.tokens("english", "heldout")
     return (
         ordered_batches(text, JUDGED[run.model], 8, run.length),
@@ -152,19 +148,6 @@ def _judged(subject: Subject, run: Run) -> tuple[list[Batch], list[Batch]]:
     )
 
 
-def _text_that_judges(run: Run) -> Part:
+def text_that_judges(run: Run) -> Part:
+    """Held-out text what is confirmed, development text what is looked for."""
     return "heldout" if run.purpose in ("confirm", "meter") else "development"
-
-
-def forget_peak() -> None:
-    """Start the kernel's record of this process's peak anew, where it keeps one."""
-    if _STATUS.is_file():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int | None:
-    """Peak resident bytes since `forget_peak`; None where there is no such record."""
-    if not _STATUS.is_file():
-        return None
-    line = next(each for each in _STATUS.read_text().splitlines() if each.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

@@ -17,10 +17,6 @@ def rate(step: int) -> float:
     return 1e-3 * 2.0**step
 
 
-def step_of(value: float) -> int:
-    return round(math.log2(value / 1e-3))
-
-
 def missing(losses: Mapping[int, float], start: int) -> int | None:
     """The next grid step to try, None when the best is known to lie inside: lower than both of its neighbours.
 

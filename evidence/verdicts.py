@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from evidence.findings import (
     Finding,
     equal_memory,
-    find,
+    find_all,
     in_points,
     metered,
     name_of,
@@ -30,6 +30,7 @@ from evidence.plan import (
     at_random,
     by_factors,
     by_local,
+    cells_of,
     library,
     linear_only,
     of_layers,
@@ -49,7 +50,7 @@ class Verdict:
     goal: str
     model: str
     verdict: str
-    """`holds`, `does not hold`, `undecided` or `not run yet`."""
+    """`holds`, `does not hold`, `undecided` or `not run yet`, and what to add to it."""
     why: str
 
 
@@ -94,7 +95,7 @@ def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Itera
     yield at_least("at 25 %, no worse than full fine-tuning", model, of(ours(0.25, domain)), 1.0)
     yield at_least("at 1 %, at least 75 %", model, of(ours(0.01, domain)), 0.75)
     yield at_least("published factors alone, at 10 %, at least 93 %", model, factors, 0.93)
-    rivals, in_memory = _rivals_of(model, domain, plan), equal_memory(model, plan, domain)
+    rivals, in_memory = cells_of("10 %", model, domain, plan), equal_memory(model, plan, domain)
     yield _rivals("parameters", model, mine, rivals, plan, store)
     yield _rivals("training memory", model, of(ours(EQUAL_MEMORY, domain)), in_memory, plan, store)
     in_linear = {share: of(linear_only(ours(share, domain))) for share in (0.01, 0.1, 0.25)}
@@ -103,9 +104,10 @@ def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Itera
         goal = f"in linear layers alone, at {STAGES[share]}, {words}" + ("" if share == 0.25 else known)
         yield at_least(goal, model, in_linear[share], bound)
     yield _rivals(f"parameters (ours in linear layers alone){known}", model, in_linear[0.1], rivals, plan, store)
-    in_linear_memory = of(linear_only(ours(EQUAL_MEMORY, domain)))
-    words = "training memory (ours in linear layers alone)"
-    yield _rivals(words, model, in_linear_memory, in_memory, plan, store)
+    if domain == "code":
+        in_linear_memory = of(linear_only(ours(EQUAL_MEMORY)))
+        words = "training memory (ours in linear layers alone)"
+        yield _rivals(words, model, in_linear_memory, in_memory, plan, store)
     for name, rival in (
         ("published factors alone", factors),
         ("the local sample alone", of(by_local(0.1))),
@@ -128,14 +130,14 @@ def _share_in(goal: str, model: str, finding: Finding | None, bounds: tuple[floa
     if finding is None or finding.share_interval is None:
         return Verdict(goal, model, "not run yet", "")
     low, high = finding.share_interval
-    verdict = _on_its_side(low, high, *bounds)
+    verdict = on_its_side(low, high, *bounds)
     why = f"{percent(finding.share)} [{percent(low)}, {percent(high)}], {len(finding.shares)} seeds"
     later = list(finding.later.values())
     if len(later) > 1:
         its_low, its_high = interval(later)
         mean = sum(later) / len(later)
         why += f"; the {len(later)} later alone {percent(mean)} [{percent(its_low)}, {percent(its_high)}]"
-        verdict = _also_alone(verdict, _on_its_side(its_low, its_high, *bounds))
+        verdict = also_alone(verdict, on_its_side(its_low, its_high, *bounds))
     return Verdict(goal, model, verdict, why)
 
 
@@ -147,9 +149,9 @@ def within(
     later = difference(mine.later, rival.later) if mine and rival else None
     if later is None:
         return verdict
-    alone = _on_its_side(later.low, later.high, low, high)
+    alone = on_its_side(later.low, later.high, low, high)
     why = f"{verdict.why}; the {later.pairs} later alone {in_points(later)}"
-    return replace(verdict, verdict=_also_alone(verdict.verdict, alone), why=why)
+    return replace(verdict, verdict=also_alone(verdict.verdict, alone), why=why)
 
 
 def between(
@@ -162,16 +164,17 @@ def between(
     why = f"{in_points(found)} points, {found.pairs} seeds" + (
         ", equal runs" if found.p == 1 and not found.mean else ""
     )
-    return Verdict(goal, model, _on_its_side(found.low, found.high, *bounds), why)
+    return Verdict(goal, model, on_its_side(found.low, found.high, *bounds), why)
 
 
-def _on_its_side(low: float, high: float, least: float, most: float) -> str:
+def on_its_side(low: float, high: float, least: float, most: float) -> str:
+    """Of an interval and the bounds that it should lie in."""
     if least <= low and high <= most:
         return "holds"
     return "does not hold" if high < least or low > most else "undecided"
 
 
-def _also_alone(verdict: str, later: str) -> str:
+def also_alone(verdict: str, later: str) -> str:
     """A verdict that the seeds which were added afterwards do not bear out by themselves says so."""
     return verdict if verdict in ("undecided", later) else f"{verdict}; the later seeds alone: {later}"
 
@@ -187,10 +190,12 @@ def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     step, halved, sample = ((each + moment) / (full_held + full_moment) for each in peaks)
     why = (
         f"{percent(held / full_held)} held; at the peak, with {TIED_GRADIENTS} gradients of the tied embedding that "
-        f"both see for a moment, {percent(step)}; while a local sample is measured {percent(halved)} in bfloat16, "
-        f"{percent(sample)} in float32"
+        f"both see for a moment, {percent(step)}; while `LocalStatistics` measures a local sample {percent(halved)} in "
+        f"bfloat16, {percent(sample)} in float32"
     )
     verdict = "holds" if max(held / full_held, step, halved) <= 1 / 3 else "does not hold"
+    if verdict == "holds" and sample > 1 / 3:
+        verdict = "holds with the sample in bfloat16, not in float32"
     return Verdict(goal, model, verdict, why)
 
 
@@ -200,16 +205,11 @@ def _is_rival(choice: Choice) -> bool:
     return not (choice == FULL or choice.arm == "library" or ranked_here)
 
 
-def _rivals_of(model: str, domain: str, plan: Sequence[Cell]) -> list[Cell]:
-    """Every other arm of a tenth of the parameters."""
-    return [each for each in plan if (each.stage, each.model, each.domain) == ("10 %", model, domain)]
-
-
 def _rivals(
     of_equal: str, model: str, mine: Finding | None, cells: Sequence[Cell], plan: Sequence[Cell], store: Store
 ) -> Verdict:
     rivals = [each for each in cells if _is_rival(each.choice)]
-    found = [finding for cell in rivals if (finding := find(cell, plan, store)) is not None]
+    found = find_all(rivals, plan, store)
     goal = f"at 10 %, better than every rival of equal {of_equal}, intervals apart"
     return better_than_all(goal, model, mine, found, len(rivals))
 

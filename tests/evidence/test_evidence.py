@@ -23,7 +23,7 @@ from evidence.verdicts import better_than_all, judge, never_worse, within
 from gradient_blueprints.training.data_selection import exact_influences
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
-RESULT = Result(6.0, 4.0, 3.0, 3.5, 10, 100, 120, 40, 40, None, 1.0, 1.0, 0.1, 4.1)
+RESULT = Result(6.0, 4.0, 3.0, 3.5, 10, 100, 120, 40, 40, 1.0, 1.0, 0.1)
 
 
 def cells(*choices: Choice) -> list[Cell]:

@@ -62,7 +62,7 @@ def test_ranks_within_rows_take_the_same_number_from_each() -> None:
     assert np.bincount(chosen // 5).tolist() == [2] * 6
 
 
-@pytest.mark.parametrize("name", ["random", "half:published", "sampled1:bayes", "column:bayes", "product"])
+@pytest.mark.parametrize("name", ["random", "half:published", "sampled1:bayes", "column:bayes"])
 def test_every_score_chooses_as_many_as_asked_and_the_same_again(name: str) -> None:
     score = scores.named(name, 0.2)
     first, again = (scores.top(score(knowledge(4), "w", SHAPE), 0.2) for _ in range(2))

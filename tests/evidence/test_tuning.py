@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evidence.tuning import best, missing, rate, step_of
+from evidence.tuning import best, missing
 
 
 @given(optimum=st.integers(-2, 6), start=st.integers(0, 4))
@@ -19,7 +19,3 @@ def test_the_search_ends_with_the_best_inside_its_grid(optimum: int, start: int)
 
 def test_a_rate_that_diverged_is_never_the_best() -> None:
     assert best({3: float("nan"), 2: 5.0}) == 2
-
-
-def test_a_step_is_its_rate() -> None:
-    assert [step_of(rate(step)) for step in range(-3, 9)] == list(range(-3, 9))
