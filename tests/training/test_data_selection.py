@@ -431,6 +431,78 @@ def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
         fit_influence(model, [padded(LENGTHS * 4)], depth=3)
 
 
+def test_hidden_states_of_sound_are_read_behind_its_convolutions() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    config = hf.Wav2Vec2Config(
+        **sizes, **convolutions, intermediate_size=24, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2
+    )
+    model = hf.Wav2Vec2ForSequenceClassification(config)
+    sample = [
+        {
+            "input_values": torch.randn(4, 200 + 20 * i),
+            "attention_mask": torch.ones(4, 200 + 20 * i, dtype=torch.long),
+            "labels": torch.randint(0, 2, (4,)),
+        }
+        for i in range(6)
+    ]
+    predictor = fit_influence(model, sample)
+    assert predictor.block == "wav2vec2.encoder.layers.1"
+    assert np.isfinite(predictor(model, sample)).all()
+
+
+def qwen2_vl() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    words = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text = {**words, "vocab_size": 61, "intermediate_size": 24, "rope_parameters": rope}
+    vision = {**sizes, "depth": 2, "embed_dim": 16, "mlp_ratio": 2, "patch_size": 4, "spatial_merge_size": 2}
+    tokens = dict(zip(("image", "video", "vision_start", "vision_end"), range(50, 54), strict=True))
+    config = hf.Qwen2VLConfig(
+        text_config=text,
+        vision_config={**vision, "temporal_patch_size": 1},
+        **{f"{name}_token_id": token for name, token in tokens.items()},
+    )
+    model: nn.Module = hf.Qwen2VLForConditionalGeneration(config)
+    return model.eval()
+
+
+def of_images(examples: int, seed: int) -> Batch:
+    """Each example with one image of 16 patches, which 4 tokens stand for."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 49, (examples, 9))
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 52, 50, 53
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids >= 50, -100),
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 50).long(),
+        "pixel_values": torch.randn(16 * examples, 48),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * examples),
+    }
+
+
+def test_images_are_measured_one_example_a_batch_and_not_guessed_apart() -> None:
+    model = qwen2_vl()
+    with pytest.raises(ConfigurationError, match=r"pixel_values has 32 rows for 2 examples.*batches of one example"):
+        exact_influences(model, [of_images(2, 0)])
+    sample = [of_images(1, seed) for seed in range(20)]
+    predictor = fit_influence(model, sample)
+    assert predictor.block == "model.language_model.layers.1"
+    assert np.isfinite(predictor(model, sample)).all()
+
+
+def test_a_model_whose_blocks_hand_on_images_is_refused() -> None:
+    torch.manual_seed(0)
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    model = hf.ResNetForImageClassification(config).eval()
+    batches = [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}] * 5
+    with pytest.raises(ConfigurationError, match=r"at least 2 blocks .* rank by GradientNorm\(\)"):
+        fit_influence(model, batches)
+
+
 def test_ridge_takes_the_strength_with_the_least_error_left_one_out() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((25, 6))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.theory import optimizer_bytes
@@ -212,3 +212,19 @@ class Peeking(nn.Module):
 def test_a_model_that_looks_into_its_tensors_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="what is in its tensors"):
         estimate_memory(Peeking(), batch={"x": torch.ones(2, 4)})
+
+
+def test_experts_whose_products_torch_cannot_foretell_say_how_to_ask() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    model: Any = MixtralForCausalLM(config)
+    ids = torch.randint(64, (2, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    for experts in ("grouped_mm", "eager"):
+        model.set_experts_implementation(experts)
+        with pytest.raises(ConfigurationError, match=r'set_experts_implementation\("batched_mm"\)'):
+            estimate_memory(model, batch=batch)
+    model.set_experts_implementation("batched_mm")
+    assert estimate_memory(model, batch=batch).activations > 0
+    model.set_experts_implementation("grouped_mm")
+    assert estimate_memory(model, batch=batch, dtype=torch.bfloat16).activations > 0

@@ -10,7 +10,16 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -226,6 +235,25 @@ def test_a_checkpointed_model_is_measured_with_checkpointing_and_to_the_same_bit
     calls.clear()
     model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
     assert calls == [(True, True)] * 2
+
+
+def test_a_model_is_measured_without_the_states_that_it_would_keep_for_the_next_token() -> None:
+    """RWKV writes into its state what its backward pass needs."""
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=64)
+    model, batches = RwkvForCausalLM(config).eval(), batches_of(1)
+    found = mean_gradients(model, batches)
+    model(**batches[0], labels=batches[0]["input_ids"], use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+def test_a_model_without_a_loss_is_refused() -> None:
+    config = LlamaConfig(**SMALL, bos_token_id=0, intermediate_size=32)
+    model: nn.Module = LlamaForCausalLM(config).model
+    with pytest.raises(ConfigurationError, match="LlamaModel gives no loss for a batch of input_ids"):
+        mean_gradients(model, batches_of(1))
 
 
 def test_a_model_that_holds_gradients_is_refused() -> None:

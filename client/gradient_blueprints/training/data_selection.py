@@ -167,7 +167,8 @@ class InfluencePredictor:
     """f_φ of Algorithm 2, a strategy: ridge regression of log J on features that need no backward pass."""
 
     ridge: Ridge
-    depth: int
+    block: str
+    """Name of the module whose hidden states are read."""
     with_loss: bool
     calibration: Calibration
     influences: Scores
@@ -175,7 +176,7 @@ class InfluencePredictor:
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> Scores:
         """Predicted J of every example, up to a monotone function of it."""
-        features = _features(model, batches, self.depth, with_loss=self.with_loss)
+        features = _features(model, batches, self.block, with_loss=self.with_loss)
         return _joined([self.ridge.predict(part) for part in features])
 
 
@@ -201,7 +202,8 @@ def fit_influence(
     """
     sample = list(sample)  # it is run through twice, in the same order
     influences = exact_influences(model, sample, length_normalised=length_normalised)
-    features = np.concatenate(list(_features(model, sample, depth, with_loss=with_loss)))  # (examples, features)
+    block = _block(model, sample[0], depth)
+    features = np.concatenate(list(_features(model, sample, block, with_loss=with_loss)))  # (examples, features)
     known = np.flatnonzero((influences > 0) & np.isfinite(features).all(1))
     if len(known) < _FEWEST:
         raise ConfigurationError(
@@ -228,26 +230,63 @@ def fit_influence(
         by_loss=spearman(x[:, -1].tolist(), targets.tolist()) if with_loss else None,
         by_length=spearman(x[:, -scalars].tolist(), targets.tolist()),
     )
-    return InfluencePredictor(Ridge.fit(x, clipped, importance), depth, with_loss, calibration, influences)
+    return InfluencePredictor(Ridge.fit(x, clipped, importance), block, with_loss, calibration, influences)
 
 
-def _features(model: nn.Module, batches: Iterable[Batch], depth: int, *, with_loss: bool) -> Iterator[Scores]:
+def _features(model: nn.Module, batches: Iterable[Batch], block: str, *, with_loss: bool) -> Iterator[Scores]:
     """(examples, width + 1 or + 2) per batch: pooled hidden state, log of targets, loss."""
-    blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
-    if blocks is None or not 1 <= depth <= len(blocks):
-        raise ConfigurationError(f"The model has no list of at least {depth} blocks to read hidden states from.")
-    for run in _forwards(model, batches, blocks[depth - 1], stop=not with_loss):
+    for run in _forwards(model, batches, model.get_submodule(block), stop=not with_loss):
         assert run.hidden is not None
         hidden = run.hidden.float()  # (n, t, width)
         given = run.batch.get("attention_mask")
-        mask = torch.ones(hidden.shape[:2]) if not isinstance(given, Tensor) else given
-        mask = mask.to(hidden).unsqueeze(2)
+        if not isinstance(given, Tensor) or given.shape != hidden.shape[:2]:  # of sound it is one of samples
+            given = torch.ones(hidden.shape[:2])
+        mask = given.to(hidden).unsqueeze(2)
         columns = [(hidden * mask).sum(1) / mask.sum(1).clamp_min(1), run.tokens.clamp_min(1).log().unsqueeze(1)]
         if with_loss:
             columns.append(_loss(run.logits, run.labels, run.shift).unsqueeze(1))
         found = torch.cat([column.to(hidden) for column in columns], 1)
         found[run.tokens.to(found.device) == 0] = torch.nan
         yield found.double().cpu().numpy()
+
+
+def _block(model: nn.Module, batch: Batch, depth: int) -> str:
+    """Name of the `depth`-th block of the first list of blocks that hand on (examples, positions, width).
+
+    Positions are those of the input ids, where there are any, and the width is the configuration's, where a list has
+    it: neither the vision tower of a model of text and images nor the convolutions of one of sound.
+    """
+    blocks = {
+        f"{name}.{depth - 1}": module[depth - 1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and 1 <= depth <= len(module)
+    }
+    shapes: dict[nn.Module, torch.Size] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        shapes[module] = hidden.shape if isinstance(hidden, Tensor) else torch.Size()
+
+    with ExitStack() as hooks:
+        for block in blocks.values():
+            hooks.callback(block.register_forward_hook(note).remove)
+        next(_forwards(model, [batch]))
+    ids = batch.get("input_ids")
+    positions = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    config: Any = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
+    fitting = {
+        name: shapes[block][2]
+        for name, block in blocks.items()
+        if len(shapes.get(block, ())) == 3 and shapes[block][0] == examples_in(batch)
+        if positions in (None, shapes[block][1])
+    }
+    if not fitting:
+        raise ConfigurationError(
+            f"The model has no list of at least {depth} blocks whose hidden states are (examples, positions, width), "
+            "so there is nothing to predict influence from: rank by GradientNorm(), which measures it, or by Loss()."
+        )
+    return next((name for name, found in fitting.items() if found == width), next(iter(fitting)))
 
 
 # --- rivals

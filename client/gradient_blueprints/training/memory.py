@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,6 +23,7 @@ from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selecti
 from gradient_blueprints.training.selection import Selection
 
 GB = 1e9
+_EXPERTS = 'model.set_experts_implementation("batched_mm"), which holds more'
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -76,7 +78,8 @@ def estimate_memory(
         device: whose kernels are asked what they keep; one that this build of torch can use.
         autocast: compute in this dtype under torch.autocast.
 
-    Raises ConfigurationError when the model's control flow depends on the contents of tensors, or it gives no loss.
+    Raises ConfigurationError when the model's control flow depends on the contents of tensors, for a mixture of experts
+    in float32 unless its experts are "batched_mm", and when there is no loss.
     """
     device = torch.device(device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
@@ -98,9 +101,17 @@ def estimate_memory(
             try:
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     loss = shadow(**inputs).loss
-            except DataDependentOutputException as error:
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
-                    f"what the model computes depends on what is in its tensors: {error}"
+                    f"what the model computes depends on what is in its tensors: {error}. A mixture of experts: "
+                    f"{_EXPERTS}"
+                ) from None
+            except RuntimeError as error:
+                if "grouped_mm" not in "".join(traceback.format_exception(error)):
+                    raise
+                raise ConfigurationError(
+                    f"torch tells the shapes of grouped products in bfloat16 alone ({error}): dtype=torch.bfloat16, or "
+                    f"{_EXPERTS}"
                 ) from None
             if loss is None:
                 raise ConfigurationError("the model gives no loss: put labels into the batch")

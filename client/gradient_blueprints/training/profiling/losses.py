@@ -48,9 +48,23 @@ def examples_in(batch: Batch) -> int:
     )
 
 
+_MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features")
+
+
 def slice_examples(batch: Batch, start: int, stop: int) -> dict[str, Any]:
-    """Some of the examples; values without the examples' dimension are kept whole."""
+    """Some of the examples; values without the examples' dimension are kept whole.
+
+    Raises ConfigurationError for images or sounds whose rows are not one an example.
+    """
     examples = examples_in(batch)
+    if stop - start >= examples:
+        return dict(batch)
+    for name, value in batch.items():
+        if name.startswith(_MEDIA) and isinstance(value, Tensor) and value.dim() and value.shape[0] != examples:
+            raise ConfigurationError(
+                f"{name} has {value.shape[0]} rows for {examples} examples, and which of them belong to which cannot "
+                "be told: give batches of one example."
+            )
     return {
         name: value[start:stop] if isinstance(value, Tensor) and value.dim() and value.shape[0] == examples else value
         for name, value in batch.items()

@@ -58,7 +58,8 @@ class LocalStatistics:
         Layers that gradient checkpointing is enabled for are checkpointed here too.
         What an earlier selection froze is measured too, since the next may choose it; what you froze is not.
 
-        Raises ConfigurationError when there is no batch, no tensor gets a gradient, or the model has adapters of peft.
+        Raises ConfigurationError when there is no batch, the model gives no loss, no tensor gets a gradient, or the
+        model has adapters of peft.
         """
         if keep not in get_args(Kept):
             raise ConfigurationError(f"keep is one of {', '.join(get_args(Kept))}, not {keep!r}")
@@ -79,7 +80,7 @@ class LocalStatistics:
         reader = LossReader(model)
         with gradients_taken(model, take):
             for batch in batches:
-                model(**reader.with_labels(on_device_of(model, batch), run=False)).loss.backward()
+                _loss(model, reader.with_labels(on_device_of(model, batch), run=False)).backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
         if not found.row:
@@ -139,6 +140,16 @@ def mean_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> di
     return LocalStatistics.gather(model, batches).mean
 
 
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigurationError(
+            f"{type(model).__name__} gives no loss for a batch of {', '.join(batch)}: take the model with the head "
+            "that is to be trained, and give what its loss needs, such as labels"
+        )
+    return loss
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
     """A tensor as its factors see it: the places of a filter are columns."""
     return tensor.flatten(1) if tensor.dim() == 4 else tensor
@@ -183,8 +194,25 @@ def gradients_taken(model: nn.Module, take: Callable[[str, Tensor], None]) -> It
             registered = parameter.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]  # torch has no types
             stack.callback(registered.remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(without_caches(model))
         stack.enter_context(checkpointing(model))
         stack.enter_context(unread(free.values()))
+        yield
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """While open, Hugging Face's models keep no keys, values or states for a next token, as they do not in training.
+
+    They would be held, a layer that is computed anew from its checkpoint would add its keys a second time, and some
+    models write into them what the backward pass still needs.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    with ExitStack() as stack:
+        for config in configs:
+            if getattr(config, "use_cache", False):
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
         yield
 
 
@@ -193,8 +221,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     """While open, Hugging Face's layers that checkpoint in training mode do so in evaluation mode too.
 
     What trains in memory with checkpointing might not be measured in it without. A layer is in training mode up to its
-    checkpoint alone: inside it, dropout of its own is off as well. Caches are off: computed anew, a layer would add its
-    keys a second time.
+    checkpoint alone: inside it, dropout of its own is off as well.
     """
     layers: list[Any] = [
         module
@@ -202,12 +229,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
         if getattr(module, "gradient_checkpointing", False)
         and any(each.__name__ == "GradientCheckpointingLayer" for each in type(module).__mro__)
     ]
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()] if layers else []
     with ExitStack() as stack:
-        for config in configs:
-            if getattr(config, "use_cache", False):
-                stack.callback(setattr, config, "use_cache", True)
-                config.use_cache = False
         for layer in layers:
             checkpoint = layer._gradient_checkpointing_func
             stack.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
