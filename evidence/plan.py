@@ -400,6 +400,8 @@ def _rest_of_legal(model: str) -> list[Cell]:
             cells += _cells(STAGES[share], model, "legal", rivals(share))
     else:
         cells += _cells("10 %", model, "legal", neighbouring(0.1))
+        for share in (0.01, 0.1):
+            cells += _cells(STAGES[share], model, "legal", [linear_only(at_random(share))])
     return cells
 
 
