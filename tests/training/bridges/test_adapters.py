@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -193,13 +194,23 @@ def test_building_a_config_leaves_the_model_alone() -> None:
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+def test_a_layer_under_a_parametrization_is_adapted_and_left_alone() -> None:
+    model = nn.ModuleDict({"a": spectral_norm(nn.Linear(8, 6)), "b": weight_norm(nn.Linear(8, 8))})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = [{"id": name, "gradient_norm": 1.0} for name in "ab"]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    config = to_peft(blueprint, model, Budget.parameters(60))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert {name for name, _, _ in built(model, config)} == {"a", "b"}
+
+
 # peft 0.21 looks for the patterns' names among modules alone, and heeds those of parameters nonetheless
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
 def test_fused_experts_get_adapters_of_their_own_within_the_budget(tmp_path: Path) -> None:
     model = mixtral()
     total = sum(parameter.numel() for parameter in model.parameters())
     config = to_peft(blueprint_of(model, experts=0.5, self_attn=0.1), model, 0.1)
-    assert config.target_parameters == {
+    assert set(config.target_parameters) == {
         f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
     }
     adapted = get_peft_model(model, config)

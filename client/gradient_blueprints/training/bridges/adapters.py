@@ -104,10 +104,21 @@ def to_peft(
 
 def adapter_parameters(model: nn.Module, config: LoraConfig) -> int:
     """How many parameters peft makes trainable for this configuration, on a copy of the model without its weights."""
-    weightless = {id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()}
-    skeleton = copy.deepcopy(model, dict(weightless))
-    adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return _trainable(_built(model, config))
+
+
+def _built(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """What peft makes of a copy of the model without its weights, by a copy of the configuration, which it edits."""
+    weightless: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()
+    }
+    weightless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}  # spectral_norm multiplies by its own
+    adapted: nn.Module = get_peft_model(copy.deepcopy(model, weightless), copy.deepcopy(config), low_cpu_mem_usage=True)
+    return adapted
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -134,13 +145,20 @@ def _matrices(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
     head = find() if callable(find) else None
     found = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not head and isinstance(weight, torch.Tensor) and weight.dim() == 2:
-            layer = layer_of(f"{name}.weight", known)
-            if layer is not None:
-                found[name] = _Matrix(layer, *weight.shape)
+        layer = layer_of(f"{name}.weight", known) if linear and module is not head else None
+        if layer is not None:
+            found[name] = _Matrix(layer, *_shape(module))
     return found
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Read off a linear module without its weight: reading that moves the vectors of torch's spectral_norm."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)  # for mypy, to which it may be a module
+    return weight.shape[0], weight.shape[1]
 
 
 def _fused_experts(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
