@@ -204,6 +204,15 @@ def test_a_layer_under_a_parametrization_is_adapted_and_left_alone() -> None:
     assert {name for name, _, _ in built(model, config)} == {"a", "b"}
 
 
+def test_a_projection_whose_weight_is_used_without_a_call_gets_no_rank() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    layers = [{"id": name, "gradient_norm": 1.0} for name in ("self_attn", "linear1", "linear2")]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    adapted = get_peft_model(model, to_peft(blueprint, model, 0.5))
+    adapted(torch.randn(2, 3, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+
+
 # peft 0.21 looks for the patterns' names among modules alone, and heeds those of parameters nonetheless
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
 def test_fused_experts_get_adapters_of_their_own_within_the_budget(tmp_path: Path) -> None:

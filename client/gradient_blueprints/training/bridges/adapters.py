@@ -15,6 +15,7 @@ from torch import nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.tensors import layer_of
+from gradient_blueprints.training.bridges.uncalled_modules import never_called
 from gradient_blueprints.training.selection import Budget, Selection
 from gradient_blueprints.training.selection.chosen import parts_of, width_of
 from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
@@ -53,9 +54,10 @@ def to_peft(
 
     A module that would get less than half a rank is left out of `target_modules`; where the budget pays for no other,
     those nearest to it get a rank, as far as it goes. Every linear module (torch's, and Hugging Face's Conv1D) that a
-    layer of the blueprint covers takes part, but the head, whose weight is often the embedding's. So do fused experts,
-    an E × d × p tensor with E adapters of one rank, by `target_parameters`; `experts=False` leaves them out, which
-    options that peft has for modules alone (lora_dropout, use_dora) need.
+    layer of the blueprint covers takes part, but the head, whose weight is often the embedding's, and modules whose
+    weight the model uses without calling them (`never_called`), where an adapter would never train. So do fused
+    experts, an E × d × p tensor with E adapters of one rank, by `target_parameters`; `experts=False` leaves them out,
+    which options that peft has for modules alone (lora_dropout, use_dora) need.
     `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
     builds.
     """
@@ -146,7 +148,8 @@ def _matrices(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
     found = {}
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        layer = layer_of(f"{name}.weight", known) if linear and module is not head else None
+        takes_part = linear and module is not head and not never_called(model, name)
+        layer = layer_of(f"{name}.weight", known) if takes_part else None
         if layer is not None:
             found[name] = _Matrix(layer, *_shape(module))
     return found
