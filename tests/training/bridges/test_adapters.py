@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
@@ -193,13 +196,134 @@ def test_building_a_config_leaves_the_model_alone() -> None:
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+def test_a_layer_under_a_parametrization_is_adapted_and_left_alone() -> None:
+    model = nn.ModuleDict({"a": spectral_norm(nn.Linear(8, 6)), "b": weight_norm(nn.Linear(8, 8))})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = [{"id": name, "gradient_norm": 1.0} for name in "ab"]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    config = to_peft(blueprint, model, Budget.parameters(60))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert {name for name, _, _ in built(model, config)} == {"a", "b"}
+
+
+def test_a_projection_whose_weight_is_used_without_a_call_gets_no_rank() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    layers = [{"id": name, "gradient_norm": 1.0} for name in ("self_attn", "linear1", "linear2")]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    adapted = get_peft_model(model, to_peft(blueprint, model, 0.5))
+    adapted(torch.randn(2, 3, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def deepseek() -> nn.Module:
+    model: nn.Module = hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=12,
+            first_k_dense_replace=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=4,
+            max_position_embeddings=64,
+        )
+    )
+    return model
+
+
+def mamba2() -> nn.Module:
+    model: nn.Module = hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_heads=4,
+            head_dim=8,
+            state_size=8,
+            n_groups=1,
+            chunk_size=8,
+        )
+    )
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": "gaussian"}])
+@pytest.mark.parametrize("budget", [300, 2_000])
+def test_modules_that_peft_takes_for_the_experts_are_left_out_with_a_warning(
+    budget: int, options: dict[str, Any]
+) -> None:
+    model = deepseek()
+    with pytest.warns(UserWarning, match=r"no adapters of their own to .*mlp\.down_proj.* and 3 more"):
+        config = to_peft(blueprint_of(model), model, Budget.parameters(budget), experts=False, **options)
+    adapted = get_peft_model(deepseek(), config)
+    assert budget - 40 < trainable(adapted) <= budget
+    assert {name.rpartition(".")[2] for name, _, _ in built(model, config)} <= {
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "o_proj",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+def test_experts_of_such_a_model_get_their_ranks_all_the_same() -> None:
+    model = deepseek()
+    with pytest.warns(UserWarning, match="no adapters of their own"):
+        config = to_peft(blueprint_of(model, experts=0.5), model, Budget.parameters(2_000))
+    assert set(config.target_parameters) == {f"model.layers.1.mlp.experts.{name}_proj" for name in ("down", "gate_up")}
+    assert 1_960 < trainable(get_peft_model(model, config)) <= 2_000
+
+
+def test_modules_that_peft_refuses_are_left_out_with_its_reason() -> None:
+    model = mamba2()
+    with pytest.warns(UserWarning, match="out_proj.*incompatible with Mamba"):
+        config = to_peft(blueprint_of(model), model, Budget.parameters(400))
+    assert {name.rpartition(".")[2] for name, _, _ in built(model, config)} == {"in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("option", "kept"),
+    [
+        ({"exclude_modules": ["out_proj"]}, {"0.mixer.in_proj", "1.mixer.in_proj"}),
+        ({"exclude_modules": r".*(out_proj|1\.mixer\.in_proj)"}, {"0.mixer.in_proj"}),
+        ({"exclude_modules": ["out_proj"], "layers_to_transform": [1]}, {"1.mixer.in_proj"}),
+    ],
+)
+def test_options_that_pick_modules_are_heeded_before_ranks_are_dealt_out(
+    option: dict[str, Any], kept: set[str]
+) -> None:
+    model = mamba2()
+    config = to_peft(blueprint_of(model), model, Budget.parameters(400), **option)
+    assert {name.removeprefix("backbone.layers.") for name, _, _ in built(model, config)} == kept
+    assert 200 < adapter_parameters(mamba2(), config) <= 400
+
+
+def test_options_that_leave_no_module_and_those_that_peft_refuses_say_so() -> None:
+    model = llama()
+    with pytest.raises(ConfigurationError, match="see exclude_modules"):
+        to_peft(blueprint_of(model), model, exclude_modules=".*")
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        to_peft(blueprint_of(model), model, 0.1, init_lora_weights="nonsense")
+
+
 # peft 0.21 looks for the patterns' names among modules alone, and heeds those of parameters nonetheless
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
 def test_fused_experts_get_adapters_of_their_own_within_the_budget(tmp_path: Path) -> None:
     model = mixtral()
     total = sum(parameter.numel() for parameter in model.parameters())
     config = to_peft(blueprint_of(model, experts=0.5, self_attn=0.1), model, 0.1)
-    assert config.target_parameters == {
+    assert set(config.target_parameters) == {
         f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
     }
     adapted = get_peft_model(model, config)

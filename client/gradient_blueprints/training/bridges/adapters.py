@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from torch import nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.tensors import layer_of
+from gradient_blueprints.training.bridges.uncalled_modules import never_called
 from gradient_blueprints.training.selection import Budget, Selection
 from gradient_blueprints.training.selection.chosen import parts_of, width_of
-from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
+from gradient_blueprints.training.selection.listed_tensors import listing, some, tied_names
 
 try:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import check_target_module_exists
 except ImportError as missing:
     raise ImportError("LoraConfig comes from peft, which is not installed: pip install peft") from missing
 
@@ -53,19 +57,25 @@ def to_peft(
 
     A module that would get less than half a rank is left out of `target_modules`; where the budget pays for no other,
     those nearest to it get a rank, as far as it goes. Every linear module (torch's, and Hugging Face's Conv1D) that a
-    layer of the blueprint covers takes part, but the head, whose weight is often the embedding's. So do fused experts,
-    an E × d × p tensor with E adapters of one rank, by `target_parameters`; `experts=False` leaves them out, which
-    options that peft has for modules alone (lora_dropout, use_dora) need.
-    `options` go to LoraConfig. The count is checked on a weightless copy of the model that peft really
-    builds.
+    layer of the blueprint covers takes part, but the head, whose weight is often the embedding's, and modules whose
+    weight the model uses without calling them (`never_called`), where an adapter would never train. So do fused
+    experts, an E × d × p tensor with E adapters of one rank, by `target_parameters`; `experts=False` leaves them out,
+    which options that peft has for modules alone (lora_dropout, use_dora) need.
+    `options` go to LoraConfig; those that pick modules (exclude_modules, layers_to_transform) are heeded before ranks
+    are dealt out. So is what peft cannot adapt, with a warning. Adapters, ranks and, without options, the count are
+    checked on a weightless copy of the model that peft really builds.
     """
     if by not in get_args(DealtBy):
         raise ConfigurationError(f"ranks are dealt out by {' or '.join(get_args(DealtBy))}, not by {by!r}")
     known = {layer.id for layer in source.layers}
     fused = _fused_experts(model, known) if experts else {}
-    matrices = _matrices(model, known) | fused
-    if not matrices:
+    modules = _matrices(model, known)
+    if not modules and not fused:
         raise ConfigurationError("No linear module of the model lies in a layer of the blueprint: another model?")
+    adapted = _adapted(model, modules.keys(), options)
+    matrices = {name: matrix for name, matrix in modules.items() if name in adapted} | fused
+    if not matrices:
+        raise ConfigurationError("The options leave no linear module of the model to adapt: see exclude_modules.")
     total = sum(parameter.numel() for parameter in model.parameters())
     budget = budget if isinstance(budget, Budget) else Budget.fraction(budget)
     if budget.measure == "bytes":
@@ -84,7 +94,7 @@ def to_peft(
     ranks = _ranks(matrices, weights, capacity, largest_rank)
     if not ranks:
         raise ConfigurationError(f"{capacity:,} parameters pay for no adapter of rank 1: raise the budget.")
-    adapted = sorted(ranks.keys() & fused.keys())
+    parameters = sorted(ranks.keys() & fused.keys())
     usual = Counter(ranks.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=usual,
@@ -92,22 +102,89 @@ def to_peft(
         target_modules=sorted(ranks.keys() - fused.keys()),
         rank_pattern={name: rank for name, rank in sorted(ranks.items()) if rank != usual},
         alpha_pattern={name: _alpha(rank, scale) for name, rank in sorted(ranks.items()) if rank != usual},
-        **({"target_parameters": adapted} if adapted else {}),  # which peft below 0.17 does not know
+        **({"target_parameters": parameters} if parameters else {}),  # which peft below 0.17 does not know
         **options,
     )
-    wanted = sum(rank * matrices[name].cost for name, rank in ranks.items())
-    built = adapter_parameters(model, config)
-    if built != wanted and not options:
-        raise ConfigurationError(f"peft builds {built:,} parameters where {wanted:,} were meant; please report this.")
+    built = _built(model, config)
+    if wrong := sorted(name for name, _ in _ranks_built(built).items() ^ ranks.items()):
+        raise ConfigurationError(f"peft builds other adapters than were meant, {some(wrong)}; please report this.")
+    wanted, trained = sum(rank * matrices[name].cost for name, rank in ranks.items()), _trainable(built)
+    if trained != wanted and not options:  # such as bias or use_dora, which train more
+        raise ConfigurationError(f"peft builds {trained:,} parameters where {wanted:,} were meant; please report this.")
     return config
 
 
 def adapter_parameters(model: nn.Module, config: LoraConfig) -> int:
     """How many parameters peft makes trainable for this configuration, on a copy of the model without its weights."""
-    weightless = {id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()}
-    skeleton = copy.deepcopy(model, dict(weightless))
-    adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return _trainable(_built(model, config))
+
+
+def _built(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """What peft makes of a copy of the model without its weights, by a copy of the configuration, which it edits."""
+    weightless: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()
+    }
+    weightless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}  # spectral_norm multiplies by its own
+    adapted: nn.Module = get_peft_model(copy.deepcopy(model, weightless), copy.deepcopy(config), low_cpu_mem_usage=True)
+    return adapted
+
+
+def _ranks_built(adapted: nn.Module) -> dict[str, int]:
+    """Rank by the name, in the model, of every module and every tensor of experts with an adapter."""
+    ranks = {}
+    for name, module in adapted.named_modules():
+        if "default" in getattr(module, "lora_A", ()):
+            target = name.removeprefix("base_model.model.")
+            if isinstance(module, ParamWrapper):  # one around the other, where a module has several such tensors
+                target = f"{target.replace('.base_layer', '')}.{module.parameter_name}"
+            ranks[target] = int(module.r["default"])
+    return ranks
+
+
+def _adapted(model: nn.Module, modules: Set[str], options: Mapping[str, Any]) -> Set[str]:
+    """Those of the modules that peft gives adapters of their own: it is tried, since its rules are many.
+
+    peft refuses some (`out_proj` of Mamba); in models whose experts transformers 5 fused, of names like DeepSeek's, it
+    takes every `down_proj` for the experts' one (`_convert_peft_config_moe`). What `exclude_modules` and the like keep
+    out is left out in silence, all else with a warning.
+    """
+    if not modules:
+        return modules
+    ends = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in modules}), **options)
+    asked = {name for name in modules if check_target_module_exists(ends, name)}
+    adapted, _ = _tried(model, asked, options)
+    if adapted == asked:
+        return asked
+    alike: dict[str, set[str]] = {}  # peft's rules go by the last part of a name
+    for name in asked:
+        alike.setdefault(name.rpartition(".")[2], set()).add(name)
+    trials = [_tried(model, names, options) for _, names in sorted(alike.items())]
+    adapted = set().union(*(found for found, _ in trials))
+    refusals = [refusal for _, refusal in trials if refusal is not None]
+    if refusals and not adapted:
+        raise refusals[0]
+    reasons = f" ({' '.join(dict.fromkeys(map(str, refusals)))})" if refusals else ""
+    warnings.warn(
+        f"peft can give no adapters of their own to {some(sorted(asked - adapted))}; they are left out{reasons}",
+        stacklevel=3,
+    )
+    return adapted
+
+
+def _tried(model: nn.Module, names: Set[str], options: Mapping[str, Any]) -> tuple[Set[str], ValueError | None]:
+    """Which of these modules peft adapts when all are named, or why it refuses."""
+    if not names:
+        return names, None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what it warns of is said of the configuration in the end
+            built = _built(model, LoraConfig(r=1, target_modules=sorted(names), **options))
+    except ValueError as refusal:
+        return set(), refusal
+    return names & _ranks_built(built).keys(), None
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -134,13 +211,21 @@ def _matrices(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
     head = find() if callable(find) else None
     found = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not head and isinstance(weight, torch.Tensor) and weight.dim() == 2:
-            layer = layer_of(f"{name}.weight", known)
-            if layer is not None:
-                found[name] = _Matrix(layer, *weight.shape)
+        takes_part = linear and module is not head and not never_called(model, name)
+        layer = layer_of(f"{name}.weight", known) if takes_part else None
+        if layer is not None:
+            found[name] = _Matrix(layer, *_shape(module))
     return found
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Read off a linear module without its weight: reading that moves the vectors of torch's spectral_norm."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)  # for mypy, to which it may be a module
+    return weight.shape[0], weight.shape[1]
 
 
 def _fused_experts(model: nn.Module, known: Set[str]) -> dict[str, _Matrix]:
