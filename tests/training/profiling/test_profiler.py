@@ -24,6 +24,7 @@ from tests.training.profiling.small_models import (
     build,
     gpt2,
     llama,
+    llama4,
     looped_gradients,
     one_example,
     t5,
@@ -94,6 +95,36 @@ def test_a_step_in_train_mode_repeats_itself_and_differs_from_eval_mode() -> Non
         tables.append(profiler.table())
     assert (tables[0] == tables[1]).all()
     assert not np.allclose(tables[0], tables[2])
+
+
+def test_dropout_of_a_batch_in_train_mode_does_not_depend_on_what_was_run_before_it() -> None:
+    model = gpt2(resid_pdrop=0.5).train()
+    tables = []
+    for keys in ((0, 1), (1, 0)):
+        with GradientProfiler(model, seed=3) as profiler:
+            for key in keys:
+                profiler.step(batch(seed=key), key=key)
+        assert profiler.one_by_one is None
+        tables.append(profiler.table())
+    assert (tables[0] == tables[1]).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mixture_that_mixes_the_rows_of_examples_runs_one_by_one_and_backward_refuses_it(training: bool) -> None:
+    model, values = llama4().train(training), batch(padded=False)
+    with GradientProfiler(model) as profiler:
+        profiler.step(values)
+        assert profiler.one_by_one is not None
+        assert "experts" in profiler.one_by_one
+    looped = looped_gradients(model, values)
+    expected = [float(torch.cat([g.flatten() for g in gradients.values()]).norm()) for gradients in looped]
+    np.testing.assert_allclose(profiler.influences(), expected, rtol=1e-4)
+    with GradientProfiler(model) as profiler:
+        with pytest.raises(UncoveredParameter, match=r"experts.* step"):
+            profiler.backward(profiler.model(**values).loss)
+        assert not any(domain.records for domain in profiler.state().domains.values())
+        with pytest.raises(UncoveredParameter, match="step"):
+            profiler.model(**values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -216,6 +216,20 @@ def test_a_weight_used_without_its_module_is_found_and_measured_by_autograd() ->
         assert profiler.table()[index, example] == pytest.approx(float(gradient.norm()), rel=1e-9)
 
 
+def test_gradients_that_a_model_holds_are_not_measured_and_stay_where_autograd_measures() -> None:
+    torch.manual_seed(0)
+    model, inputs = Functional(), torch.randn(3, 5, 4)
+    tables = []
+    for held in (False, True):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if held else None
+        with GradientProfiler(model, loss=squared_sum) as profiler:
+            profiler.step({"inputs": inputs})
+        tables.append(profiler.table())
+    assert (tables[0] == tables[1]).all()
+    assert all(p.grad is not None and torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
 class Occasional(Functional):
     """Needs the weight that hooks cannot see only for batches that bring `more`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,12 +183,16 @@ class GradientPass:
                 raise OutOfMemory(_TOO_LARGE) from error
             raise
         while True:
+            random.restore()
             step = 1 if self.one_by_one else min(self.micro_batch or examples, examples)
             self._ranks.agree("their batches take as many passes as", math.ceil(examples / step))
             try:
-                weights = self._token_weights(batch, examples)
-                measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
-                strayed = self._strayed(measured) if self._ranks.any(step > 1) else []
+                strayed = self._strayed_in_training(batch, step)
+                if not strayed:
+                    random.restore()
+                    weights = self._token_weights(batch, examples)
+                    measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
+                    strayed = self._strayed(measured) if self._ranks.any(step > 1) else []
             except ExamplesMixed as mixed:
                 self._run_one_by_one(mixed.what)
             except (MemoryError, RuntimeError) as error:
@@ -204,8 +208,7 @@ class GradientPass:
             else:
                 if not strayed:
                     return measured
-                self._run_one_by_one(f"{_list(strayed)} of the first example differ between batch and single run.")
-            random.restore()
+                self._run_one_by_one(_STRAYED.format(_list(strayed)))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -225,19 +228,48 @@ class GradientPass:
         return joined
 
     def _strayed(self, measured: Measurement) -> list[str]:
-        """The parameters whose norms of the first example with a target differ from those it had alone, once."""
-        finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
-        if not self._probed or self._batch_checked:
+        """In eval mode, once: the parameters whose norms of the first example with a target differ from those it had
+        alone."""
+        if not self._verify or not self._probed or self._batch_checked or self._training:
             return []
+        finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
         if self._reference_at is None or not finite:
             self._several_probed = False  # the next batch brings a reference of its own
             return []
         self._batch_checked = True
-        if not self._verify or self.model.training:
-            return []
         mine = {name: squares[self._reference_at] for name, squares in measured.squares.items()}
         found: list[str] = self._ranks.of_first(_differing(self._reference, mine, self._tolerance()))
         return found
+
+    def _strayed_in_training(self, batch: Batch, step: int) -> list[str]:
+        """In train mode, once: the parameters whose norms of one example inside its batch autograd does not confirm.
+
+        Under dropout an example is another one alone. So its loss alone is differentiated inside the batch, by the
+        rules and by autograd in the same backward pass. Not under FSDP, which averages what autograd gives.
+        """
+        unneeded = not self._verify or not self._probed or self._batch_checked or self._ranks.together
+        if unneeded or step == 1 or not self._training:
+            return []
+        first = first_labelled(batch)
+        start = min(first, examples_in(batch) - step)
+        self._found = found = Measurement(torch.empty(0), torch.empty(0))
+        with self._reached(self._parameters()), self._listening(step, _Batch(step)):
+            losses = self.reader.run(slice_examples(batch, start, start + step))
+            self._capture.forward_phase = False
+            value, tokens = losses.values[first - start], losses.tokens[first - start]
+            if not (bool(torch.isfinite(value)) and bool(tokens > 0)):
+                return []  # the next batch is held against autograd
+            value.backward()  # type: ignore[no-untyped-call]
+            self._finish()
+            reference = self._reference_squares()
+        self._batch_checked = True
+        mine = {name: squares[first - start] for name, squares in found.squares.items()}
+        return _differing(reference, mine, self._tolerance())
+
+    @property
+    def _training(self) -> bool:
+        """Whether some of the model is in train mode, where an example need not be the same twice."""
+        return any(module.training for module in self.model.modules())
 
     def measure_backward(self, loss: Tensor, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Backward of a loss that the caller computed by one call of the model, the token mean of its batch."""
@@ -268,6 +300,9 @@ class GradientPass:
         finally:
             self._capture.end()
             self._pending.clear()
+        strayed = self._strayed(found) if self._ranks.any(examples > 1) else []
+        if strayed:
+            raise self._run_one_by_one(_STRAYED.format(_list(strayed)))
         return found
 
     @property
@@ -282,6 +317,9 @@ class GradientPass:
             raise ConfigurationError("Inside the profiler call the model by keywords with labels, or use step(batch).")
         with torch.random.fork_rng():
             self._learn(kwargs)
+            strayed = [] if self.one_by_one else self._strayed_in_training(kwargs, examples_in(kwargs))
+        if strayed:
+            self._run_one_by_one(_STRAYED.format(_list(strayed)))
         if self.one_by_one:
             raise UncoveredParameter(self.one_by_one)
         tokens = target_tokens(kwargs["labels"], shift=self.reader.shift_of(kwargs["labels"]))
@@ -294,8 +332,10 @@ class GradientPass:
         if not self._inside and torch.is_grad_enabled():
             self._external = (kwargs, outputs)
 
-    def _run_one_by_one(self, reason: str) -> None:
+    def _run_one_by_one(self, reason: str) -> UncoveredParameter:
+        """From now on; the error is for those who cannot."""
         self.one_by_one = reason
+        return UncoveredParameter(reason)
 
     def _tolerance(self) -> float:
         return max(_TOLERANCE.get(parameter.dtype, 0.1) for parameter in self._parameters().values())
@@ -330,17 +370,29 @@ class GradientPass:
         self._offloaded.forget()
         self._inside = True
         try:
-            self._require({path: True for path, name in self._names.items() if name in self._by_autograd})
-            with torch.enable_grad(), self._offloaded.not_kept():
+            with self._reached(self._by_autograd), torch.enable_grad(), self._offloaded.not_kept():
                 self._capture.begin(examples, recording=recording)
                 yield
         finally:
             self._inside = False
             self._capture.end()
             self._pending.clear()
-            for path, name in self._names.items():
-                if name in self._by_autograd:
-                    self.model.get_parameter(path).requires_grad_(False).grad = None
+
+    @contextmanager
+    def _reached(self, names: Collection[str]) -> Iterator[None]:
+        """Plain autograd reaches these parameters for a while; the gradients that they held are put back afterwards."""
+        paths = [path for path, name in self._names.items() if name in names]
+        held = {path: self.model.get_parameter(path).grad for path in paths}
+        try:
+            for path in paths:
+                self.model.get_parameter(path).grad = None
+            self._require({path: self.model.get_parameter(path).is_floating_point() for path in paths})
+            yield
+        finally:
+            self._offloaded.forget()
+            self._require(dict.fromkeys(paths, False))
+            for path in paths:
+                self.model.get_parameter(path).grad = held[path]
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         if name in self._by_autograd:
@@ -412,24 +464,13 @@ class GradientPass:
     def _probe(self, batch: Batch, *, verify: bool) -> None:
         """One example alone: note its shapes, and hold every rule against plain autograd."""
         self._found = found = Measurement(torch.empty(0), torch.empty(0))
-        held = {name: parameter.grad for name, parameter in self._parameters().items()}
-        try:
-            for parameter in self._parameters().values():
-                parameter.grad = None
+        with self._reached(self._parameters() if verify else ()), self._listening(1, _Batch(1), recording=True):
+            losses = self.reader.run(batch)
+            self._capture.forward_phase = False
             if verify:
-                self._require({path: self.model.get_parameter(path).is_floating_point() for path in self._names})
-            with self._listening(1, _Batch(1), recording=True):
-                losses = self.reader.run(batch)
-                self._capture.forward_phase = False
-                if verify:
-                    losses.values.sum().backward()  # type: ignore[no-untyped-call]
-                    self._finish()
-            reference = self._reference_squares()
-        finally:
-            self._offloaded.forget()
-            self._require(dict.fromkeys(self._names, False))
-            for name, parameter in self._parameters().items():
-                parameter.grad = held[name]
+                losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                self._finish()
+            reference = self._reference_squares() if verify else {}
         finite, counted = bool(torch.isfinite(losses.values).all()), bool((losses.tokens > 0).any())
         self._probed = finite and counted  # else the next batch is held against autograd
         if not self._probed:
@@ -451,6 +492,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; on a CPU torch has no class of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
+
+_STRAYED = "{} of the first example differ between batch and single run."
 
 _TOO_LARGE = (
     "The memory does not hold the forward and backward pass of one example: shorten its sequence, switch on activation "
