@@ -232,6 +232,35 @@ def test_backward_refuses_another_loss_and_models_that_run_one_by_one() -> None:
         profiler.model(**batch())
 
 
+class Marked(nn.Module):
+    """The gradient of its marker is of the examples with the token 5 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.marker = build("llama"), nn.Parameter(torch.randn(16))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        embeddings = self.inner.get_submodule("model.embed_tokens")(input_ids)
+        if bool((input_ids == 5).any()):
+            embeddings = torch.where((input_ids == 5)[..., None], self.marker, embeddings)
+        return self.inner(inputs_embeds=embeddings, labels=labels)
+
+
+def test_backward_refuses_a_parameter_without_a_rule_as_soon_as_an_example_uses_it() -> None:
+    ids = torch.randint(6, 61, (4, 9), generator=torch.Generator().manual_seed(0))
+    marked = ids.clone()
+    marked[2, 3] = 5
+    model = Marked().eval()
+    with GradientProfiler(model) as profiler:
+        profiler.backward(model(input_ids=ids, labels=ids).loss)
+        with pytest.raises(UncoveredParameter, match="marker"):
+            profiler.backward(model(input_ids=marked, labels=marked).loss)
+        profiler.step({"input_ids": marked, "labels": marked})
+    row = [layer.id for layer in profiler.layers].index("marker")
+    assert (profiler.table()[row] > 0).tolist() == [False] * 6 + [True, False]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
 # --- statistics
 
 

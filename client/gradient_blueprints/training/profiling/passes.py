@@ -111,6 +111,9 @@ class GradientPass:
         """The position of the example that the reference is of; None where it is of an earlier batch."""
         self._batch_checked = False
         self._by_autograd: set[str] = set()
+        self._unused: set[str] = set()
+        """Parameters that no example alone has used so far: autograd watches whether a batch does, which costs nothing
+        until one does."""
         self._pending: dict[str, list[Contribution]] = {}
         self._found: Measurement | None = None
         self._batch: _Batch | None = None
@@ -123,7 +126,10 @@ class GradientPass:
         ]
         self._ranks = Ranks(model)
         self._unread = ExitStack()
+        self._watch = ExitStack()
         self._require(dict.fromkeys(self._names, False))
+        if verify and not self._ranks.together:  # FSDP's ranks would wait for the gradient that one of them has
+            self._unused.update(self._names.values())
         self._offloaded = OffloadedWeights(model, self._names)
         try:
             self._unread.enter_context(unread(self._parameters().values()))
@@ -135,6 +141,7 @@ class GradientPass:
     def close(self) -> None:
         """Take the hooks away and restore the requires_grad flags."""
         self._unread.close()
+        self._watch.close()
         for hook in self._root_hooks:
             hook.remove()
         if hasattr(self, "_capture"):
@@ -296,10 +303,14 @@ class GradientPass:
         try:
             self._capture.forward_phase = False
             loss.backward()  # type: ignore[no-untyped-call]
+            self._notice_late(examples)
             self._finish()
+        except ExamplesMixed as mixed:
+            raise self._run_one_by_one(mixed.what) from None
         finally:
             self._capture.end()
             self._pending.clear()
+            self._watch.close()
         strayed = self._strayed(found) if self._ranks.any(examples > 1) else []
         if strayed:
             raise self._run_one_by_one(_STRAYED.format(_list(strayed)))
@@ -326,6 +337,9 @@ class GradientPass:
         # the loss is the mean over all tokens; each example's own mean is what the norms are of
         scale = tokens.sum() / tokens.clamp_min(1)
         self._pending.clear()
+        self._watch.close()
+        if self._unused:
+            self._watch.enter_context(self._reached(self._unused))
         self._capture.begin(examples_in(kwargs), scale=scale)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
@@ -358,6 +372,7 @@ class GradientPass:
             self._found = found = Measurement(losses.values.detach(), losses.tokens)
             if self._ranks.together or bool(torch.isfinite(found.losses).all()):
                 losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                self._notice_late(examples)
                 self._finish()
         return found
 
@@ -370,7 +385,8 @@ class GradientPass:
         self._offloaded.forget()
         self._inside = True
         try:
-            with self._reached(self._by_autograd), torch.enable_grad(), self._offloaded.not_kept():
+            watched = self._unused if self._probed else set()
+            with self._reached(self._by_autograd | watched), torch.enable_grad(), self._offloaded.not_kept():
                 self._capture.begin(examples, recording=recording)
                 yield
         finally:
@@ -419,6 +435,26 @@ class GradientPass:
         else:
             found.squares[name], total = squares_of_sum(contributions), _summed(contributions)
         batch.add(name, total, weighted=False)
+
+    def _notice_late(self, examples: int) -> None:
+        """Parameters that autograd reached and no rule, though the examples that were held against it did not use them.
+
+        Raises ExamplesMixed where autograd's gradient is of several examples.
+        """
+        assert self._found is not None
+        if not self._unused or not self._probed:
+            return
+        self._unused -= self._found.squares.keys() | self._pending.keys()
+        late = self._unused & self._gradients().keys()
+        if late:
+            self._unused -= late
+            self._by_autograd |= late
+            self._run_one_by_one(self._without_rule())
+            if examples > 1:
+                raise ExamplesMixed(self._without_rule())
+
+    def _without_rule(self) -> str:
+        return f"No rule gives the gradient of {_list(sorted(self._by_autograd))}."
 
     def _finish(self) -> None:
         """Parameters whose every use did not send a gradient, and those that none of them did."""
@@ -479,13 +515,15 @@ class GradientPass:
             self._reference = reference
             mine = {name: squares[0] for name, squares in found.squares.items()}
             self._by_autograd |= set(_differing(reference, mine, self._tolerance()))
+            self._by_autograd |= reference.keys() - mine.keys()  # a gradient that is zero here may not be so elsewhere
+            self._unused -= reference.keys() | mine.keys()
             if self._by_autograd:
                 if self._ranks.together:
                     raise ConfigurationError(
                         f"No rule gives the gradient of {_list(sorted(self._by_autograd))}, and FSDP averages what "
                         "autograd gives over the ranks; profile this model in one process."
                     )
-                self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
+                self._run_one_by_one(self._without_rule())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
