@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, LayerKind, Provenance
@@ -200,6 +201,69 @@ def test_padding_changes_no_norm() -> None:
             profiler.step(values)
         tables.append(profiler.table())
     np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
+
+
+class Classifier(nn.Module):
+    """Three classes of six features, through a trunk."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.head(self.trunk(inputs))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+CLASSES = {"inputs": torch.eye(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
+
+
+def test_batch_norm_is_refused_in_train_mode_and_measured_in_eval_mode() -> None:
+    model = Classifier(nn.BatchNorm1d(6))
+    before = copy.deepcopy(model.state_dict())
+    with GradientProfiler(model.train()) as profiler:
+        with pytest.raises(ConfigurationError, match=r"trunk .*model\.eval\(\)"):
+            profiler.step(CLASSES)
+        with pytest.raises(ConfigurationError, match=r"trunk .*model\.eval\(\)"):
+            profiler.model(**CLASSES)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model.trunk.eval()
+    with GradientProfiler(model) as profiler:
+        assert profiler.step(CLASSES) > 0
+
+
+class Counting(nn.Module):
+    """Counts its calls in train mode, and has no rule, so that it is called again for each example."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(6, 6))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        return inputs @ self.mix
+
+
+def test_buffers_that_train_mode_changes_are_as_before_but_for_the_callers_own_pass() -> None:
+    trunk = Counting()
+    model = Classifier(trunk).train()
+    with GradientProfiler(model) as profiler:
+        profiler.step(CLASSES)
+        assert trunk.calls == 0
+        profiler.backward(model(**CLASSES).loss)
+        assert trunk.calls == 1
+    model = Classifier(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))).train()
+    before = copy.deepcopy(model.state_dict())
+    with GradientProfiler(model) as profiler:
+        profiler.step(CLASSES)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 # --- the caller's own forward pass

@@ -31,6 +31,7 @@ from gradient_blueprints.training.profiling.losses import (
 from gradient_blueprints.training.profiling.offload import OffloadedWeights
 from gradient_blueprints.training.profiling.random_state import RandomState
 from gradient_blueprints.training.profiling.totals import BatchTotals, placed
+from gradient_blueprints.training.profiling.train_mode import buffers_kept, refuse_batch_statistics
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
@@ -180,7 +181,14 @@ class GradientPass:
         """Forward and backward of a batch that has labels.
 
         `norms`: also of the batch's gradient; `totals` takes in that gradient. A non-finite loss ends it early.
+        ConfigurationError for batch norm in train mode.
         """
+        refuse_batch_statistics(self.model)
+        with buffers_kept(self.model):
+            return self._measure_in_steps(batch, norms, totals)
+
+    def _measure_in_steps(self, batch: Batch, norms: bool, totals: BatchTotals | None) -> Measurement:
+        """As many examples at once as the model and the memory allow."""
         examples = examples_in(batch)
         random = RandomState()
         try:
@@ -302,7 +310,8 @@ class GradientPass:
             return found
         try:
             self._capture.forward_phase = False
-            loss.backward()  # type: ignore[no-untyped-call]
+            with buffers_kept(self.model):  # rules call modules again
+                loss.backward()  # type: ignore[no-untyped-call]
             self._notice_late(examples)
             self._finish()
         except ExamplesMixed as mixed:
@@ -326,7 +335,8 @@ class GradientPass:
             return
         if args or not isinstance(kwargs.get("labels"), Tensor):
             raise ConfigurationError("Inside the profiler call the model by keywords with labels, or use step(batch).")
-        with torch.random.fork_rng():
+        refuse_batch_statistics(self.model)
+        with torch.random.fork_rng(), buffers_kept(self.model):
             self._learn(kwargs)
             strayed = [] if self.one_by_one else self._strayed_in_training(kwargs, examples_in(kwargs))
         if strayed:
