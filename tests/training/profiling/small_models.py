@@ -133,8 +133,8 @@ def gemma() -> nn.Module:
     return _qwen("Gemma", head_dim=8)
 
 
-def mixtral() -> nn.Module:
-    return _qwen("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+def mixtral(**changes: Any) -> nn.Module:
+    return _qwen("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, **changes)
 
 
 def qwen3_moe() -> nn.Module:

@@ -27,6 +27,7 @@ from tests.training.profiling.small_models import (
     llama,
     llama4,
     looped_gradients,
+    mixtral,
     one_example,
     t5,
 )
@@ -323,6 +324,42 @@ def test_backward_refuses_a_parameter_without_a_rule_as_soon_as_an_example_uses_
     row = [layer.id for layer in profiler.layers].index("marker")
     assert (profiler.table()[row] > 0).tolist() == [False] * 6 + [True, False]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class Dearer(nn.Module):
+    """Its loss is one part in two hundred above the mean cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        if outputs.loss is not None:
+            outputs.loss = 1.005 * outputs.loss
+        return outputs
+
+
+def test_losses_a_little_beside_the_mean_cross_entropy_are_refused() -> None:
+    ids = batch(padded=False)["input_ids"]
+    with GradientProfiler(Dearer()) as profiler, pytest.raises(ConfigurationError, match="not the mean cross-entropy"):
+        profiler.step({"input_ids": ids})
+    with GradientProfiler(build("llama")) as profiler, pytest.raises(ConfigurationError, match="token mean"):
+        profiler.backward(1.005 * profiler.model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.02])
+def test_an_auxiliary_loss_of_routers_is_refused_until_it_is_switched_off(weight: float) -> None:
+    model = mixtral(output_router_logits=True, router_aux_loss_coef=weight).eval()
+    values = batch(2, padded=False)
+    with GradientProfiler(model) as profiler:
+        with pytest.raises(ConfigurationError, match=r"not the mean cross-entropy.*output_router_logits = False"):
+            profiler.step(values)
+        with pytest.raises(ConfigurationError, match="output_router_logits"):
+            profiler.model(**values)
+        config: Any = model.config
+        config.output_router_logits = False
+        assert profiler.step(values) > 0
 
 
 # --- statistics

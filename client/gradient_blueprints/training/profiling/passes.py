@@ -24,6 +24,7 @@ from gradient_blueprints.training.profiling.losses import (
     LossReader,
     examples_in,
     first_labelled,
+    is_mean,
     slice_examples,
     target_tokens,
     token_losses,
@@ -296,7 +297,7 @@ class GradientPass:
             losses = token_losses(outputs.logits.detach(), labels, shift=self.reader.shift_of(labels))
         tokens = losses.tokens.sum().clamp_min(1)
         mean, given = float((losses.values * losses.tokens).sum() / tokens), float(loss.detach())
-        if not abs(mean - given) <= 1e-2 * (1 + abs(given)):
+        if not is_mean(mean, loss, outputs.logits):
             raise ConfigurationError(
                 f"The loss {given:.6g} is not the token mean {mean:.6g} of the last batch; "
                 "give model(**batch).loss as it is."
