@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from safetensors import safe_open
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -265,6 +266,25 @@ def test_buffers_that_train_mode_changes_are_as_before_but_for_the_callers_own_p
         profiler.step(CLASSES)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_model_that_fails_on_several_examples_runs_one_by_one_and_a_faulty_batch_changes_nothing() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 4}
+    swin = hf.SwinForImageClassification(hf.SwinConfig(image_size=16, patch_size=2, num_labels=3, **sizes)).eval()
+    values = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    tables = []
+    for size in (None, 1):
+        with GradientProfiler(swin, micro_batch=size) as profiler:
+            profiler.step(values)
+        assert (profiler.one_by_one or "").startswith("Several examples at once fail") == (size is None)
+        tables.append(profiler.table())
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-5)
+    with GradientProfiler(Classifier(nn.Tanh())) as profiler:
+        profiler.step(CLASSES)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            profiler.step(CLASSES | {"inputs": torch.eye(4, 7)})
+        assert profiler.one_by_one is None
 
 
 # --- the caller's own forward pass

@@ -191,6 +191,7 @@ class GradientPass:
     def _measure_in_steps(self, batch: Batch, norms: bool, totals: BatchTotals | None) -> Measurement:
         """As many examples at once as the model and the memory allow."""
         examples = examples_in(batch)
+        failure = ""
         random = RandomState()
         try:
             self._learn(batch)
@@ -213,7 +214,14 @@ class GradientPass:
                 self._run_one_by_one(mixed.what)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if self.one_by_one == failure:
+                        self.one_by_one = None  # one of its examples fails alone too: the batch is at fault
+                    if step == 1 or not self._probed or self._ranks.together:
+                        raise
+                    line, _, _ = str(error).partition("\n")
+                    failure = f"Several examples at once fail where one did not: {line}"
+                    self._run_one_by_one(failure)
+                    continue
                 if step == 1:
                     raise OutOfMemory(_TOO_LARGE) from error
                 if self._ranks.together:
