@@ -205,6 +205,21 @@ def test_padding_changes_no_norm() -> None:
     np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
 
 
+class Odd(nn.Module):
+    """A transposed parameter that no rule knows, filters with their channels last, and a table without rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.ParameterList([torch.randn(6, 6).t(), torch.empty(0, 6)])
+        self.filters = nn.Conv2d(1, 6, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.nothing = nn.Embedding(0, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        pictures = self.filters(inputs.view(-1, 1, 2, 3)).mean((2, 3))
+        output: torch.Tensor = inputs @ torch.cat([*self.turned]) + pictures
+        return output
+
+
 class Classifier(nn.Module):
     """Three classes of six features, through a trunk."""
 
@@ -285,6 +300,24 @@ def test_a_model_that_fails_on_several_examples_runs_one_by_one_and_a_faulty_bat
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             profiler.step(CLASSES | {"inputs": torch.eye(4, 7)})
         assert profiler.one_by_one is None
+
+
+@pytest.mark.parametrize("sums", ["host", "device", "folder"])
+def test_parameters_of_other_strides_are_measured_and_those_without_entries_are_no_layers(
+    sums: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Classifier(Odd()).eval()
+    measured = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
+    mean = torch.autograd.grad(model(**CLASSES).loss, [*measured.values()])
+    with GradientProfiler(model, groups="tensor", sums=tmp_path if sums == "folder" else sums) as profiler:
+        profiler.step(CLASSES)
+        profiler.step(CLASSES)
+    layers = profiler.blueprint("m", 1.0).layers
+    assert [layer.id for layer in layers] == [*measured]
+    for layer, gradient in zip(layers, mean, strict=True):
+        assert layer.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
+        torch.testing.assert_close(profiler.domain().sums[layer.id], 8 * gradient, rtol=1e-4, atol=1e-6)
 
 
 # --- the caller's own forward pass
