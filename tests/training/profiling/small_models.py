@@ -133,12 +133,33 @@ def gemma() -> nn.Module:
     return _qwen("Gemma", head_dim=8)
 
 
-def mixtral() -> nn.Module:
-    return _qwen("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+def mixtral(**changes: Any) -> nn.Module:
+    return _qwen("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, **changes)
 
 
 def qwen3_moe() -> nn.Module:
     return _qwen("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8)
+
+
+def llama4() -> nn.Module:
+    """Its experts are given the rows of the whole batch once for each expert, so examples do not lie apart."""
+    model: nn.Module = hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            intermediate_size_mlp=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=4,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            attention_chunk_size=32,
+        )
+    )
+    return model
 
 
 def opt() -> nn.Module:

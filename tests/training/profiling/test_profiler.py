@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from safetensors import safe_open
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint, LayerKind, Provenance
@@ -24,7 +26,9 @@ from tests.training.profiling.small_models import (
     build,
     gpt2,
     llama,
+    llama4,
     looped_gradients,
+    mixtral,
     one_example,
     t5,
 )
@@ -94,6 +98,36 @@ def test_a_step_in_train_mode_repeats_itself_and_differs_from_eval_mode() -> Non
         tables.append(profiler.table())
     assert (tables[0] == tables[1]).all()
     assert not np.allclose(tables[0], tables[2])
+
+
+def test_dropout_of_a_batch_in_train_mode_does_not_depend_on_what_was_run_before_it() -> None:
+    model = gpt2(resid_pdrop=0.5).train()
+    tables = []
+    for keys in ((0, 1), (1, 0)):
+        with GradientProfiler(model, seed=3) as profiler:
+            for key in keys:
+                profiler.step(batch(seed=key), key=key)
+        assert profiler.one_by_one is None
+        tables.append(profiler.table())
+    assert (tables[0] == tables[1]).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mixture_that_mixes_the_rows_of_examples_runs_one_by_one_and_backward_refuses_it(training: bool) -> None:
+    model, values = llama4().train(training), batch(padded=False)
+    with GradientProfiler(model) as profiler:
+        profiler.step(values)
+        assert profiler.one_by_one is not None
+        assert "experts" in profiler.one_by_one
+    looped = looped_gradients(model, values)
+    expected = [float(torch.cat([g.flatten() for g in gradients.values()]).norm()) for gradients in looped]
+    np.testing.assert_allclose(profiler.influences(), expected, rtol=1e-4)
+    with GradientProfiler(model) as profiler:
+        with pytest.raises(UncoveredParameter, match=r"experts.* step"):
+            profiler.backward(profiler.model(**values).loss)
+        assert not any(domain.records for domain in profiler.state().domains.values())
+        with pytest.raises(UncoveredParameter, match="step"):
+            profiler.model(**values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,6 +205,121 @@ def test_padding_changes_no_norm() -> None:
     np.testing.assert_allclose(tables[1], tables[0], rtol=1e-4, atol=1e-7)
 
 
+class Odd(nn.Module):
+    """A transposed parameter that no rule knows, filters with their channels last, and a table without rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.ParameterList([torch.randn(6, 6).t(), torch.empty(0, 6)])
+        self.filters = nn.Conv2d(1, 6, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.nothing = nn.Embedding(0, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        pictures = self.filters(inputs.view(-1, 1, 2, 3)).mean((2, 3))
+        output: torch.Tensor = inputs @ torch.cat([*self.turned]) + pictures
+        return output
+
+
+class Classifier(nn.Module):
+    """Three classes of six features, through a trunk."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.head(self.trunk(inputs))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+CLASSES = {"inputs": torch.eye(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
+
+
+def test_batch_norm_is_refused_in_train_mode_and_measured_in_eval_mode() -> None:
+    model = Classifier(nn.BatchNorm1d(6))
+    before = copy.deepcopy(model.state_dict())
+    with GradientProfiler(model.train()) as profiler:
+        with pytest.raises(ConfigurationError, match=r"trunk .*model\.eval\(\)"):
+            profiler.step(CLASSES)
+        with pytest.raises(ConfigurationError, match=r"trunk .*model\.eval\(\)"):
+            profiler.model(**CLASSES)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model.trunk.eval()
+    with GradientProfiler(model) as profiler:
+        assert profiler.step(CLASSES) > 0
+
+
+class Counting(nn.Module):
+    """Counts its calls in train mode, and has no rule, so that it is called again for each example."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(6, 6))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        return inputs @ self.mix
+
+
+def test_buffers_that_train_mode_changes_are_as_before_but_for_the_callers_own_pass() -> None:
+    trunk = Counting()
+    model = Classifier(trunk).train()
+    with GradientProfiler(model) as profiler:
+        profiler.step(CLASSES)
+        assert trunk.calls == 0
+        profiler.backward(model(**CLASSES).loss)
+        assert trunk.calls == 1
+    model = Classifier(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))).train()
+    before = copy.deepcopy(model.state_dict())
+    with GradientProfiler(model) as profiler:
+        profiler.step(CLASSES)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_that_fails_on_several_examples_runs_one_by_one_and_a_faulty_batch_changes_nothing() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 4}
+    swin = hf.SwinForImageClassification(hf.SwinConfig(image_size=16, patch_size=2, num_labels=3, **sizes)).eval()
+    values = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    tables = []
+    for size in (None, 1):
+        with GradientProfiler(swin, micro_batch=size) as profiler:
+            profiler.step(values)
+        assert (profiler.one_by_one or "").startswith("Several examples at once fail") == (size is None)
+        tables.append(profiler.table())
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-5)
+    with GradientProfiler(Classifier(nn.Tanh())) as profiler:
+        profiler.step(CLASSES)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            profiler.step(CLASSES | {"inputs": torch.eye(4, 7)})
+        assert profiler.one_by_one is None
+
+
+@pytest.mark.parametrize("sums", ["host", "device", "folder"])
+def test_parameters_of_other_strides_are_measured_and_those_without_entries_are_no_layers(
+    sums: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Classifier(Odd()).eval()
+    measured = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
+    mean = torch.autograd.grad(model(**CLASSES).loss, [*measured.values()])
+    with GradientProfiler(model, groups="tensor", sums=tmp_path if sums == "folder" else sums) as profiler:
+        profiler.step(CLASSES)
+        profiler.step(CLASSES)
+    layers = profiler.blueprint("m", 1.0).layers
+    assert [layer.id for layer in layers] == [*measured]
+    for layer, gradient in zip(layers, mean, strict=True):
+        assert layer.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
+        torch.testing.assert_close(profiler.domain().sums[layer.id], 8 * gradient, rtol=1e-4, atol=1e-6)
+
+
 # --- the caller's own forward pass
 
 
@@ -199,6 +348,71 @@ def test_backward_refuses_another_loss_and_models_that_run_one_by_one() -> None:
             profiler.backward(3 * model(**batch()).loss)
     with GradientProfiler(t5().eval()) as profiler, pytest.raises(UncoveredParameter, match="step"):
         profiler.model(**batch())
+
+
+class Marked(nn.Module):
+    """The gradient of its marker is of the examples with the token 5 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.marker = build("llama"), nn.Parameter(torch.randn(16))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        embeddings = self.inner.get_submodule("model.embed_tokens")(input_ids)
+        if bool((input_ids == 5).any()):
+            embeddings = torch.where((input_ids == 5)[..., None], self.marker, embeddings)
+        return self.inner(inputs_embeds=embeddings, labels=labels)
+
+
+def test_backward_refuses_a_parameter_without_a_rule_as_soon_as_an_example_uses_it() -> None:
+    ids = torch.randint(6, 61, (4, 9), generator=torch.Generator().manual_seed(0))
+    marked = ids.clone()
+    marked[2, 3] = 5
+    model = Marked().eval()
+    with GradientProfiler(model) as profiler:
+        profiler.backward(model(input_ids=ids, labels=ids).loss)
+        with pytest.raises(UncoveredParameter, match="marker"):
+            profiler.backward(model(input_ids=marked, labels=marked).loss)
+        profiler.step({"input_ids": marked, "labels": marked})
+    row = [layer.id for layer in profiler.layers].index("marker")
+    assert (profiler.table()[row] > 0).tolist() == [False] * 6 + [True, False]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class Dearer(nn.Module):
+    """Its loss is one part in two hundred above the mean cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        if outputs.loss is not None:
+            outputs.loss = 1.005 * outputs.loss
+        return outputs
+
+
+def test_losses_a_little_beside_the_mean_cross_entropy_are_refused() -> None:
+    ids = batch(padded=False)["input_ids"]
+    with GradientProfiler(Dearer()) as profiler, pytest.raises(ConfigurationError, match="not the mean cross-entropy"):
+        profiler.step({"input_ids": ids})
+    with GradientProfiler(build("llama")) as profiler, pytest.raises(ConfigurationError, match="token mean"):
+        profiler.backward(1.005 * profiler.model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.02])
+def test_an_auxiliary_loss_of_routers_is_refused_until_it_is_switched_off(weight: float) -> None:
+    model = mixtral(output_router_logits=True, router_aux_loss_coef=weight).eval()
+    values = batch(2, padded=False)
+    with GradientProfiler(model) as profiler:
+        with pytest.raises(ConfigurationError, match=r"not the mean cross-entropy.*output_router_logits = False"):
+            profiler.step(values)
+        with pytest.raises(ConfigurationError, match="output_router_logits"):
+            profiler.model(**values)
+        config: Any = model.config
+        config.output_router_logits = False
+        assert profiler.step(values) > 0
 
 
 # --- statistics

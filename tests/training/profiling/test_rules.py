@@ -216,6 +216,20 @@ def test_a_weight_used_without_its_module_is_found_and_measured_by_autograd() ->
         assert profiler.table()[index, example] == pytest.approx(float(gradient.norm()), rel=1e-9)
 
 
+def test_gradients_that_a_model_holds_are_not_measured_and_stay_where_autograd_measures() -> None:
+    torch.manual_seed(0)
+    model, inputs = Functional(), torch.randn(3, 5, 4)
+    tables = []
+    for held in (False, True):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if held else None
+        with GradientProfiler(model, loss=squared_sum) as profiler:
+            profiler.step({"inputs": inputs})
+        tables.append(profiler.table())
+    assert (tables[0] == tables[1]).all()
+    assert all(p.grad is not None and torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
 class Occasional(Functional):
     """Needs the weight that hooks cannot see only for batches that bring `more`."""
 
@@ -240,6 +254,46 @@ def test_batches_with_other_inputs_are_held_against_autograd_too() -> None:
     squared_sum(model(inputs=inputs[:1], more=inputs[:1]), None).sum().backward()  # type: ignore[no-untyped-call]
     assert model.second.weight.grad is not None
     assert profiler.table()[index, 3] == pytest.approx(float(model.second.weight.grad.norm()), rel=1e-9)
+
+
+class Marked(nn.Module):
+    """A bias takes the place of inputs above 9, past its module; `always`: also where there are none, to no effect."""
+
+    def __init__(self, *, always: bool) -> None:
+        super().__init__()
+        self.first, self.marker, self.always = nn.Linear(4, 4), nn.Linear(4, 4), always
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        marked = inputs[..., :1] > 9
+        if self.always or bool(marked.any()):
+            inputs = torch.where(marked, self.marker.bias, inputs)
+        return torch.tanh(self.first(inputs))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize("always", [True, False])
+def test_a_parameter_that_the_first_example_does_not_use_is_measured_once_another_does(
+    always: bool, micro_batch: int | None
+) -> None:
+    torch.manual_seed(0)
+    model = Marked(always=always).double().eval()
+    inputs = torch.randn(6, 5, 4, dtype=torch.float64)
+    inputs[[3, 5], 2, 0] = 10
+    expected = []
+    for example in range(6):
+        model.zero_grad()
+        squared_sum(model(inputs=inputs[example : example + 1]), None).sum().backward()  # type: ignore[no-untyped-call]
+        expected.append(0.0 if model.marker.bias.grad is None else float(model.marker.bias.grad.norm()))
+    model.zero_grad()
+    with GradientProfiler(model, groups="tensor", loss=squared_sum, micro_batch=micro_batch) as profiler:
+        profiler.step({"inputs": inputs[:2]})
+        assert (profiler.one_by_one is None) == (not always)
+        profiler.step({"inputs": inputs[2:]})
+        assert profiler.one_by_one == "No rule gives the gradient of marker.bias."
+    row = [layer.id for layer in profiler.layers].index("marker.bias")
+    np.testing.assert_allclose(profiler.table()[row], expected, rtol=1e-9, atol=1e-12)
+    assert expected[5] > 0
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
 class Transposing(nn.Module):

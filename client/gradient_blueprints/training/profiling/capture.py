@@ -92,10 +92,10 @@ class Capture:
         self._handles = []
         for path, module in model.named_modules():
             # BERT's head lists its decoder's bias once more without using it: the innermost owner uses it
-            here = {
-                name: names[f"{path}.{name}" if path else name]
-                for name, _ in module.named_parameters(remove_duplicate=False)
+            paths = {
+                name: f"{path}.{name}" if path else name for name, _ in module.named_parameters(remove_duplicate=False)
             }
+            here = {name: names[full] for name, full in paths.items() if full in names}
             inner = {name for local, name in here.items() if local not in module._parameters}
             own = {local: name for local, name in here.items() if local in module._parameters and name not in inner}
             if own:

@@ -35,11 +35,12 @@ class Group:
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
-    """The name of every parameter by each path that leads to it: the first by which the model lists it."""
+    """The name of every parameter with entries by each path to it: the first by which the model lists it."""
     first: dict[int, str] = {}
     names = {
         path: first.setdefault(id(parameter), path)
         for path, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.numel()
     }
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate offloads tied weights each for itself
         for target, source in _tied(model):
@@ -51,7 +52,7 @@ def parameter_names(model: nn.Module) -> dict[str, str]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter once, in the model's order."""
+    """Every parameter with entries once, in the model's order."""
     return {name: model.get_parameter(name) for name in parameter_names(model).values()}
 
 

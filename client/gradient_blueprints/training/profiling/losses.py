@@ -171,9 +171,9 @@ class LossReader:
         logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor) or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
             raise ConfigurationError(f"The model's labels are not one class for each row of its logits; {_GIVE_LOSS}")
+        self._refuse_auxiliary(outputs)
         if self.shift is None and bool((labels != IGNORED).any()):
-            reported = getattr(outputs, "loss", None)
-            self.shift = self._find_shift(logits, labels, None if reported is None else float(reported.detach()))
+            self.shift = self._find_shift(logits, labels, getattr(outputs, "loss", None))
         return token_losses(logits, labels, shift=self.shift_of(labels))
 
     def shifts(self, batch: Batch) -> bool:
@@ -197,24 +197,40 @@ class LossReader:
             return None
         return target_tokens(batch["labels"], shift=self.shift_of(batch["labels"]))
 
-    def _find_shift(self, logits: Tensor, labels: Tensor, reported: float | None) -> bool | None:
+    def _refuse_auxiliary(self, outputs: Any) -> None:
+        """ConfigurationError for a mixture whose loss has a term of its routers, often too small to be told by size."""
+        weight = getattr(self.model, "router_aux_loss_coef", 0)
+        if isinstance(getattr(outputs, "aux_loss", None), Tensor) and weight:
+            raise ConfigurationError(
+                "The model's loss is not the mean cross-entropy of its target tokens: it has an auxiliary loss of the "
+                f"routers, {weight:g} times; set model.config.output_router_logits = False, or {_GIVE_LOSS}"
+            )
+
+    def _find_shift(self, logits: Tensor, labels: Tensor, reported: Tensor | None) -> bool | None:
         """None where the loss is not finite: of a causal model without a target, or of broken values."""
         if reported is None:
             return self.shift_of(labels)
-        if not math.isfinite(reported):
+        value = float(reported.detach())
+        if not math.isfinite(value):
             return None
         found: dict[bool, float] = {}
         for shift in (True, False) if labels.dim() > 1 else (False,):
             with torch.no_grad():
                 losses = token_losses(logits.detach(), labels, shift=shift)
             mean = float((losses.values * losses.tokens).sum() / losses.tokens.sum().clamp_min(1))
-            found[shift] = abs(mean - reported)
-        shift = min(found, key=lambda key: found[key])
-        if found[shift] > 1e-2 * (1 + abs(reported)):
+            found[shift] = mean
+        shift = min(found, key=lambda key: abs(found[key] - value))
+        if not is_mean(found[shift], reported, logits):
             raise ConfigurationError(
-                f"The model's loss ({reported:.6g}) is not the mean cross-entropy of its target tokens; {_GIVE_LOSS}"
+                f"The model's loss ({value:.6g}) is not the mean cross-entropy of its target tokens; {_GIVE_LOSS}"
             )
         return shift
+
+
+def is_mean(mean: float, reported: Tensor, logits: Tensor) -> bool:
+    """Whether the loss that a model reports is the mean cross-entropy of these logits, to the rounding of the two."""
+    half = min(reported.element_size(), logits.element_size()) < 4
+    return abs(mean - float(reported.detach())) <= (1e-2 if half else 1e-3) * (1 + abs(mean))
 
 
 def target_tokens(labels: Tensor, *, shift: bool) -> Tensor:

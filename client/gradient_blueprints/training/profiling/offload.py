@@ -68,7 +68,8 @@ class OffloadedWeights:
         for path, module in model.named_modules():
             lender = lender_of(module)
             if lender is not None:
-                self._watch(lender, {n: names[f"{path}.{n}" if path else n] for n, _ in module.named_parameters()})
+                paths = {n: f"{path}.{n}" if path else n for n, _ in module.named_parameters()}
+                self._watch(lender, {n: names[full] for n, full in paths.items() if full in names})
 
     def close(self) -> None:
         for lender in self._lenders:
@@ -83,7 +84,7 @@ class OffloadedWeights:
             lent = lend(module, *args, **kwargs)
             for name, weight in module.named_parameters(recurse=lender.place_submodules):
                 self._lent[weight.untyped_storage().data_ptr()] = (lender, name)
-                if weight.requires_grad:
+                if weight.requires_grad and name in names:
                     self._leaves.setdefault(names[name], []).append(weight)
             return lent
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from gradient_blueprints.training.profiling.losses import (
     LossReader,
     examples_in,
     first_labelled,
+    is_mean,
     slice_examples,
     target_tokens,
     token_losses,
@@ -31,6 +32,7 @@ from gradient_blueprints.training.profiling.losses import (
 from gradient_blueprints.training.profiling.offload import OffloadedWeights
 from gradient_blueprints.training.profiling.random_state import RandomState
 from gradient_blueprints.training.profiling.totals import BatchTotals, placed
+from gradient_blueprints.training.profiling.train_mode import buffers_kept, refuse_batch_statistics
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
@@ -111,6 +113,9 @@ class GradientPass:
         """The position of the example that the reference is of; None where it is of an earlier batch."""
         self._batch_checked = False
         self._by_autograd: set[str] = set()
+        self._unused: set[str] = set()
+        """Parameters that no example alone has used so far: autograd watches whether a batch does, which costs nothing
+        until one does."""
         self._pending: dict[str, list[Contribution]] = {}
         self._found: Measurement | None = None
         self._batch: _Batch | None = None
@@ -123,7 +128,10 @@ class GradientPass:
         ]
         self._ranks = Ranks(model)
         self._unread = ExitStack()
+        self._watch = ExitStack()
         self._require(dict.fromkeys(self._names, False))
+        if verify and not self._ranks.together:  # FSDP's ranks would wait for the gradient that one of them has
+            self._unused.update(self._names.values())
         self._offloaded = OffloadedWeights(model, self._names)
         try:
             self._unread.enter_context(unread(self._parameters().values()))
@@ -135,6 +143,7 @@ class GradientPass:
     def close(self) -> None:
         """Take the hooks away and restore the requires_grad flags."""
         self._unread.close()
+        self._watch.close()
         for hook in self._root_hooks:
             hook.remove()
         if hasattr(self, "_capture"):
@@ -173,8 +182,16 @@ class GradientPass:
         """Forward and backward of a batch that has labels.
 
         `norms`: also of the batch's gradient; `totals` takes in that gradient. A non-finite loss ends it early.
+        ConfigurationError for batch norm in train mode.
         """
+        refuse_batch_statistics(self.model)
+        with buffers_kept(self.model):
+            return self._measure_in_steps(batch, norms, totals)
+
+    def _measure_in_steps(self, batch: Batch, norms: bool, totals: BatchTotals | None) -> Measurement:
+        """As many examples at once as the model and the memory allow."""
         examples = examples_in(batch)
+        failure = ""
         random = RandomState()
         try:
             self._learn(batch)
@@ -183,17 +200,28 @@ class GradientPass:
                 raise OutOfMemory(_TOO_LARGE) from error
             raise
         while True:
+            random.restore()
             step = 1 if self.one_by_one else min(self.micro_batch or examples, examples)
             self._ranks.agree("their batches take as many passes as", math.ceil(examples / step))
             try:
-                weights = self._token_weights(batch, examples)
-                measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
-                strayed = self._strayed(measured) if self._ranks.any(step > 1) else []
+                strayed = self._strayed_in_training(batch, step)
+                if not strayed:
+                    random.restore()
+                    weights = self._token_weights(batch, examples)
+                    measured = self._measure(batch, _Batch(examples, weights, norms, totals, step == examples), step)
+                    strayed = self._strayed(measured) if self._ranks.any(step > 1) else []
             except ExamplesMixed as mixed:
                 self._run_one_by_one(mixed.what)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if self.one_by_one == failure:
+                        self.one_by_one = None  # one of its examples fails alone too: the batch is at fault
+                    if step == 1 or not self._probed or self._ranks.together:
+                        raise
+                    line, _, _ = str(error).partition("\n")
+                    failure = f"Several examples at once fail where one did not: {line}"
+                    self._run_one_by_one(failure)
+                    continue
                 if step == 1:
                     raise OutOfMemory(_TOO_LARGE) from error
                 if self._ranks.together:
@@ -204,8 +232,7 @@ class GradientPass:
             else:
                 if not strayed:
                     return measured
-                self._run_one_by_one(f"{_list(strayed)} of the first example differ between batch and single run.")
-            random.restore()
+                self._run_one_by_one(_STRAYED.format(_list(strayed)))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -225,19 +252,48 @@ class GradientPass:
         return joined
 
     def _strayed(self, measured: Measurement) -> list[str]:
-        """The parameters whose norms of the first example with a target differ from those it had alone, once."""
-        finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
-        if not self._probed or self._batch_checked:
+        """In eval mode, once: the parameters whose norms of the first example with a target differ from those it had
+        alone."""
+        if not self._verify or not self._probed or self._batch_checked or self._training:
             return []
+        finite = self._ranks.of_first(bool(torch.isfinite(measured.losses).all()))
         if self._reference_at is None or not finite:
             self._several_probed = False  # the next batch brings a reference of its own
             return []
         self._batch_checked = True
-        if not self._verify or self.model.training:
-            return []
         mine = {name: squares[self._reference_at] for name, squares in measured.squares.items()}
         found: list[str] = self._ranks.of_first(_differing(self._reference, mine, self._tolerance()))
         return found
+
+    def _strayed_in_training(self, batch: Batch, step: int) -> list[str]:
+        """In train mode, once: the parameters whose norms of one example inside its batch autograd does not confirm.
+
+        Under dropout an example is another one alone. So its loss alone is differentiated inside the batch, by the
+        rules and by autograd in the same backward pass. Not under FSDP, which averages what autograd gives.
+        """
+        unneeded = not self._verify or not self._probed or self._batch_checked or self._ranks.together
+        if unneeded or step == 1 or not self._training:
+            return []
+        first = first_labelled(batch)
+        start = min(first, examples_in(batch) - step)
+        self._found = found = Measurement(torch.empty(0), torch.empty(0))
+        with self._reached(self._parameters()), self._listening(step, _Batch(step)):
+            losses = self.reader.run(slice_examples(batch, start, start + step))
+            self._capture.forward_phase = False
+            value, tokens = losses.values[first - start], losses.tokens[first - start]
+            if not (bool(torch.isfinite(value)) and bool(tokens > 0)):
+                return []  # the next batch is held against autograd
+            value.backward()  # type: ignore[no-untyped-call]
+            self._finish()
+            reference = self._reference_squares()
+        self._batch_checked = True
+        mine = {name: squares[first - start] for name, squares in found.squares.items()}
+        return _differing(reference, mine, self._tolerance())
+
+    @property
+    def _training(self) -> bool:
+        """Whether some of the model is in train mode, where an example need not be the same twice."""
+        return any(module.training for module in self.model.modules())
 
     def measure_backward(self, loss: Tensor, *, norms: bool, totals: BatchTotals | None = None) -> Measurement:
         """Backward of a loss that the caller computed by one call of the model, the token mean of its batch."""
@@ -249,7 +305,7 @@ class GradientPass:
             losses = token_losses(outputs.logits.detach(), labels, shift=self.reader.shift_of(labels))
         tokens = losses.tokens.sum().clamp_min(1)
         mean, given = float((losses.values * losses.tokens).sum() / tokens), float(loss.detach())
-        if not abs(mean - given) <= 1e-2 * (1 + abs(given)):
+        if not is_mean(mean, loss, outputs.logits):
             raise ConfigurationError(
                 f"The loss {given:.6g} is not the token mean {mean:.6g} of the last batch; "
                 "give model(**batch).loss as it is."
@@ -263,11 +319,19 @@ class GradientPass:
             return found
         try:
             self._capture.forward_phase = False
-            loss.backward()  # type: ignore[no-untyped-call]
+            with buffers_kept(self.model):  # rules call modules again
+                loss.backward()  # type: ignore[no-untyped-call]
+            self._notice_late(examples)
             self._finish()
+        except ExamplesMixed as mixed:
+            raise self._run_one_by_one(mixed.what) from None
         finally:
             self._capture.end()
             self._pending.clear()
+            self._watch.close()
+        strayed = self._strayed(found) if self._ranks.any(examples > 1) else []
+        if strayed:
+            raise self._run_one_by_one(_STRAYED.format(_list(strayed)))
         return found
 
     @property
@@ -280,22 +344,31 @@ class GradientPass:
             return
         if args or not isinstance(kwargs.get("labels"), Tensor):
             raise ConfigurationError("Inside the profiler call the model by keywords with labels, or use step(batch).")
-        with torch.random.fork_rng():
+        refuse_batch_statistics(self.model)
+        with torch.random.fork_rng(), buffers_kept(self.model):
             self._learn(kwargs)
+            strayed = [] if self.one_by_one else self._strayed_in_training(kwargs, examples_in(kwargs))
+        if strayed:
+            self._run_one_by_one(_STRAYED.format(_list(strayed)))
         if self.one_by_one:
             raise UncoveredParameter(self.one_by_one)
         tokens = target_tokens(kwargs["labels"], shift=self.reader.shift_of(kwargs["labels"]))
         # the loss is the mean over all tokens; each example's own mean is what the norms are of
         scale = tokens.sum() / tokens.clamp_min(1)
         self._pending.clear()
+        self._watch.close()
+        if self._unused:
+            self._watch.enter_context(self._reached(self._unused))
         self._capture.begin(examples_in(kwargs), scale=scale)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if not self._inside and torch.is_grad_enabled():
             self._external = (kwargs, outputs)
 
-    def _run_one_by_one(self, reason: str) -> None:
+    def _run_one_by_one(self, reason: str) -> UncoveredParameter:
+        """From now on; the error is for those who cannot."""
         self.one_by_one = reason
+        return UncoveredParameter(reason)
 
     def _tolerance(self) -> float:
         return max(_TOLERANCE.get(parameter.dtype, 0.1) for parameter in self._parameters().values())
@@ -318,6 +391,7 @@ class GradientPass:
             self._found = found = Measurement(losses.values.detach(), losses.tokens)
             if self._ranks.together or bool(torch.isfinite(found.losses).all()):
                 losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                self._notice_late(examples)
                 self._finish()
         return found
 
@@ -330,17 +404,30 @@ class GradientPass:
         self._offloaded.forget()
         self._inside = True
         try:
-            self._require({path: True for path, name in self._names.items() if name in self._by_autograd})
-            with torch.enable_grad(), self._offloaded.not_kept():
+            watched = self._unused if self._probed else set()
+            with self._reached(self._by_autograd | watched), torch.enable_grad(), self._offloaded.not_kept():
                 self._capture.begin(examples, recording=recording)
                 yield
         finally:
             self._inside = False
             self._capture.end()
             self._pending.clear()
-            for path, name in self._names.items():
-                if name in self._by_autograd:
-                    self.model.get_parameter(path).requires_grad_(False).grad = None
+
+    @contextmanager
+    def _reached(self, names: Collection[str]) -> Iterator[None]:
+        """Plain autograd reaches these parameters for a while; the gradients that they held are put back afterwards."""
+        paths = [path for path, name in self._names.items() if name in names]
+        held = {path: self.model.get_parameter(path).grad for path in paths}
+        try:
+            for path in paths:
+                self.model.get_parameter(path).grad = None
+            self._require({path: self.model.get_parameter(path).is_floating_point() for path in paths})
+            yield
+        finally:
+            self._offloaded.forget()
+            self._require(dict.fromkeys(paths, False))
+            for path in paths:
+                self.model.get_parameter(path).grad = held[path]
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         if name in self._by_autograd:
@@ -367,6 +454,26 @@ class GradientPass:
         else:
             found.squares[name], total = squares_of_sum(contributions), _summed(contributions)
         batch.add(name, total, weighted=False)
+
+    def _notice_late(self, examples: int) -> None:
+        """Parameters that autograd reached and no rule, though the examples that were held against it did not use them.
+
+        Raises ExamplesMixed where autograd's gradient is of several examples.
+        """
+        assert self._found is not None
+        if not self._unused or not self._probed:
+            return
+        self._unused -= self._found.squares.keys() | self._pending.keys()
+        late = self._unused & self._gradients().keys()
+        if late:
+            self._unused -= late
+            self._by_autograd |= late
+            self._run_one_by_one(self._without_rule())
+            if examples > 1:
+                raise ExamplesMixed(self._without_rule())
+
+    def _without_rule(self) -> str:
+        return f"No rule gives the gradient of {_list(sorted(self._by_autograd))}."
 
     def _finish(self) -> None:
         """Parameters whose every use did not send a gradient, and those that none of them did."""
@@ -412,24 +519,13 @@ class GradientPass:
     def _probe(self, batch: Batch, *, verify: bool) -> None:
         """One example alone: note its shapes, and hold every rule against plain autograd."""
         self._found = found = Measurement(torch.empty(0), torch.empty(0))
-        held = {name: parameter.grad for name, parameter in self._parameters().items()}
-        try:
-            for parameter in self._parameters().values():
-                parameter.grad = None
+        with self._reached(self._parameters() if verify else ()), self._listening(1, _Batch(1), recording=True):
+            losses = self.reader.run(batch)
+            self._capture.forward_phase = False
             if verify:
-                self._require({path: self.model.get_parameter(path).is_floating_point() for path in self._names})
-            with self._listening(1, _Batch(1), recording=True):
-                losses = self.reader.run(batch)
-                self._capture.forward_phase = False
-                if verify:
-                    losses.values.sum().backward()  # type: ignore[no-untyped-call]
-                    self._finish()
-            reference = self._reference_squares()
-        finally:
-            self._offloaded.forget()
-            self._require(dict.fromkeys(self._names, False))
-            for name, parameter in self._parameters().items():
-                parameter.grad = held[name]
+                losses.values.sum().backward()  # type: ignore[no-untyped-call]
+                self._finish()
+            reference = self._reference_squares() if verify else {}
         finite, counted = bool(torch.isfinite(losses.values).all()), bool((losses.tokens > 0).any())
         self._probed = finite and counted  # else the next batch is held against autograd
         if not self._probed:
@@ -438,19 +534,23 @@ class GradientPass:
             self._reference = reference
             mine = {name: squares[0] for name, squares in found.squares.items()}
             self._by_autograd |= set(_differing(reference, mine, self._tolerance()))
+            self._by_autograd |= reference.keys() - mine.keys()  # a gradient that is zero here may not be so elsewhere
+            self._unused -= reference.keys() | mine.keys()
             if self._by_autograd:
                 if self._ranks.together:
                     raise ConfigurationError(
                         f"No rule gives the gradient of {_list(sorted(self._by_autograd))}, and FSDP averages what "
                         "autograd gives over the ranks; profile this model in one process."
                     )
-                self._run_one_by_one(f"No rule gives the gradient of {_list(sorted(self._by_autograd))}.")
+                self._run_one_by_one(self._without_rule())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; on a CPU torch has no class of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
+
+_STRAYED = "{} of the first example differ between batch and single run."
 
 _TOO_LARGE = (
     "The memory does not hold the forward and backward pass of one example: shorten its sequence, switch on activation "

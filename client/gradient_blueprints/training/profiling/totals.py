@@ -54,8 +54,7 @@ class BatchTotals:
 
     def take(self, name: str, total: Tensor, examples: int) -> None:
         """Take in the finite sum of the examples' gradients of one parameter."""
-        if self.place != "device":
-            total = total.cpu()
+        total = (total if self.place == "device" else total.cpu()).contiguous()  # autograd keeps a parameter's strides
         layer = self._layer_of[name]
         floor = self._domain.histograms[layer].floor if self._domain.histograms else 0.0
         histogram = MagnitudeHistogram.of(total, scale=1 / examples, floor=floor)
