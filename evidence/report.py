@@ -57,7 +57,8 @@ MODELS = {
 }
 OFTEN = {
     "gpt": "the arms at 1, 5, 7.5, 10 and 25 % on code, of full fine-tuning and what is drawn at random on legal text",
-    "smollm2": "full fine-tuning, of coordinates and layers at random and, on code, of most arms that are judged",
+    "smollm2": "full fine-tuning, what is drawn at random, most arms that are judged on code and, on legal text,\n"
+    "  ours in linear layers alone at 1 and 10 %",
 }
 DOMAINS = {"code": "code", "legal": "legal text"}
 OPENING = """# Evidence: what a selection is worth
