@@ -26,17 +26,17 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers of modules in train mode are as before afterwards, such as the vectors of a spectral norm."""
     before = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         if module.training
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not buffer.is_meta
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, values in before:
-                if buffer._version != version:
+            for module, name, buffer, values in before:
+                if not torch.equal(buffer, values):  # torch's norms write their statistics past the buffer's version
                     buffer.copy_(values)
                 module._buffers[name] = buffer

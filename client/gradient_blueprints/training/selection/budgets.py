@@ -15,6 +15,7 @@ from gradient_blueprints import allocation
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling.losses import LossReader, evaluating, on_device_of
 from gradient_blueprints.training.profiling.offload import lender_of
+from gradient_blueprints.training.profiling.train_mode import buffers_kept
 from gradient_blueprints.training.selection.listed_tensors import kept_fixed, tied_names
 
 RESERVE = 0.1
@@ -98,14 +99,10 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
 
     Dropout keeps its masks in this mode alone, and Hugging Face's models checkpoint in no other.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(), torch.enable_grad(), evaluating(model):
         model.train()
-        try:
+        with buffers_kept(model):
             yield
-        finally:
-            for buffer, before in buffers:
-                buffer.detach().copy_(before)
 
 
 def free_bytes(device: torch.device) -> float:
