@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from evidence import plots, queue, report
 from evidence.models import WORK
-from evidence.plan import EXPLORED, PLAN, Cell
+from evidence.plan import EXPLORED, PLAN, Cell, cells_of
 from evidence.runs import Store
 
 
@@ -44,7 +44,7 @@ def status(cells: Sequence[Cell], store: Store) -> str:
     """How many runs of each stage are done."""
     lines = []
     for place in dict.fromkeys((cell.stage, cell.model, cell.domain) for cell in cells):
-        these = [cell for cell in cells if (cell.stage, cell.model, cell.domain) == place]
+        these = cells_of(*place, cells)
         stage, model, domain = place
         done, due = sum(len(cell.results(store)) for cell in these), sum(len(cell.seeds) for cell in these)
         tuned = sum(cell.tuning(store).rate() is not None for cell in these)

@@ -76,6 +76,7 @@ def corpus(domain: str, work: Path = WORK) -> dict[Part, str]:
     return parts
 
 
+@cache
 def digest(domain: str, work: Path = WORK) -> str:
     """Names the texts of a domain, since other machines have other packages."""
     return hashlib.sha256(json.dumps(corpus(domain, work), sort_keys=True).encode()).hexdigest()[:12]

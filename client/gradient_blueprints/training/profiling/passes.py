@@ -200,7 +200,6 @@ class GradientPass:
                 raise OutOfMemory(_TOO_LARGE) from error
             raise
         while True:
-            random.restore()
             step = 1 if self.one_by_one else min(self.micro_batch or examples, examples)
             self._ranks.agree("their batches take as many passes as", math.ceil(examples / step))
             try:
