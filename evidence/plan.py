@@ -64,7 +64,7 @@ class Cell:
         )
 
     def tuning(self, store: Store) -> Tuning:
-        return Tuning(store, self.template(), TUNING_SEEDS, first_step(self.model, self.choice))
+        return Tuning(store, self.template(), TUNING_SEEDS, first_step(self.model, self.domain, self.choice))
 
     def runs(self, store: Store) -> list[Run] | None:
         """The runs that judge it, None while its rate is not known."""
@@ -77,17 +77,27 @@ class Cell:
         return {seed: result for seed, result in found.items() if result is not None}
 
 
-def first_step(model: str, choice: Choice) -> int:
+def first_step(model: str, domain: str, choice: Choice) -> int:
     """Where the search for a rate begins (evidence.tuning.rate); it goes on until the best lies inside."""
     lower = 4 if model == "smollm2" else 0
     if choice.arm == "full":
         return 1 - lower
     if choice.arm not in ("coordinates", "library"):
-        return 2 - lower
+        return 2 - lower if model != "smollm2" else _of_smollm2(domain, choice)
     spread = "random" in choice.score or "sampled" in choice.score
     if model == "smollm2" and not spread and choice.share <= 0.02:
         return -1 if choice.score == "linear+bayes" else -2
     return 3 - lower + spread + (choice.share <= 0.02) * (1 + ("random" in choice.score))
+
+
+def _of_smollm2(domain: str, choice: Choice) -> int:
+    """Of adapters and whole layers: near what was best for those that were run first."""
+    step = {0.01: 1, 0.05: 0, 0.1: -1, 0.25: -2}[choice.share]
+    if choice.arm == "layers":
+        step = max(step - 2, -2)
+    if choice.arm == "pissa":
+        step -= 3
+    return step + (domain == "legal")
 
 
 def cells_of(stage: str, model: str, domain: str, plan: Sequence[Cell]) -> list[Cell]:
