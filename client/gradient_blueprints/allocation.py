@@ -25,8 +25,9 @@ BYTES_PER_DENSE_PARAMETER = 12
 BYTES_PER_COPY = 4
 """More for each trained weight of lower precision: its float32 copy."""
 K_STAR_RANGE = (0.5, 2.0)
-"""No layer gets less than half or more than twice the even fraction: every matrix has to take part (pilot: ranking
-across matrices instead of within each loses 6 to 10 points of the gain)."""
+"""Of a layer's weight over the mean of the layers': every matrix has to take part (pilot: ranking across matrices
+instead of within each loses 6 to 10 points of the gain). Over the even fraction it is less, or more, where the largest
+layers weigh more, or less, than most: fractions are scaled to the budget, at the utmost to a quarter or four times."""
 INDETERMINATE_VALIDITY = 0.5
 """What an indeterminate check leaves of the published side: nobody can tell."""
 

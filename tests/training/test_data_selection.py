@@ -29,6 +29,7 @@ from gradient_blueprints.training.data_selection import (
 )
 from gradient_blueprints.training.gradient_similarity import GradientSimilarity
 from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
+from gradient_blueprints.training.selection import Budget, LocalStatistics
 from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5, untied_llama
 
 LENGTHS = (4, 12, 7, 3, 9, 12)
@@ -270,6 +271,20 @@ def test_a_model_with_another_loss_is_refused_with_the_way_out(task: Callable[[]
     for strategy in (Loss(), GradientNorm(), GradientSimilarity((batch,))):
         with pytest.raises(ConfigurationError, match="pass loss="):
             strategy(model, [batch])
+
+
+def test_input_ids_are_not_taken_for_a_classifiers_labels() -> None:
+    model, batch = bert_for("SequenceClassification", num_labels=3), padded((6,) * 4)
+    labelled = batch | {"labels": torch.tensor([0, 1, 2, 1])}
+    assert np.isfinite(GradientNorm()(model, [labelled])).all()
+    for strategy in (Loss(), GradientNorm(), GradientSimilarity((batch,))):
+        with pytest.raises(ConfigurationError, match="the batch has no labels"):
+            strategy(model, [batch])
+    for measure in (lambda: LocalStatistics.gather(model, [batch]), lambda: Budget.device(model, (4, 6), free=1e9)):
+        with pytest.raises(ConfigurationError, match="one class for each example"):
+            measure()
+    with pytest.raises(ValueError, match="batch_size"):  # these are given, and the model says what is wrong with them
+        Loss()(model, [batch | {"labels": torch.tensor([0, 1, 2])}])
 
 
 def test_gradients_are_of_the_loss_that_is_given() -> None:

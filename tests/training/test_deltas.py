@@ -229,6 +229,18 @@ def test_a_trained_tied_head_is_within_its_selection_by_whichever_name_the_bluep
     assert equal(base, tuned)
 
 
+def test_a_buffer_that_moved_is_refused(tmp_path: Path) -> None:
+    """A delta that left it away would not give the tuned model."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    tuned = copy.deepcopy(base)
+    tuned(torch.randn(8, 4))
+    for left, right in ((base, tuned), (base.state_dict(), tuned), (base, tuned.state_dict())):
+        with pytest.raises(ConfigurationError, match=r"1\.running_mean changed, which is a buffer"):
+            save_delta(left, right, None, tmp_path / "delta.safetensors")
+    tuned[1].load_state_dict(base[1].state_dict())
+    assert Delta.load(save_delta(base, tuned, None, tmp_path / "delta.safetensors")).changed == 0
+
+
 def test_shards_are_refused_with_how_to_gather_them(tmp_path: Path) -> None:
     base, sharded = nn.Linear(2, 2), nn.Linear(2, 2)
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # torch's own, without a peer

@@ -85,6 +85,7 @@ def process(rank: int, folder: str) -> None:
             refused_inside_a_wrapper(share, world),
             refused_without_a_group(share),
             refused_with_weights_of_its_own(rank, share, world),
+            refused_with_a_selection_of_its_own(rank, share, world),
         ]
     )
     model = make_model()
@@ -185,6 +186,14 @@ def refused_with_weights_of_its_own(rank: int, share: slice, world: Any) -> bool
     return False
 
 
+def refused_with_a_selection_of_its_own(rank: int, share: slice, world: Any) -> bool:
+    try:
+        train(make_model(), make_selection(0.6, seed=rank), share, lambda model: None, process_group=world)
+    except ConfigurationError as error:
+        return "selected different coordinates" in str(error)
+    return False
+
+
 def mean_where_one_process_has_no_gradient(rank: int, world: Any) -> torch.Tensor:
     torch.manual_seed(0)
     model = Halves()
@@ -247,7 +256,7 @@ def test_the_state_of_another_shard_or_number_of_processes_is_refused(both: list
 
 def test_wrong_averages_are_refused_loudly(both: list[dict[str, torch.Tensor]]) -> None:
     for found in both:
-        assert found["refused"].tolist() == [True, True, True]
+        assert found["refused"].tolist() == [True] * 4
     assert not torch.equal(both[0]["alone/2.weight"], both[1]["alone/2.weight"])
 
 

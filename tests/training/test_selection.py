@@ -36,7 +36,7 @@ from gradient_blueprints.training.selection import (
     spread,
 )
 from gradient_blueprints.training.selection.chosen import width_of
-from gradient_blueprints.training.selection.indices import best, lowest, random_scores
+from gradient_blueprints.training.selection.indices import best, drawn, lowest, random_scores
 
 
 def make_blueprint(
@@ -182,9 +182,10 @@ def test_factors_of_several_domains_need_a_name() -> None:
 
 
 def test_factors_of_another_shape_are_refused() -> None:
-    factors = {"code/a.weight/row": torch.rand(3), "code/a.weight/column": torch.rand(3)}
-    with pytest.raises(ConfigurationError, match="factors stand for 9"):
-        select(PUBLISHED, factors=factors, gradients=gradients_of(), trust=0.5)
+    for rows, columns in ((3, 3), (50, 20)):  # the latter the same matrix, transposed
+        factors = {"code/a.weight/row": torch.rand(rows), "code/a.weight/column": torch.rand(columns)}
+        with pytest.raises(ConfigurationError, match=rf"a\.weight is \(20, 50\).*rows \({rows},\)"):
+            select(PUBLISHED, factors=factors, gradients=gradients_of(), trust=0.5)
 
 
 def test_a_gradient_that_is_not_finite_is_refused() -> None:
@@ -214,6 +215,17 @@ def test_lots_are_drawn_without_much_memory() -> None:
     tracemalloc.stop()
     assert peak < 8 * size  # 4 of them the answer; with 64-bit numbers for all of it 20
     assert lots[[0, 262_143, 262_144, -1]] == pytest.approx([0.76355249, 0.83050275, 0.29595143, 0.24336946])
+
+
+def test_a_draw_by_scores_takes_little_memory() -> None:
+    scores = np.linspace(1, 2, 2_000_000, dtype=np.float32)
+    tracemalloc.start()
+    keys = drawn(scores, 2.0, "w", 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * len(scores)  # 4 of them the answer; with float64 of all of it 28
+    uniform = random_scores("w#drawn", len(scores), 0).astype(np.float64) + 2.0**-25
+    assert np.array_equal(keys, (np.log(scores) - 2 * np.log(-np.log(uniform))).astype(np.float32))
 
 
 def test_ties_are_spread_over_the_tensor() -> None:

@@ -80,9 +80,10 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     A tensor that has several names (a tied head) is saved under its first. Those of `also_train` are saved whole, and
     the base need not have them: a new head is random at each load. Of the base what the selection does not list may be
     missing in `tuned`: the old head.
-    With a selection nothing else may have changed: ConfigurationError otherwise, when names or shapes differ, and for
-    shards (gather them first).
+    With a selection nothing else may have changed: ConfigurationError otherwise, when names or shapes differ, when a
+    buffer that is saved with its model changed, such as a batch norm's mean, and for shards (gather them first).
     """
+    _check_buffers(base, tuned)
     before, after = _tensors(base, tuned), _tensors(tuned, base)
     names_before, names_after = _names(before), _names(after)
     layers = {} if selection is None else {layer.id: layer for layer in selection.layers}
@@ -262,6 +263,19 @@ def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
     check_names(found)
     _check_whole(found)
     return found
+
+
+def _check_buffers(base: Weights, tuned: Weights) -> None:
+    """ConfigurationError where training moved a buffer: a delta holds parameters alone, and would leave it away."""
+    models = [each for each in (base, tuned) if isinstance(each, nn.Module)]
+    names = {name for model in models for name, _ in model.named_buffers()}
+    held, new = (each.state_dict() if isinstance(each, nn.Module) else each for each in (base, tuned))
+    for name in sorted(names & held.keys() & new.keys()):
+        if new[name].is_floating_point() and not torch.equal(held[name].to(new[name]), new[name]):
+            raise ConfigurationError(
+                f"{name} changed, which is a buffer, and a delta holds parameters alone. Train with its module in "
+                "evaluation mode, or share the whole checkpoint; copy the base's buffers to leave the change away"
+            )
 
 
 def _names(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast, overload
@@ -40,7 +41,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     Raises ConfigurationError for anything else, and for options that AdamW cannot have.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
-    gradients, and nothing else, are averaged over it in `step`, and replicas that do not start equal are refused. Leave
+    gradients, and nothing else, are averaged over it in `step`; replicas that do not start equal, or train different
+    selections, are refused. Leave
     `DistributedDataParallel` away: it would keep, and send, whole gradients; `step` refuses it, unless it was made with
     `find_unused_parameters`, which hides it. Shards (FSDP2) are averaged by `fully_shard` itself and need no group.
     `process_group="alone"` says that this process trains a model of its own.
@@ -177,6 +179,7 @@ class SelectedAdamW(torch.optim.Optimizer):
             return
         device = self.selected[0].parameter.device
         if not self._compared:
+            self._compare_selections(group, device)
             self._compare_replicas(group, device)
         used = torch.tensor([entry.parameter in self._gradients for entry in self.selected], device=device).int()
         distributed.all_reduce(used, distributed.ReduceOp.MAX, group)
@@ -193,6 +196,19 @@ class SelectedAdamW(torch.optim.Optimizer):
         for gradient, work in sending:
             work.wait()
             gradient.div_(group.size())
+
+    def _compare_selections(self, group: ProcessGroup, device: torch.device) -> None:
+        """ConfigurationError, in every process, where they train different coordinates, which would be mixed up."""
+        digest = hashlib.sha256(json.dumps(list(self._digests().items())).encode()).digest()
+        lowest = torch.tensor(list(digest), dtype=torch.int32, device=device)
+        highest = lowest.clone()
+        distributed.all_reduce(lowest, distributed.ReduceOp.MIN, group)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX, group)
+        if not torch.equal(lowest, highest):
+            raise ConfigurationError(
+                "the processes selected different coordinates, as from samples or free memory of their own: select in "
+                "one of them, and give the others what it saved (selection.save, Selection.load)"
+            )
 
     def _compare_replicas(self, group: ProcessGroup, device: torch.device) -> None:
         """ConfigurationError, in every process, where their weights differ; sums of the bits find it."""

@@ -136,6 +136,7 @@ class LossReader:
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         """Whether the model makes its decoder's inputs out of the labels, and so has to be given them."""
         self.shift: bool | None = False if loss is not None else None
+        self._made_labels = False
 
     def with_labels(self, batch: Batch, pad_token_id: int | None = None, *, run: bool = True) -> dict[str, Any]:
         """The batch with labels: those given, else the input ids with padding ignored.
@@ -147,10 +148,23 @@ class LossReader:
         if batch.get("labels") is None and isinstance(batch.get("input_ids"), Tensor):
             hidden = _padding(batch, pad_token_id)
             labels = batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED)
+            self._made_labels = True
             groundless = hidden[..., :-1] & ~hidden[..., 1:]
             if bool(groundless.any()) and (self.shifts(batch) if run else self.shift_of(labels)):
                 labels[..., 1:][groundless] = IGNORED
         return batch
+
+    def output_of(self, inputs: Batch) -> Any:
+        """What the model gives; ConfigurationError where its loss is of other labels than the input ids instead."""
+        try:
+            return self.model(**inputs)
+        except (ValueError, IndexError) as error:
+            if not self._made_labels:
+                raise
+            raise ConfigurationError(
+                f"the batch has no labels, and {type(self.model).__name__} does not take the input ids in their place "
+                f"({error}): give them under the name labels, to a classifier one class for each example"
+            ) from error
 
     def run(self, batch: Batch) -> Losses:
         """Forward pass of a batch that has labels."""
@@ -158,7 +172,7 @@ class LossReader:
         if "use_cache" in self._accepted:
             inputs.setdefault("use_cache", False)  # a cache of keys and values would only cost memory
         if self._loss is not None:
-            outputs = self.model(**inputs)
+            outputs = self.output_of(inputs)
             values = self._loss(outputs, batch)
             labels = batch.get("labels")
             if isinstance(labels, Tensor) and labels.dim() > 1:
@@ -167,7 +181,7 @@ class LossReader:
         labels = _labels(batch)
         if self.shift is None or self.seq2seq:
             inputs["labels"] = labels
-        outputs = self.model(**inputs)
+        outputs = self.output_of(inputs)
         logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor) or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
             raise ConfigurationError(f"The model's labels are not one class for each row of its logits; {_GIVE_LOSS}")

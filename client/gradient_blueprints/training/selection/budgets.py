@@ -43,7 +43,8 @@ class Budget(allocation.Budget):
         are more: autograd adds what one use gave to what the other did, when the activations are gone. The activations
         are measured: the tensors that one forward pass of `batch`, or of zeros of the shape (sequences, tokens), saves
         for its backward pass in training mode, and the largest of them (the logits) once more for its own gradient.
-        What checkpointed segments compute anew is not counted. The model stays as it is. `free`: bytes, else what the
+        What checkpointed segments compute anew is not counted. A model whose labels are not its input ids, such as a
+        classifier, takes a batch that has them. The model stays as it is. `free`: bytes, else what the
         device says now, with the model on it (CUDA; on Linux the available main memory). Raises ConfigurationError
         when nothing is left, when the free memory is not known, or for a model on the meta device.
         """
@@ -87,8 +88,9 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any]) -> list[int]:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    reader = LossReader(model)
     with as_in_training(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(**on_device_of(model, LossReader(model).with_labels(batch, run=False)))
+        output = reader.output_of(on_device_of(model, reader.with_labels(batch, run=False)))
         del output
     return list(held.values())
 

@@ -12,7 +12,7 @@ Indices = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
 _ESCAPE = 255
 _CHUNK = 1 << 18
-"""Entries hashed at a time: the 64-bit numbers of a whole embedding would take more memory than the choice itself."""
+"""Entries hashed, or drawn for, at a time: 64-bit numbers for all of an embedding take more memory than the choice."""
 
 
 def best(scores: Scores, count: int, name: str, seed: int, random_share: float = 0.0) -> Indices:
@@ -34,9 +34,13 @@ def drawn(scores: Scores, temperature: float, name: str, seed: int) -> Scores:
 
     Gumbel noise on the logarithm (Kool, van Hoof and Welling 2019). A score of 0 comes after all others.
     """
-    uniform = random_scores(f"{name}#drawn", len(scores), seed).astype(np.float64) + 2.0**-25
+    keys = np.empty(len(scores), np.float32)
     with np.errstate(divide="ignore"):
-        return np.asarray(np.log(scores) - temperature * np.log(-np.log(uniform)), np.float32)
+        for first in range(0, len(scores), _CHUNK):
+            part = slice(first, min(first + _CHUNK, len(scores)))
+            uniform = _lots(f"{name}#drawn", range(part.start, part.stop), seed).astype(np.float64) + 2.0**-25
+            keys[part] = np.log(scores[part]) - temperature * np.log(-np.log(uniform))
+    return keys
 
 
 def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:

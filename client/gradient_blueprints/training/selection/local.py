@@ -80,7 +80,7 @@ class LocalStatistics:
         reader = LossReader(model)
         with gradients_taken(model, take):
             for batch in batches:
-                _loss(model, reader.with_labels(on_device_of(model, batch), run=False)).backward()
+                _loss(reader, reader.with_labels(on_device_of(model, batch), run=False)).backward()
                 found.batches += 1
                 found.sequences = (found.sequences or 0) + examples_in(batch)
         if not found.row:
@@ -140,12 +140,12 @@ def mean_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> di
     return LocalStatistics.gather(model, batches).mean
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    loss = getattr(model(**batch), "loss", None)
+def _loss(reader: LossReader, batch: Mapping[str, Any]) -> Any:
+    loss = getattr(reader.output_of(batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
-            f"{type(model).__name__} gives no loss for a batch of {', '.join(batch)}: take the model with the head "
-            "that is to be trained, and give what its loss needs, such as labels"
+            f"{type(reader.model).__name__} gives no loss for a batch of {', '.join(batch)}: take the model with the "
+            "head that is to be trained, and give what its loss needs, such as labels"
         )
     return loss
 

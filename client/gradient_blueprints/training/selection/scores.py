@@ -179,17 +179,26 @@ def outer(factor: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
 
     A vector has its second moment as row alone; a stack of matrices (experts) has factors for each.
     """
+    _check_shape(factor, name, shape)
     row = factor["row"].detach().float().abs()
     if "column" in factor:
         column = factor["column"].detach().float().abs().to(row.device)
         row = (row / row.mean(-1, keepdim=True).clamp_min(_TINY))[..., :, None] * column[..., None, :]
     else:
         row = row.clone()
-    if row.numel() != math.prod(shape):
-        raise ConfigurationError(
-            f"{name} has {math.prod(shape)} entries, its published factors stand for {row.numel()}"
-        )
     return row.view(shape)
+
+
+def _check_shape(factor: Mapping[str, Tensor], name: str, shape: Shape) -> None:
+    """ConfigurationError for factors of a tensor of another shape, though it may be of the same size."""
+    matrix = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else tuple(shape)
+    row, column = tuple(factor["row"].shape), tuple(factor["column"].shape) if "column" in factor else ()
+    fits = (row, column) == (matrix[:-1], matrix[:-2] + matrix[-1:]) if column else math.prod(row) == math.prod(shape)
+    if not fits:
+        raise ConfigurationError(
+            f"{name} is {tuple(shape)}, and its factors are of a tensor of another shape, rows {row}, columns "
+            f"{column or 'none'}: they are of another model, or of one that holds its matrices transposed (Conv1D)"
+        )
 
 
 def of_domain(factors: Mapping[str, Tensor] | None, domain: str | None) -> dict[str, dict[str, Tensor]]:
