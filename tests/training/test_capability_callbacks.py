@@ -114,8 +114,9 @@ def test_rule_curve_and_tally_come_back_with_the_trainers_checkpoint(tmp_path: P
     first = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
     train(tmp_path, first, steps=4, eval_steps=1, save_steps=4)
     second = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
-    options = {"restore_callback_states_from_checkpoint": restore}
-    trainer = make_trainer(tmp_path, second, 6, eval_steps=1, save_steps=4, **options)
+    trainer = make_trainer(
+        tmp_path, second, 6, eval_steps=1, save_steps=4, restore_callback_states_from_checkpoint=restore
+    )
     trainer.train(resume_from_checkpoint=True)
     (resumed,) = [call for call in trainer.callback_handler.callbacks if isinstance(call, CapabilityCallback)]
     assert (resumed is second) is not restore

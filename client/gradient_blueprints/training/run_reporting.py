@@ -6,6 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gradient_blueprints.calls import built
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import (
     BlueprintsError,
+    ConfigurationError,
     ConnectionFailed,
     InternalError,
     RateLimited,
@@ -88,12 +90,14 @@ class RunReporter:
         return tally
 
     def _described(self, model: nn.Module, seed: int | None) -> NewRun:
-        """The run, with what the model tells: its size, and how much of it is trained."""
-        counted = multiplied_parameters(model)
-        fields: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in counted) or None, "seed": seed}
-        trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-        if fields["parameters"] is not None and trained < fields["parameters"]:
-            fields["selection"] = ChosenPart(trained=trained, parameters=fields["parameters"])
+        """The run, with what the model tells: what multiplies for each token, and how much of all is trained."""
+        fields: dict[str, Any] = {"seed": seed}
+        with suppress(ConfigurationError):  # a mixture that does not tell: absent
+            fields["parameters"] = round(sum(multiplied_parameters(model).values())) or None
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if trained < parameters:
+            fields["selection"] = ChosenPart(trained=trained, parameters=parameters)
         return built(NewRun, id=uuid.uuid4(), **{**fields, **self.fields})
 
     def add(self, point: RunPoint, tally: Tally | None) -> None:
