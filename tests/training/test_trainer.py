@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
+from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.run_journal import read_journal
+from gradient_blueprints.training import run_reporting
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.lightning_callback import CapabilityCallback
 from gradient_blueprints.training.selection import Selection, select
 from gradient_blueprints.training.trainer import SelectionCallback, trainer_arguments
+from gradient_blueprints.training.trainer_callback import CapabilityCallback as TrainerCapability
 from tests.training.profiling.small_models import Rows, build
 
 
@@ -147,6 +151,25 @@ def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, select
     norms, expected = ([entry.get("grad_norm") for entry in each.state.log_history] for each in (free, clipped))
     assert norms == expected
     assert norms[0] > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_a_reported_run_trains_the_selected_coordinates_and_not_the_tensors_that_hold_them(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_reporting, "PATIENCE", 0.0)  # nobody is there
+    reporting: dict[str, Any] = {
+        "client": Client("http://127.0.0.1:9", cache=False),
+        "report": {"task": "rows", "model_id": "tiny"},
+    }
+    make_trainer(base, selection, tmp_path / "trainer", TrainerCapability(**reporting)).train()
+    fit(base, selection, tmp_path / "lightning", 1, callbacks=[CapabilityCallback(**reporting)])
+    chosen = sum(entry.selected for entry in apply_selection(copy.deepcopy(base), selection))
+    for kind in ("trainer", "lightning"):
+        told = read_journal(tmp_path / kind / "run.jsonl").run.selection
+        assert told is not None
+        assert (told.trained, told.parameters) == (chosen, base.num_parameters())
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
