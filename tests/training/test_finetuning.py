@@ -184,6 +184,22 @@ def test_measured_memory_is_what_the_budget_counted() -> None:
     assert optimizer_bytes(full) == 531 * 8 + 6 * 4  # torch keeps each tensor's step count as a float32 tensor
 
 
+def test_the_state_may_grow_while_its_bytes_are_counted() -> None:
+    """As the first step of a training grows it, under the thread of a meter."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    first, second = optimizer.param_groups[0]["params"]
+
+    class Filling(torch.Tensor):
+        @property
+        def nbytes(self) -> int:  # type: ignore[override]  # torch declares an attribute
+            optimizer.state[first]["exp_avg_sq"] = optimizer.state[second]["exp_avg"] = torch.ones(2)
+            return 8
+
+    optimizer.state[first]["exp_avg"] = torch.ones(2).as_subclass(Filling)
+    assert optimizer_bytes(optimizer) == 8
+    assert optimizer_bytes(optimizer) == 24
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("unit", ["coordinate", "row"])
 def test_training_continues_from_a_file_as_if_it_had_not_stopped(

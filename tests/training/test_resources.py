@@ -321,3 +321,19 @@ def test_loading_older_states_of_the_same_process_counts_nothing_twice() -> None
     for state in (late, early, late):
         meter.load_state_dict(state)
     assert meter.tally() == before
+
+
+def test_a_meter_goes_on_from_the_states_of_several_processes_and_an_older_one_takes_nothing_away() -> None:
+    states = []
+    for name in ("evaluation", "saving"):
+        with ResourceMeter() as meter:
+            for _ in range(2):
+                with meter.part(name):
+                    work(0.01)
+                states.append(json.loads(json.dumps(meter.state_dict())))
+    together = ResourceMeter()
+    for state in (*states, states[0]):
+        together.load_state_dict(state)
+    assert together.parts() == {
+        name: spent for state in (states[1], states[3]) for of in state["parts"].values() for name, spent in of.items()
+    }

@@ -374,10 +374,10 @@ def _state_dtype(parameter: torch.Tensor) -> torch.dtype:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors in any optimizer's state, as they are held now."""
+    """Bytes of the tensors in any optimizer's state, as they are held now, even while another thread fills it."""
     return sum(
         value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
+        for state in list(optimizer.state.values())
+        for value in list(state.values())
         if isinstance(value, torch.Tensor)
     )

@@ -390,7 +390,11 @@ class ResourceMeter:
         if state["format"] != STATE_FORMAT:
             raise ConfigurationError(f"the meter's state has format {state['format']}, not {STATE_FORMAT}")
         self.add_earlier(Tally.model_validate(state["tally"]))
-        self._parts = {**state["parts"], self._id: self._parts[self._id]}
+        for process, parts in state["parts"].items():
+            for name, spent in parts.items():
+                kept = self._parts.setdefault(process, {}).setdefault(name, {})
+                for resource, amount in spent.items():  # of two states of a process the later has the more
+                    kept[resource] = max(amount, kept.get(resource, 0.0))
 
     def add_earlier(self, tally: Tally) -> None:
         """Count what another process has spent. The same spans told twice count once."""
