@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.run_models import Resource, RunPoint
+from gradient_blueprints.run_models import Instrument, Resource, RunPoint
+from gradient_blueprints.training.flops import FlopRate
 from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
 from gradient_blueprints.training.metered_run import DecayGuard
+from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.stopping import MarginalReturn, Reason
 from gradient_blueprints.training.trainer_callback import CapabilityCallback
 from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
@@ -106,6 +108,17 @@ def test_a_gamma_that_this_machine_cannot_read_is_refused_before_the_training(tm
 def test_an_unknown_resource_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="not of joy"):
         CapabilityCallback(gamma="joy")
+
+
+def test_a_callback_made_anew_from_a_checkpoint_has_a_meter_with_the_same_arguments() -> None:
+    rate = FlopRate(7.0, Instrument.FLOP_COUNTER)
+    meter = ResourceMeter(
+        region="Iceland", carbon_intensity=28, processor_watts=65, devices=[torch.device("cuda", 1)], flop_rate=rate
+    )
+    saved = json.loads(json.dumps(CapabilityCallback(meter=meter).state()))
+    restored = CapabilityCallback(**saved["args"]).run.meter
+    assert restored.arguments() == meter.arguments()
+    assert (restored.carbon_intensity, restored.flop_rate) == (28, rate)
 
 
 @pytest.mark.parametrize("restore", [False, True])

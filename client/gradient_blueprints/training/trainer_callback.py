@@ -58,8 +58,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         report: Mapping[str, Any] | None = None,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
-        self._meter_arguments = dict(meter) if isinstance(meter, Mapping) else {}
-        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**self._meter_arguments)
+        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**(meter or {}))
         self.run = MeteredRun(made, rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule), gamma)
         self._journalled = -math.inf
         if client is not None or report is not None:
@@ -126,7 +125,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "gamma": dict(self.run.prices),
                 "metric": self.metric,
                 "guard": self.guard.share,
-                "meter": self._meter_arguments,
+                "meter": self.run.meter.arguments(),
                 "report": None if self.run.reporter is None else self.run.reporter.fields,
             },
             "attributes": {"saved_state": self.saved_state},
