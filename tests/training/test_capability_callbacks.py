@@ -121,6 +121,36 @@ def test_a_callback_made_anew_from_a_checkpoint_has_a_meter_with_the_same_argume
     assert (restored.carbon_intensity, restored.flop_rate) == (28, rate)
 
 
+def test_the_metric_may_be_named_as_for_the_best_model_without_eval_in_front(tmp_path: Path) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1e9, patience=1, window=1), metric="loss", guard=1)
+    trainer = train(tmp_path, callback, eval_steps=1)
+    assert trainer.state.global_step == 2
+
+
+def test_a_metric_that_never_comes_is_told_at_once_and_a_rule_that_was_never_asked_in_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1), metric="accuracy")
+    train(tmp_path, callback, steps=3, eval_steps=1)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert all("No evaluation gave 'accuracy'" in each and "eval_loss" in each for each in told)
+    caplog.clear()
+    train(tmp_path, CapabilityCallback(metric="accuracy"), steps=3, eval_steps=3)
+    assert len(caplog.records) == 1, "of an evaluation at the end"
+
+
+def test_of_several_evaluation_sets_the_one_of_the_metric_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = CapabilityCallback(metric="eval_second_loss")
+    trainer = make_trainer(tmp_path, callback, 3, eval_steps=1)
+    trainer.eval_dataset = {"first": trainer.eval_dataset, "second": trainer.eval_dataset}
+    trainer.train()
+    assert [point.step for point in callback.run.points] == [1, 2, 3]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("restore", [False, True])
 def test_rule_curve_and_tally_come_back_with_the_trainers_checkpoint(tmp_path: Path, restore: bool) -> None:
     rule = {"eta": -1e9, "patience": 1, "window": 3}
