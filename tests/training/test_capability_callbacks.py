@@ -241,6 +241,29 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_a_lightning_module_that_has_no_model_is_refused_until_it_names_its_network(tmp_path: Path) -> None:
+    class Named(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = self.model
+            del self.model
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(**batch).loss
+            return loss
+
+        def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+            self.log("val_loss", self.net(**batch).loss)
+
+    with pytest.raises(ConfigurationError, match="give network="):
+        fit(tmp_path, LightningCapability(), epochs=1, module=Named())
+    callback = LightningCapability(network=lambda module: module.net)  # type: ignore[arg-type,return-value]  # its own
+    fit(tmp_path, callback, epochs=1, module=Named())
+    assert callback.run.meter.tally().tokens == 2 * TOKENS_A_STEP
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
 def test_lightning_may_train_without_a_last_step_and_the_guard_waits(tmp_path: Path) -> None:
     """As with `max_time` alone, where Lightning estimates infinitely many steps."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -266,3 +267,16 @@ def test_clipping_that_lightning_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match="gradient_clip_val"):
         fit(base, selection, tmp_path, 1, gradient_clip_val=1.0, callbacks=[CapabilityCallback()])
+    with pytest.raises(ConfigurationError, match="clip by max_norm"):
+        fit(base, selection, tmp_path, 1, gradient_clip_val=1.0, precision="bf16-mixed")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_lightning_trains_a_selection_in_bfloat16_and_is_refused_fp16(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    fit(base, selection, tmp_path, 1, precision="bf16-mixed")
+    fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigurationError, match="precision='bf16-mixed'"):
+        fit(base, selection, tmp_path, 1, plugins=[fp16])
