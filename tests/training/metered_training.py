@@ -49,7 +49,9 @@ def make_model() -> nn.Module:
     return llama()
 
 
-def make_trainer(folder: Path, callback: CapabilityCallback, steps: int, **options: Any) -> Trainer:
+def make_trainer(
+    folder: Path, callback: CapabilityCallback, steps: int, model: nn.Module | None = None, **options: Any
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -63,7 +65,8 @@ def make_trainer(folder: Path, callback: CapabilityCallback, steps: int, **optio
         **{"save_strategy": "steps", "save_steps": 100, **options},
     )
     rows = Rows(16)
-    return Trainer(model=make_model(), args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+    model = model or make_model()
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
 
 
 def run(folder: Path, *, resumed: bool) -> None:

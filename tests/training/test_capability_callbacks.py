@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.run_models import Resource, RunPoint
+from gradient_blueprints.run_models import Instrument, Resource, RunPoint
+from gradient_blueprints.training.flops import FlopRate
 from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
 from gradient_blueprints.training.metered_run import DecayGuard
+from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.stopping import MarginalReturn, Reason
 from gradient_blueprints.training.trainer_callback import CapabilityCallback
 from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
@@ -108,14 +110,56 @@ def test_an_unknown_resource_is_refused() -> None:
         CapabilityCallback(gamma="joy")
 
 
+def test_a_callback_made_anew_from_a_checkpoint_has_a_meter_with_the_same_arguments() -> None:
+    rate = FlopRate(7.0, Instrument.FLOP_COUNTER)
+    meter = ResourceMeter(
+        region="Iceland", carbon_intensity=28, processor_watts=65, devices=[torch.device("cuda", 1)], flop_rate=rate
+    )
+    saved = json.loads(json.dumps(CapabilityCallback(meter=meter).state()))
+    restored = CapabilityCallback(**saved["args"]).run.meter
+    assert restored.arguments() == meter.arguments()
+    assert (restored.carbon_intensity, restored.flop_rate) == (28, rate)
+
+
+def test_the_metric_may_be_named_as_for_the_best_model_without_eval_in_front(tmp_path: Path) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1e9, patience=1, window=1), metric="loss", guard=1)
+    trainer = train(tmp_path, callback, eval_steps=1)
+    assert trainer.state.global_step == 2
+
+
+def test_a_metric_that_never_comes_is_told_at_once_and_a_rule_that_was_never_asked_in_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=1), metric="accuracy")
+    train(tmp_path, callback, steps=3, eval_steps=1)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert all("No evaluation gave 'accuracy'" in each and "eval_loss" in each for each in told)
+    caplog.clear()
+    train(tmp_path, CapabilityCallback(metric="accuracy"), steps=3, eval_steps=3)
+    assert len(caplog.records) == 1, "of an evaluation at the end"
+
+
+def test_of_several_evaluation_sets_the_one_of_the_metric_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = CapabilityCallback(metric="eval_second_loss")
+    trainer = make_trainer(tmp_path, callback, 3, eval_steps=1)
+    trainer.eval_dataset = {"first": trainer.eval_dataset, "second": trainer.eval_dataset}
+    trainer.train()
+    assert [point.step for point in callback.run.points] == [1, 2, 3]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("restore", [False, True])
 def test_rule_curve_and_tally_come_back_with_the_trainers_checkpoint(tmp_path: Path, restore: bool) -> None:
     rule = {"eta": -1e9, "patience": 1, "window": 3}
     first = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
     train(tmp_path, first, steps=4, eval_steps=1, save_steps=4)
     second = CapabilityCallback(rule, "tokens", meter={"region": "Iceland"})
-    options = {"restore_callback_states_from_checkpoint": restore}
-    trainer = make_trainer(tmp_path, second, 6, eval_steps=1, save_steps=4, **options)
+    trainer = make_trainer(
+        tmp_path, second, 6, eval_steps=1, save_steps=4, restore_callback_states_from_checkpoint=restore
+    )
     trainer.train(resume_from_checkpoint=True)
     (resumed,) = [call for call in trainer.callback_handler.callbacks if isinstance(call, CapabilityCallback)]
     assert (resumed is second) is not restore
@@ -193,6 +237,29 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
     assert trainer.current_epoch == 3  # the two checks of before fill the window
     assert second.run.meter.tally().tokens == 6 * TOKENS_A_STEP
     assert [point.step for point in second.run.points] == [2, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_a_lightning_module_that_has_no_model_is_refused_until_it_names_its_network(tmp_path: Path) -> None:
+    class Named(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = self.model
+            del self.model
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(**batch).loss
+            return loss
+
+        def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+            self.log("val_loss", self.net(**batch).loss)
+
+    with pytest.raises(ConfigurationError, match="give network="):
+        fit(tmp_path, LightningCapability(), epochs=1, module=Named())
+    callback = LightningCapability(network=lambda module: module.net)  # type: ignore[arg-type,return-value]  # its own
+    fit(tmp_path, callback, epochs=1, module=Named())
+    assert callback.run.meter.tally().tokens == 2 * TOKENS_A_STEP
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.deltas import DeltaStack, save_delta
-from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection, optimizer_bytes
+from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter, apply_selection, optimizer_bytes
 from gradient_blueprints.training.memory import peak_bytes
 from gradient_blueprints.training.selection import (
     BYTES_PER_COORDINATE,
@@ -182,6 +182,32 @@ def test_measured_memory_is_what_the_budget_counted() -> None:
     full = torch.optim.AdamW(model.parameters())
     full.step()
     assert optimizer_bytes(full) == 531 * 8 + 6 * 4  # torch keeps each tensor's step count as a float32 tensor
+
+
+def test_the_state_may_grow_while_its_bytes_are_counted() -> None:
+    """As the first step of a training grows it, under the thread of a meter."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    first, second = optimizer.param_groups[0]["params"]
+
+    class Filling(torch.Tensor):
+        @property
+        def nbytes(self) -> int:  # type: ignore[override]  # torch declares an attribute
+            optimizer.state[first]["exp_avg_sq"] = optimizer.state[second]["exp_avg"] = torch.ones(2)
+            return 8
+
+    optimizer.state[first]["exp_avg"] = torch.ones(2).as_subclass(Filling)
+    assert optimizer_bytes(optimizer) == 8
+    assert optimizer_bytes(optimizer) == 24
+
+
+def test_a_scaler_of_gradients_is_refused_with_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(4, 1))
+    entries = [SelectedParameter(name, parameter, None) for name, parameter in model.named_parameters()]
+    optimizer, scaler = SelectedAdamW(entries), torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(1, 4)).sum()).backward()
+    with pytest.raises(ConfigurationError, match="train in bfloat16"):
+        scaler.step(optimizer)
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -80,6 +80,7 @@ def process(rank: int, folder: str) -> None:
         note(f"shard-{unit}", model)
         found[f"norm-shard-{unit}"] = torch.tensor(optimizer.last_norm)
         found[f"held-{unit}"] = torch.tensor(sum(entry.selected for entry in optimizer.selected))
+        found[f"trained-{unit}"] = torch.tensor(sum(entry.trained for entry in optimizer.selected))
     found["refused"] = torch.tensor(
         [
             refused_inside_a_wrapper(share, world),
@@ -233,12 +234,13 @@ def test_two_processes_train_what_one_trains(both: list[dict[str, torch.Tensor]]
         assert torch.equal(both[0][f"{kind}-{unit}/{name}"], both[1][f"{kind}-{unit}/{name}"])
 
 
-def test_each_process_holds_the_state_of_its_shard_alone(both: list[dict[str, torch.Tensor]]) -> None:
+def test_each_process_holds_the_state_of_its_shard_and_counts_all(both: list[dict[str, torch.Tensor]]) -> None:
     for unit in UNITS:
         whole = sum(entry.selected for entry in apply_selection(make_model(), make_selection(0.6, unit)))
         held = [int(found[f"held-{unit}"]) for found in both]
         assert sum(held) == whole
         assert all(0 < part < whole for part in held)
+        assert all(int(found[f"trained-{unit}"]) == whole for found in both)
 
 
 def test_shards_continue_from_files_as_if_they_had_not_stopped(both: list[dict[str, torch.Tensor]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
@@ -18,7 +19,7 @@ from gradient_blueprints.run_models import Basis, Instrument, Resource
 from gradient_blueprints.training.flops import flops_by_counting, flops_by_formula
 from gradient_blueprints.training.resources import JOULES_PER_KWH, ResourceMeter
 from gradient_blueprints.training.sensors import NvidiaDevice, rapl_domains, usable_cores
-from tests.training.profiling.small_models import batch, llama
+from tests.training.profiling.small_models import batch, llama, mixtral
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
@@ -78,6 +79,37 @@ def test_a_frozen_half_costs_a_third_less_of_its_flops() -> None:
     assert flops_by_formula(model).per_token == 6 * 200
     model[0].requires_grad_(False)
     assert flops_by_formula(model).per_token == pytest.approx(6 * 200 * (2 / 3 + 1 / 2 / 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_mixture_the_experts_that_a_token_meets_are_counted_however_they_are_run(dtype: torch.dtype) -> None:
+    model: Any = mixtral(hidden_size=64, intermediate_size=128).to(dtype)
+    example = batch(4, padded=False)
+    counted = {}
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        rate = flops_by_counting(lambda: model(**example).loss.backward(), example["input_ids"].numel())
+        counted[implementation] = rate.per_token
+    assert len(set(counted.values())) == 1, counted
+    assert flops_by_formula(model).per_token == pytest.approx(counted["eager"], rel=0.05)
+
+
+def test_products_that_transformers_groups_itself_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch cannot group them: older versions, and float32 under torch.compile."""
+    model: Any = mixtral()
+    example = batch(4, padded=False)
+    monkeypatch.setattr(transformers.integrations.moe, "_can_use_grouped_mm", lambda *_: False)
+    grouped = flops_by_counting(lambda: model(**example).loss.backward(), 1)
+    model.set_experts_implementation("eager")
+    assert flops_by_counting(lambda: model(**example).loss.backward(), 1) == grouped
+
+
+def test_experts_are_found_in_a_list_too_and_a_mixture_that_tells_nothing_is_refused() -> None:
+    model = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(8))})
+    with pytest.raises(ConfigurationError, match=r"experts\.0 a token is routed to: count a step"):
+        flops_by_formula(model)
+    model.config = SimpleNamespace(num_experts=8, num_experts_per_tok=2)  # type: ignore[assignment]  # as transformers
+    assert flops_by_formula(model).per_token == 6 * 200
 
 
 # --- energy
@@ -289,3 +321,19 @@ def test_loading_older_states_of_the_same_process_counts_nothing_twice() -> None
     for state in (late, early, late):
         meter.load_state_dict(state)
     assert meter.tally() == before
+
+
+def test_a_meter_goes_on_from_the_states_of_several_processes_and_an_older_one_takes_nothing_away() -> None:
+    states = []
+    for name in ("evaluation", "saving"):
+        with ResourceMeter() as meter:
+            for _ in range(2):
+                with meter.part(name):
+                    work(0.01)
+                states.append(json.loads(json.dumps(meter.state_dict())))
+    together = ResourceMeter()
+    for state in (*states, states[0]):
+        together.load_state_dict(state)
+    assert together.parts() == {
+        name: spent for state in (states[1], states[3]) for of in state["parts"].values() for name, spent in of.items()
+    }

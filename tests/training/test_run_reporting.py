@@ -20,12 +20,15 @@ from gradient_blueprints import Client, ConfigurationError, PermissionDenied, Sc
 from gradient_blueprints.run_journal import find_journal, read_journal
 from gradient_blueprints.run_models import Resource, RunPoint, Tally
 from gradient_blueprints.training import run_reporting
+from gradient_blueprints.training.flops import flops_by_counting
 from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
+from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.run_reporting import RunReporter
 from gradient_blueprints.training.stopping import MarginalReturn
 from gradient_blueprints.training.trainer_callback import CapabilityCallback
 from tests.conftest import Server
 from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
+from tests.training.profiling.small_models import mixtral
 from tests.training.reported_training import REPORT
 from tests.training.test_capability_callbacks import Module
 
@@ -59,6 +62,22 @@ def test_a_trainer_reports_its_curve_and_its_end(make_client: MakeClient, tmp_pa
     assert run.marks == ()
     assert "tokens_beyond_flops" not in run.unchecked
     assert [point.psi for point in client.list_points(run.id)] == [point.psi for point in callback.run.points]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_honest_mixture_of_experts_bears_no_mark(make_client: MakeClient, tmp_path: Path, counted: bool) -> None:
+    model, ids = mixtral(), Rows(ROWS).ids
+    rate = flops_by_counting(lambda: model(input_ids=ids, labels=ids).loss.backward(), ids.numel()) if counted else None
+    meter = ResourceMeter(flop_rate=rate)
+    callback = CapabilityCallback(meter=meter, client=make_client("lab-a", Scope.PUBLISH), report=REPORT)
+    make_trainer(tmp_path, callback, 2, model, eval_steps=2).train()
+    run = reporter_of(callback).run
+    assert run is not None
+    at_rest = sum(parameter.numel() // 2 for name, parameter in model.named_parameters() if "experts" in name)
+    embedding = model.get_parameter("model.embed_tokens.weight").numel()
+    assert run.parameters == sum(parameter.numel() for parameter in model.parameters()) - embedding - at_rest
+    assert (run.selection, run.marks) == (None, ())
+    assert "tokens_beyond_flops" not in run.unchecked
 
 
 def test_a_training_killed_and_resumed_is_one_run_without_a_point_twice(server: Server, tmp_path: Path) -> None:

@@ -9,16 +9,21 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
+from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.run_journal import read_journal
+from gradient_blueprints.training import run_reporting
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.lightning_callback import CapabilityCallback
 from gradient_blueprints.training.selection import Selection, select
 from gradient_blueprints.training.trainer import SelectionCallback, trainer_arguments
+from gradient_blueprints.training.trainer_callback import CapabilityCallback as TrainerCapability
 from tests.training.profiling.small_models import Rows, build
 
 
@@ -149,6 +154,25 @@ def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, select
     assert norms[0] > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_a_reported_run_trains_the_selected_coordinates_and_not_the_tensors_that_hold_them(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_reporting, "PATIENCE", 0.0)  # nobody is there
+    reporting: dict[str, Any] = {
+        "client": Client("http://127.0.0.1:9", cache=False),
+        "report": {"task": "rows", "model_id": "tiny"},
+    }
+    make_trainer(base, selection, tmp_path / "trainer", TrainerCapability(**reporting)).train()
+    fit(base, selection, tmp_path / "lightning", 1, callbacks=[CapabilityCallback(**reporting)])
+    chosen = sum(entry.selected for entry in apply_selection(copy.deepcopy(base), selection))
+    for kind in ("trainer", "lightning"):
+        told = read_journal(tmp_path / kind / "run.jsonl").run.selection
+        assert told is not None
+        assert (told.trained, told.parameters) == (chosen, base.num_parameters())
+
+
 class Interrupt(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Ctrl-C in the midst of the first accumulation."""
 
@@ -243,3 +267,16 @@ def test_clipping_that_lightning_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match="gradient_clip_val"):
         fit(base, selection, tmp_path, 1, gradient_clip_val=1.0, callbacks=[CapabilityCallback()])
+    with pytest.raises(ConfigurationError, match="clip by max_norm"):
+        fit(base, selection, tmp_path, 1, gradient_clip_val=1.0, precision="bf16-mixed")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
+def test_lightning_trains_a_selection_in_bfloat16_and_is_refused_fp16(
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
+) -> None:
+    fit(base, selection, tmp_path, 1, precision="bf16-mixed")
+    fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigurationError, match="precision='bf16-mixed'"):
+        fit(base, selection, tmp_path, 1, plugins=[fp16])

@@ -35,7 +35,7 @@ class SelectedAdamW(torch.optim.Optimizer):
     step uses them up. State is float32 or wider; of weights of lower precision a float32 copy of the chosen is kept,
     which gives way wherever the weights were changed from outside.
     One optimizer trains a parameter: a newer one closes the older.
-    Not for use with `torch.amp.GradScaler` (its unscaling needs `parameter.grad`); bfloat16 needs no scaler.
+    `torch.amp.GradScaler` is refused, for its unscaling needs `parameter.grad`; bfloat16 needs no scaler.
 
     `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
     Raises ConfigurationError for anything else, and for options that AdamW cannot have.
@@ -141,6 +141,15 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.gradient_bytes = sum(gradient.nbytes for gradient in self._gradients.values())
         self._gradients.clear()  # transformers.Trainer calls model.zero_grad(), which cannot reach them
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked for by torch.amp.GradScaler before a step, and by Lightning's mixed precision before it unscales or
+        clips: neither would find a gradient."""
+        raise ConfigurationError(
+            "a GradScaler, or clipping under mixed precision, finds no gradients on the parameters of SelectedAdamW: "
+            "train in bfloat16, which needs no scaler (precision='bf16-mixed' in Lightning), and clip by max_norm"
+        )
 
     def _check_gradients(self) -> None:
         """Refuse what would train silently on wrong gradients or on none."""
@@ -390,10 +399,10 @@ def _state_dtype(parameter: torch.Tensor) -> torch.dtype:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors in any optimizer's state, as they are held now."""
+    """Bytes of the tensors in any optimizer's state, as they are held now, even while another thread fills it."""
     return sum(
         value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
+        for state in list(optimizer.state.values())
+        for value in list(state.values())
         if isinstance(value, torch.Tensor)
     )

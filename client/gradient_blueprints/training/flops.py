@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Instrument
+from gradient_blueprints.training.selection.indices import prefixes
+
+ROUTED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -25,39 +32,75 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
 
     The forward pass takes 2·N, the gradients of the activations 2·N and those of the weights 2·k·N. A parameter of
     which some coordinates are selected counts whole: its gradient is computed whole. N leaves out embeddings, which
-    are looked up, unless they are the output head too. Attention scores are left out (of the order of
-    length/(6·width) of the rest), as is the recomputation of checkpointed activations.
+    are looked up, unless they are the output head too, and of a mixture's experts those that a token is not routed to.
+    Attention scores are left out (of the order of length/(6·width) of the rest), as is the recomputation of
+    checkpointed activations. Raises ConfigurationError as `multiplied_parameters` does.
     """
     counted = multiplied_parameters(model)
-    total = sum(parameter.numel() for parameter in counted)
-    trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-    return FlopRate(4 * total + 2 * trained, Instrument.FLOP_FORMULA)
+    trained = sum(entries for parameter, entries in counted.items() if parameter.requires_grad)
+    return FlopRate(4 * sum(counted.values()) + 2 * trained, Instrument.FLOP_FORMULA)
 
 
-def multiplied_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All but embeddings that are looked up only."""
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    used_otherwise = {
-        id(parameter)
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    return [
-        parameter
-        for parameter in model.parameters()
-        if id(parameter) not in looked_up or id(parameter) in used_otherwise
-    ]
+def multiplied_parameters(model: nn.Module) -> dict[nn.Parameter, float]:
+    """How many entries of each parameter multiply for a token: of a mixture's experts the share that it is routed to.
+
+    Embeddings that are looked up only are left out. Experts are the stacks of a module with `num_experts`, and whatever
+    lies under the name `experts`. ConfigurationError where no configuration tells how many of them a token meets.
+    """
+    modules = dict(model.named_modules())
+    counted: dict[nn.Parameter, float] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            continue
+        for parameter in module.parameters(recurse=False):
+            stacked = parameter.dim() == 3 and getattr(module, "num_experts", None) == len(parameter)
+            share = _routed_share(modules, name) if stacked or "experts" in name.split(".") else 1.0
+            counted[parameter] = parameter.numel() * share
+    return counted
+
+
+def _routed_share(modules: Mapping[str, nn.Module], name: str) -> float:
+    """By the nearest configuration that tells: of models of several parts each has its own."""
+    for prefix in (*prefixes(name), ""):
+        config = getattr(modules[prefix], "config", None)
+        routed, experts = (
+            next((told for key in keys if isinstance(told := getattr(config, key, None), int)), None)
+            for keys in (ROUTED, EXPERTS)
+        )
+        if routed and experts:
+            return routed / experts
+    raise ConfigurationError(
+        f"no configuration tells how many experts of {name} a token is routed to: count a step with flops_by_counting, "
+        "and give the meter what it answers as flop_rate"
+    )
 
 
 def flops_by_counting(step: Callable[[], object], tokens: int) -> FlopRate:
     """Run one step, forward and backward, under torch.utils.flop_counter and divide by its `tokens`.
 
-    It counts matrix products, convolutions and attention as they are run, recomputation too, and nothing else;
-    operators from other packages only if they registered a formula.
+    It counts matrix products, those of experts as transformers groups them too, convolutions and attention as they are
+    run, recomputation too, and nothing else; operators from other packages only if they registered a formula.
 
     >>> # meter.flop_rate = flops_by_counting(lambda: model(**batch).loss.backward(), batch["input_ids"].numel())
     """
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    grouped = {
+        getattr(operators, name): formula
+        for operators, name, formula in (
+            (torch.ops.aten, "_grouped_mm", _grouped_product),  # its backward pass is made of the same
+            (torch.ops.transformers, "grouped_mm_fallback", _grouped_product),
+            (torch.ops.transformers, "grouped_mm_fallback_backward", _both_gradients),
+        )
+        if hasattr(operators, name)  # they came with versions of torch and transformers
+    }
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter, torch.enable_grad():
         step()
     return FlopRate(counter.get_total_flops() / tokens, Instrument.FLOP_COUNTER)
+
+
+def _grouped_product(one: Sequence[int], other: Sequence[int], *_: Any, **__: Any) -> int:
+    """Each row of a matrix (rows, ·) meets one of the stack (experts, ·, ·), or sums go over each expert's rows."""
+    return 2 * (math.prod(one) * other[-1] if len(one) == 2 else math.prod(other) * one[-2])
+
+
+def _both_gradients(one: Sequence[int], other: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _grouped_product(one, other)

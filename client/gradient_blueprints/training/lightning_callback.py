@@ -25,6 +25,16 @@ except ModuleNotFoundError as missing:
     raise MissingExtra("lightning", "The callback for Lightning") from missing
 
 
+def _model_of(module: LightningModule) -> nn.Module:
+    model = getattr(module, "model", None)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            "the module has no `model` to meter: give network=, a function from the module to what is called with "
+            "batches, such as network=lambda module: module.net"
+        )
+    return model
+
+
 class CapabilityCallback(Callback):
     """The counterpart of `trainer_callback.CapabilityCallback`: a point (Ψ, Γ) at each validation.
 
@@ -32,7 +42,8 @@ class CapabilityCallback(Callback):
     attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
     EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
     `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Raises ConfigurationError where
-    Lightning would clip the gradients of a `SelectedAdamW`, which it cannot.
+    Lightning would clip the gradients of a `SelectedAdamW`, which it cannot, and where a module has no `model` and
+    `network` was not given.
     """
 
     def __init__(
@@ -45,7 +56,7 @@ class CapabilityCallback(Callback):
         meter: ResourceMeter | None = None,
         client: Client | None = None,
         report: Mapping[str, Any] | None = None,
-        network: Callable[[LightningModule], nn.Module] = lambda module: module.model,  # type: ignore[assignment,return-value]
+        network: Callable[[LightningModule], nn.Module] = _model_of,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
         self.run = MeteredRun(meter or ResourceMeter(), rule, gamma)

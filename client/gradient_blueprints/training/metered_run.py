@@ -66,10 +66,13 @@ class MeteredRun:
     def begin_report(self, journal: Path, *, seed: int | None, resumed: bool) -> None:
         """Report from here on. What a killed process had told as spent is counted, whether or not it was saved."""
         assert self.reporter is not None
-        assert self.meter.model is not None
-        spent = self.reporter.begin(journal, self.meter.model, seed=seed, resumed=resumed, earlier=self.points)
+        meter = self.meter
+        assert meter.model is not None
+        spent = self.reporter.begin(
+            journal, meter.model, meter.optimizer, seed=seed, resumed=resumed, earlier=self.points
+        )
         if spent is not None:
-            self.meter.add_earlier(spent)
+            meter.add_earlier(spent)
 
     def end_report(self, tally: Tally) -> None:
         assert self.reporter is not None

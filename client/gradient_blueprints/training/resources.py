@@ -17,6 +17,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +56,8 @@ class ResourceMeter:
     """Counts time, energy, carbon, memory over time, FLOPs and tokens from `start` to `stop`, pauses left out.
 
     `model`: its accelerators are watched, and a hook counts the tokens of every training forward pass (attention
-    masks respected) and their FLOPs, by `flop_rate` or else 6·N·(2/3 + k/3). Without it, call `count`.
+    masks respected) and their FLOPs, by `flop_rate`, which may be a mapping of its fields, or else 6·N·(2/3 + k/3).
+    Without it, call `count`.
     `optimizer`: the memory of its state is told apart.
     `carbon_intensity`: g CO2e per kWh where the power is drawn, data-centre overhead folded in; `region` is its name.
     `processor_watts`, `memory_watts`: what all processors draw under full load, and the memory always, for machines
@@ -77,7 +79,7 @@ class ResourceMeter:
         processor_watts: float | None = None,
         memory_watts: float | None = None,
         devices: Sequence[torch.device | str] = (),
-        flop_rate: FlopRate | None = None,
+        flop_rate: FlopRate | Mapping[str, Any] | None = None,
         interval: float = 1.0,
         powercap: Path | str = POWERCAP,
     ) -> None:
@@ -87,9 +89,12 @@ class ResourceMeter:
         self.model, self.optimizer = model, optimizer
         self.region, self.carbon_intensity = region, carbon_intensity
         self.processor_watts, self.memory_watts = processor_watts, memory_watts
+        if isinstance(flop_rate, Mapping):
+            flop_rate = FlopRate(flop_rate["per_token"], Instrument(flop_rate["instrument"]))
         self.flop_rate = flop_rate
         self.interval = interval
-        self._devices = [torch.device(device) for device in devices]
+        self._given = [torch.device(device) for device in devices]
+        self._devices: list[torch.device] = []
         self._powercap = Path(powercap)
         self._host, self._id = host_id(), uuid.uuid4().hex[:12]
         self._counters: list[EnergyCounter] = []
@@ -230,7 +235,7 @@ class ResourceMeter:
 
     def _find_sensors(self) -> None:
         held = accelerators_of(self.model.parameters()) if self.model is not None else []
-        self._devices = sorted({*self._devices, *held}, key=str)
+        self._devices = sorted({*self._given, *held}, key=str)
         domains = rapl_domains(self._powercap, self._host)
         self._counters = [*nvidia_devices(self._devices), *domains]
         self._missing = self._missing_parts()
@@ -381,6 +386,19 @@ class ResourceMeter:
 
     # --- its own state
 
+    def arguments(self) -> dict[str, Any]:
+        """What makes another like it, but for model and optimizer, as plain JSON."""
+        return {
+            "region": self.region,
+            "carbon_intensity": self.carbon_intensity,
+            "processor_watts": self.processor_watts,
+            "memory_watts": self.memory_watts,
+            "devices": [str(device) for device in self._given],
+            "flop_rate": None if self.flop_rate is None else asdict(self.flop_rate),
+            "interval": self.interval,
+            "powercap": str(self._powercap),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What was spent so far, as plain JSON."""
         return {"format": STATE_FORMAT, "tally": self.tally().model_dump(mode="json"), "parts": self._parts}
@@ -390,7 +408,11 @@ class ResourceMeter:
         if state["format"] != STATE_FORMAT:
             raise ConfigurationError(f"the meter's state has format {state['format']}, not {STATE_FORMAT}")
         self.add_earlier(Tally.model_validate(state["tally"]))
-        self._parts = {**state["parts"], self._id: self._parts[self._id]}
+        for process, parts in state["parts"].items():
+            for name, spent in parts.items():
+                kept = self._parts.setdefault(process, {}).setdefault(name, {})
+                for resource, amount in spent.items():  # of two states of a process the later has the more
+                    kept[resource] = max(amount, kept.get(resource, 0.0))
 
     def add_earlier(self, tally: Tally) -> None:
         """Count what another process has spent. The same spans told twice count once."""

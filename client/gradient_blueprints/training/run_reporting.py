@@ -6,16 +6,19 @@ import logging
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
+from torch.optim import Optimizer
 
 from gradient_blueprints.calls import built
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import (
     BlueprintsError,
+    ConfigurationError,
     ConnectionFailed,
     InternalError,
     RateLimited,
@@ -24,6 +27,7 @@ from gradient_blueprints.errors import (
 from gradient_blueprints.record_models import ChosenPart, NewRun, ReportedPoint, Run, RunEnd
 from gradient_blueprints.run_journal import begin_journal, find_journal, journal_end, journal_point
 from gradient_blueprints.run_models import RunPoint, Tally
+from gradient_blueprints.training.finetuning import SelectedAdamW
 from gradient_blueprints.training.flops import multiplied_parameters
 from gradient_blueprints.training.stopping import MarginalReturn
 
@@ -64,13 +68,20 @@ class RunReporter:
         self._thread: threading.Thread | None = None
 
     def begin(
-        self, journal: Path, model: nn.Module, *, seed: int | None, resumed: bool, earlier: Sequence[RunPoint] = ()
+        self,
+        journal: Path,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        seed: int | None,
+        resumed: bool,
+        earlier: Sequence[RunPoint] = (),
     ) -> Tally | None:
         """Begin, or go on with the run in `journal` where it is the same and has not ended.
 
         Answers what had been spent at that run's last point. `earlier`: points of before, for a run that begins anew.
         """
-        new = self._described(model, seed)
+        new = self._described(model, optimizer, seed)
         kept = find_journal(journal) if resumed else None
         self._journal, self.run, self.refused, tally = journal, None, None, None
         if kept is not None and kept.end is None and kept.run == new.model_copy(update={"id": kept.run.id}):
@@ -87,13 +98,19 @@ class RunReporter:
             self._thread.start()
         return tally
 
-    def _described(self, model: nn.Module, seed: int | None) -> NewRun:
-        """The run, with what the model tells: its size, and how much of it is trained."""
-        counted = multiplied_parameters(model)
-        fields: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in counted) or None, "seed": seed}
-        trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-        if fields["parameters"] is not None and trained < fields["parameters"]:
-            fields["selection"] = ChosenPart(trained=trained, parameters=fields["parameters"])
+    def _described(self, model: nn.Module, optimizer: Optimizer | None, seed: int | None) -> NewRun:
+        """The run, with what the two tell: what multiplies for each token, and how much of all is trained."""
+        fields: dict[str, Any] = {"seed": seed}
+        with suppress(ConfigurationError):  # a mixture that does not tell: absent
+            fields["parameters"] = round(sum(multiplied_parameters(model).values())) or None
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate and Lightning wrap it
+        if isinstance(optimizer, SelectedAdamW):
+            trained = sum(entry.trained for entry in optimizer.selected)
+        else:
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if trained < parameters:
+            fields["selection"] = ChosenPart(trained=trained, parameters=parameters)
         return built(NewRun, id=uuid.uuid4(), **{**fields, **self.fields})
 
     def add(self, point: RunPoint, tally: Tally | None) -> None:

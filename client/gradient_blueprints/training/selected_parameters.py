@@ -34,11 +34,18 @@ class SelectedParameter:
     width: int = 1
     shard_group: ProcessGroup | None = None
     """The processes over which the tensor is sharded (FSDP2)."""
+    of_all_shards: int | None = None
+    """Coordinates that are trained in all of them together; None where the tensor is whole."""
 
     @property
     def selected(self) -> int:
         """Coordinates that are trained here."""
         return local(self.parameter).numel() if self.indices is None else self.indices.numel() * self.width
+
+    @property
+    def trained(self) -> int:
+        """Coordinates that are trained, here and in the other processes over which the tensor is sharded."""
+        return self.selected if self.of_all_shards is None else self.of_all_shards
 
     def entries(self, tensor: torch.Tensor) -> torch.Tensor:
         """The chosen entries of the tensor or its gradient; with all chosen its own memory where it can be."""
@@ -127,9 +134,10 @@ def _on_this_process(name: str, parameter: nn.Parameter, units: Units) -> Select
     indices, held = units.indices, local(parameter)
     if indices is not None and not held.is_contiguous():
         raise ConfigurationError(f"{name} is not contiguous in memory: its coordinates cannot be updated in place")
-    group = None
+    group = of_all = None
     if isinstance(parameter, DTensor):
         group = _shard_group(name, parameter)
+        of_all = parameter.numel() if indices is None else len(indices) * units.width
         if indices is not None:
             _, offsets = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
@@ -139,7 +147,7 @@ def _on_this_process(name: str, parameter: nn.Parameter, units: Units) -> Select
             indices = indices[start:end] - first
     dtype = torch.int32 if held.numel() <= INT32_ENTRIES else torch.int64
     on_device = None if indices is None else torch.tensor(indices, dtype=dtype, device=held.device)
-    return SelectedParameter(name, parameter, on_device, units.width, group)
+    return SelectedParameter(name, parameter, on_device, units.width, group, of_all)
 
 
 def _shard_group(name: str, parameter: DTensor) -> ProcessGroup | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from gradient_blueprints.training.stopping import MarginalReturn
 
 JOURNAL_SECONDS = 30.0
 
+logger = logging.getLogger("gradient_blueprints")
+
 
 class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
     """Meters the whole training; at each evaluation adds a point (Ψ, Γ) and, with a `rule`, may stop the training.
@@ -27,7 +30,9 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         Trainer(..., callbacks=[callback]).train()
         callback.run.points, callback.run.meter.tally(), callback.run.stopped
 
-    Ψ is the evaluation's `metric`. Γ is one resource, or prices `{"energy_kwh": 0.25, "accelerator_hours": 2.0}`.
+    Ψ is the evaluation's `metric`, `eval_` in front or not. Γ is one resource, or prices
+    `{"energy_kwh": 0.25, "accelerator_hours": 2.0}`. Evaluations without the metric are warned of at the next step,
+    and a rule that was never asked at the end: a training is not lost for it.
     `meter` is a ResourceMeter, or its arguments as a mapping; the model and the optimizer are the trainer's.
 
     Stopping waits while the learning rate is above `guard` times its highest so far, if the schedule is one that
@@ -58,9 +63,11 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         report: Mapping[str, Any] | None = None,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
-        self._meter_arguments = dict(meter) if isinstance(meter, Mapping) else {}
-        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**self._meter_arguments)
+        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**(meter or {}))
         self.run = MeteredRun(made, rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule), gamma)
+        self._other_metrics: set[str] = set()
+        self._settled = False
+        """Whether the metric came, or its absence was told."""
         self._journalled = -math.inf
         if client is not None or report is not None:
             self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=self.run.rule)
@@ -92,21 +99,38 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.guard.ahead(rest["optimizer"], rest.get("lr_scheduler"), state.max_steps)  # to have seen the highest rate
+        if self._other_metrics and not self._settled:  # not at once: several sets are evaluated one after the other
+            self._warn()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **rest: Any) -> None:
-        if not self.run.meter.running or self.metric not in (metrics or {}):
+        if not self.run.meter.running or not metrics:
             return
+        name = next((name for name in (self.metric, f"eval_{self.metric}") if name in metrics), None)
+        if name is None:
+            self._other_metrics.update(metrics)
+            return
+        self._settled = True
         decay_ahead = self.guard.ahead(rest["optimizer"], rest.get("lr_scheduler"), state.max_steps)
-        if self.run.check(state.global_step, metrics[self.metric], decay_ahead=decay_ahead).stop:
+        if self.run.check(state.global_step, metrics[name], decay_ahead=decay_ahead).stop:
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.run.meter.stop()
         self._save(args)
+        never_asked = self.run.rule is not None and not self.run.points and not self.run.decisions
+        if never_asked or (self._other_metrics and not self._settled):
+            self._warn()
         if self.run.reporter is not None:
             tally = self.run.meter.tally_of_ranks()
             if state.is_world_process_zero:
                 self.run.end_report(tally)
+
+    def _warn(self) -> None:
+        self._settled = True
+        there = ", ".join(sorted(self._other_metrics)) or "nothing"
+        logger.warning(
+            "No evaluation gave %r, so no point was added and no rule asked; there is %s", self.metric, there
+        )
 
     def _save(self, args: Any) -> None:
         self._journalled = time.monotonic()
@@ -126,7 +150,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "gamma": dict(self.run.prices),
                 "metric": self.metric,
                 "guard": self.guard.share,
-                "meter": self._meter_arguments,
+                "meter": self.run.meter.arguments(),
                 "report": None if self.run.reporter is None else self.run.reporter.fields,
             },
             "attributes": {"saved_state": self.saved_state},
