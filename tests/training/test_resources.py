@@ -108,6 +108,17 @@ def test_experts_are_found_in_a_list_too_and_a_mixture_that_tells_nothing_is_ref
     model = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(8))})
     with pytest.raises(ConfigurationError, match=r"experts\.0 a token is routed to: count a step"):
         flops_by_formula(model)
+
+    class Differing:
+        """A configuration whose layers differ, as transformers has them."""
+
+        @property
+        def num_experts(self) -> int:
+            raise RuntimeError("it may vary across layers")
+
+    model.config = Differing()  # type: ignore[assignment]
+    with pytest.raises(ConfigurationError, match="count a step"):
+        flops_by_formula(model)
     model.config = SimpleNamespace(num_experts=8, num_experts_per_tok=2)  # type: ignore[assignment]  # as transformers
     assert flops_by_formula(model).per_token == 6 * 200
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Instrument
-from gradient_blueprints.training.selection.indices import prefixes
-
-ROUTED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
-EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts")
+from gradient_blueprints.training.profiling.experts import routed_shares
 
 
 @dataclass(frozen=True)
@@ -44,35 +41,23 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
 def multiplied_parameters(model: nn.Module) -> dict[nn.Parameter, float]:
     """How many entries of each parameter multiply for a token: of a mixture's experts the share that it is routed to.
 
-    Embeddings that are looked up only are left out. Experts are the stacks of a module with `num_experts`, and whatever
-    lies under the name `experts`. ConfigurationError where no configuration tells how many of them a token meets.
+    Embeddings that are looked up only are left out. ConfigurationError where no configuration tells how many experts a
+    token meets.
     """
-    modules = dict(model.named_modules())
+    shares = routed_shares(model)
     counted: dict[nn.Parameter, float] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):
-            stacked = parameter.dim() == 3 and getattr(module, "num_experts", None) == len(parameter)
-            share = _routed_share(modules, name) if stacked or "experts" in name.split(".") else 1.0
+            share = shares.get(parameter, 1.0)
+            if share is None:
+                raise ConfigurationError(
+                    f"no configuration tells how many experts of {name} a token is routed to: count a step with "
+                    "flops_by_counting, and give the meter what it answers as flop_rate"
+                )
             counted[parameter] = parameter.numel() * share
     return counted
-
-
-def _routed_share(modules: Mapping[str, nn.Module], name: str) -> float:
-    """By the nearest configuration that tells: of models of several parts each has its own."""
-    for prefix in (*prefixes(name), ""):
-        config = getattr(modules[prefix], "config", None)
-        routed, experts = (
-            next((told for key in keys if isinstance(told := getattr(config, key, None), int)), None)
-            for keys in (ROUTED, EXPERTS)
-        )
-        if routed and experts:
-            return routed / experts
-    raise ConfigurationError(
-        f"no configuration tells how many experts of {name} a token is routed to: count a step with flops_by_counting, "
-        "and give the meter what it answers as flop_rate"
-    )
 
 
 def flops_by_counting(step: Callable[[], object], tokens: int) -> FlopRate:

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.profiling.experts import routed_shares
 from gradient_blueprints.training.profiling.losses import Batch
 from gradient_blueprints.training.profiling.profiler import GradientProfiler, Statistics
 
@@ -91,18 +91,17 @@ def estimate_cost(
 def _weights(model: nn.Module) -> Iterator[tuple[int, int, float, int]]:
     """Rows, columns, share of the positions that reach it, and uses of every matrix that is multiplied with."""
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    config: Any = getattr(model, "config", None)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    reached = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    shares = routed_shares(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 3 and experts > 1:  # one matrix an expert
+            reached = shares.get(parameter, 1.0) or 1.0
+            if parameter.dim() == 3 and parameter in shares:  # one matrix an expert
                 for _ in range(parameter.shape[0]):
                     yield parameter.shape[1], parameter.shape[2], reached, 1
             elif parameter.dim() > 1:
-                yield parameter.shape[0], parameter[0].numel(), 1.0, uses[id(parameter)]
+                yield parameter.shape[0], parameter[0].numel(), reached, uses[id(parameter)]
 
 
 def _norm_share(length: float, rows: int, columns: int, examples: int, uses: int, *, totals: bool) -> float:
