@@ -83,7 +83,7 @@ def layer_cells(layer: Mapping[str, Any]) -> dict[str, str]:
         if name in _INTERVALS:
             row[f"{name}.low"], row[f"{name}.high"] = map(_cell, value)
         elif name == "retained_mass":
-            row |= {f"{name}.{_cell(k)}": _cell(share) for k, share in value}
+            row |= {f"{name}.{float(k)!r}": _cell(share) for k, share in value}  # canonical JSON writes 1.0 as 1
         elif isinstance(value, dict):
             row |= {f"{name}.{key}": _cell(member) for key, member in value.items()}
         else:

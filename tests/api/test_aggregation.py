@@ -119,7 +119,8 @@ def test_a_yanked_version_is_left_out_unless_it_is_named(registry: Registry) -> 
 
 def test_the_three_forms_of_the_table_hold_the_same(registry: Registry) -> None:
     document = paper_example()
-    document["layers"][0] |= {"retained_mass": [[0.00001, 0.1], [0.5, 0.9]], "gradient_norm_ci": [0.05, 0.06]}
+    shares = [[0, 0], [0.00001, 0.1], [0.5, 0.9], [1.0, 1.0]]
+    document["layers"][0] |= {"retained_mass": shares, "gradient_norm_ci": [0.05, 0.06]}
     document["layers"][1]["domain_norms"] = {"bio": 1e-7}
     registry.publish("lab-a", document)
     rows = registry.table(models=["foundation-7b"])
@@ -131,7 +132,8 @@ def test_the_three_forms_of_the_table_hold_the_same(registry: Registry) -> None:
     cells = list(csv.DictReader(io.StringIO(table.text)))
     assert [float(cell["gradient_norm"]) for cell in cells] == [0.052, 0.033, 0.045]
     assert cells[0]["domain_tags.bio"] == "0.79"
-    assert cells[0]["retained_mass.1e-05"] == "0.1"
+    kept = [[float(cells[0][f"retained_mass.{k}"]), k] for k in ("0.0", "1e-05", "0.5", "1.0")]
+    assert [[float(k), share] for share, k in kept] == shares
     assert cells[0]["gradient_norm_ci.high"] == "0.06"
     assert float(cells[1]["domain_norms.bio"]) == 1e-7
     assert (cells[0]["lab"], cells[0]["collision"], cells[0]["yanked"]) == ("lab-a", "false", "false")
