@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx2
 import pytest
 
@@ -143,8 +144,6 @@ def test_a_wrong_digest_is_refused_and_nothing_is_kept(server: Server, publisher
 
 
 def test_a_complete_file_cannot_change(publisher: httpx2.Client, database_url: str) -> None:
-    import asyncpg
-
     put(publisher, b"one", of=b"one")
     answer = put(publisher, b"two", of=b"two")
     assert (answer.status_code, answer.json()["code"]) == (409, "already_exists")
@@ -207,6 +206,34 @@ def test_of_two_that_write_the_same_file_the_later_goes_on_and_the_file_is_whole
     assert overtaken[0].json()["code"] == "upload_conflict"
     assert put(publisher, CONTENT[5_000_000:], offset=5_000_000).status_code == 201
     assert publisher.get(PATH).content == CONTENT
+
+
+def test_of_two_that_begin_the_same_file_at_once_one_is_kept_whole(server: Server, publisher: httpx2.Client) -> None:
+    contents = (b"A" * 1_000, b"BB" * 400)
+
+    async def begin_both() -> list[httpx2.Response]:
+        """Neither finds the file, and both wait for the lock of their lab."""
+        connection = await asyncpg.connect(server.settings.database_url)
+        async with httpx2.AsyncClient(base_url=server.url, headers=publisher.headers) as http:
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT pg_advisory_xact_lock(hashtextextended('files:' || id, 0)) FROM labs WHERE name = 'lab-a'"
+                )
+                waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                requests = [
+                    asyncio.ensure_future(http.put(PATH, content=one, headers={"Repr-Digest": repr_digest(one)}))
+                    for one in contents
+                ]
+                async with asyncio.timeout(20):
+                    while await connection.fetchval(waiting) < len(requests):
+                        await connection.execute("SELECT pg_sleep(0.02)")
+            await connection.close()
+            return await asyncio.gather(*requests)
+
+    answers = asyncio.run(begin_both())
+    (kept,) = (content for content, answer in zip(contents, answers, strict=True) if answer.status_code == 201)
+    assert publisher.get(PATH).content == kept
+    assert publisher.head(PATH).headers["repr-digest"] == repr_digest(kept)
 
 
 def test_a_store_that_lost_a_part_is_told_and_the_upload_begins_again(server: Server, publisher: httpx2.Client) -> None:
