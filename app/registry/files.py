@@ -309,18 +309,16 @@ class _Writing:
             raise InvalidRequest(f"The body goes beyond the {self._upload.size} bytes that Upload-Length promised.")
         self._waiting += chunk
         while len(self._waiting) >= self._piece:
-            piece = bytes(self._waiting[: self._piece])
-            del self._waiting[: self._piece]
-            await self._keep(piece)
+            await self._keep_piece()
 
     async def keep_rest(self) -> None:
-        ends_here = self.offset + len(self._waiting) == self._upload.size
-        if self._waiting and (ends_here or self._store.keeps_rests):
-            rest, self._waiting = bytes(self._waiting), bytearray()
-            await self._keep(rest)
+        """After a failure this begins with the piece that was being kept."""
+        any_length = self._store.keeps_rests or self.offset + len(self._waiting) == self._upload.size
+        while len(self._waiting) >= (1 if any_length else self._piece):
+            await self._keep_piece()
 
-    async def _keep(self, piece: bytes) -> None:
-        upload = self._upload
+    async def _keep_piece(self) -> None:
+        upload, piece = self._upload, bytes(self._waiting[: self._piece])
         where = (upload.place, upload.progress, self.offset, upload.token)
         await _in_store(self._store.append, *where, piece, upload.size)
         if upload.offset == 0:
@@ -329,6 +327,7 @@ class _Writing:
             taken = await _still_ours(session, upload, received=self.offset + len(piece))
         if not taken:
             raise UploadConflict("Another request has gone on with this file; ask for its offset (HEAD).")
+        del self._waiting[: len(piece)]  # only now: whatever broke off before this leaves it to keep_rest
         self.offset += len(piece)
 
 

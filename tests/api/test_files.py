@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,27 @@ def test_of_two_that_begin_the_same_file_at_once_one_is_kept_whole(server: Serve
     (kept,) = (content for content, answer in zip(contents, answers, strict=True) if answer.status_code == 201)
     assert publisher.get(PATH).content == kept
     assert publisher.head(PATH).headers["repr-digest"] == repr_digest(kept)
+
+
+def test_a_piece_that_could_not_be_noted_is_kept_before_what_came_after_it(
+    publisher: httpx2.Client, database_url: str
+) -> None:
+    execute(
+        database_url,
+        "CREATE SEQUENCE notes",
+        "CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN IF nextval('notes') = 1 THEN RAISE 'no'; END IF; RETURN NEW; END $$",
+        "CREATE TRIGGER fail_once BEFORE UPDATE OF received ON checkpoint_files "
+        "FOR EACH ROW WHEN (NEW.received > OLD.received) EXECUTE FUNCTION fail_once()",
+    )
+    with suppress(httpx2.TransportError):  # the server answers, and closes, while the body still comes
+        assert put(publisher, CONTENT[:5_000_000]).status_code == 500
+    deadline = time.monotonic() + 10
+    while (received := offset_of(publisher)) <= 4_194_304:
+        assert time.monotonic() < deadline, f"only {received} bytes were kept"
+        time.sleep(0.02)
+    assert put(publisher, CONTENT[received:], offset=received).status_code == 201
+    assert publisher.get(PATH).content == CONTENT
 
 
 def test_a_store_that_lost_a_part_is_told_and_the_upload_begins_again(server: Server, publisher: httpx2.Client) -> None:
