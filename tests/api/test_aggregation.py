@@ -308,6 +308,29 @@ def test_parts_that_do_not_add_up_are_not_put_together(registry: Registry) -> No
     assert (layers["attn.0"]["labs"], layers["attn.0"]["rolled_up"]) == (1, 0)
 
 
+def counted(document: dict[str, Any], **parameters: int) -> dict[str, Any]:
+    for layer in document["layers"]:
+        layer["parameters"] = parameters[layer["id"].replace(".", "_")]
+    return document
+
+
+def test_a_wrong_count_of_one_lab_does_not_keep_the_parts_of_others_apart(registry: Registry) -> None:
+    for lab, count in (("lab-a", 100), ("mallory", 101)):
+        registry.publish(lab, counted(with_norms(attn=5, ffn=1), attn=count, ffn=9))
+    registry.publish("lab-b", counted(with_norms(attn_q=3, attn_k=4, ffn=1), attn_q=60, attn_k=40, ffn=9))
+    layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
+    assert (layers["attn"]["labs"], layers["attn"]["rolled_up"]) == (3, 1)
+
+
+def test_counts_whose_sum_leaves_64_bits_are_added_up(registry: Registry) -> None:
+    parts = {f"attn_{number}": 0.1 for number in range(1_100)}
+    registry.publish("lab-a", with_norms(attn=5))
+    registry.publish("lab-b", counted(with_norms(**parts), **dict.fromkeys(parts, 2**53 - 1)))
+    layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
+    assert (layers["attn"]["labs"], layers["attn"]["rolled_up"]) == (2, 1)
+    assert registry.ask(result="course", models=["tiny"]).status_code == 200
+
+
 def test_extreme_norms_are_put_together_without_overflow(registry: Registry) -> None:
     registry.publish("lab-a", with_norms(x=1e300, y=1e-300, z=1))
     registry.publish("lab-b", with_norms(x_a=1e300, x_b=1e300, y_a=1e-300, y_b=5e-324, z=1))
