@@ -116,6 +116,11 @@ def test_nothing_within_a_blueprint_can_be_changed() -> None:
     assert copy.deepcopy(blueprint) == pickle.loads(pickle.dumps(blueprint)) == blueprint
 
 
+def test_columns_of_shares_may_stand_in_any_order() -> None:
+    table = "model_id,training_checkpoint,id,gradient_norm,retained_mass.1.0,retained_mass.0.5\nm,0.8,a,1,1,0.9\n"
+    assert Blueprint.from_csv(table).layer("a").retained_mass == ((0.5, 0.9), (1.0, 1.0))
+
+
 def test_a_long_structure_survives_its_cell() -> None:
     blueprint = Blueprint.from_dict(paper_example(extra={"a": "x" * 300_000}))
     assert Blueprint.from_csv(blueprint.to_csv()) == blueprint

@@ -40,7 +40,7 @@ AtQuery = Annotated[
     Query(
         pattern=r"^(psi:-?|gamma:)[0-9]{1,30}(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,2})?$",
         description="`gamma:VALUE` ranks by the score reached with so much, `psi:VALUE` by what that score cost; "
-        "without it the least that a run of the group spent",
+        "without it the median of what the runs of a group spent, of two in the middle the smaller",
         examples=["gamma:0.5", "psi:3.2"],
     ),
 ]

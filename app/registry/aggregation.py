@@ -150,11 +150,12 @@ reported AS MATERIALIZED (
     FROM voices v JOIN layers l ON l.document_id = v.document_id
 ),
 ids AS MATERIALIZED (
-    SELECT layer_id, string_to_array(layer_id, '.') AS segments, max(parameters) AS parameters
+    SELECT layer_id, string_to_array(layer_id, '.') AS segments,
+           array_agg(DISTINCT parameters) FILTER (WHERE parameters IS NOT NULL) AS counts
     FROM reported GROUP BY layer_id
 ),
 pairs AS MATERIALIZED (
-    SELECT whole.layer_id AS whole, whole.parameters, part.layer_id AS part
+    SELECT whole.layer_id AS whole, whole.counts, part.layer_id AS part
     FROM ids part
     CROSS JOIN LATERAL generate_series(1, cardinality(part.segments) - 1) AS cut (length)
     JOIN ids whole ON whole.layer_id = array_to_string(part.segments[1:cut.length], '.')
@@ -162,7 +163,7 @@ pairs AS MATERIALIZED (
 rolled_up AS (
     SELECT r.lab_id, p.whole AS layer_id,
            sqrt(sum(CASE WHEN r.norm = 0 THEN 0 ELSE power(least(greatest(r.norm, 1e-150), 1e150), 2) END)) AS norm,
-           NULL::float AS low, NULL::float AS high, sum(r.parameters)::bigint AS parameters,
+           NULL::float AS low, NULL::float AS high, NULL::bigint AS parameters,
            CASE WHEN min(r.kind) = max(r.kind) THEN min(r.kind) END AS kind, min(r.depth) AS depth,
            NULL::jsonb AS domain_tags, count(*)::int AS parts
     FROM pairs p JOIN reported r ON r.layer_id = p.part
@@ -172,8 +173,8 @@ rolled_up AS (
             ON h.lab_id = r.lab_id AND h.layer_id = between_them.whole
           WHERE between_them.part = p.part AND length(between_them.whole) > length(p.whole)
       )
-    GROUP BY r.lab_id, p.whole, p.parameters
-    HAVING p.parameters IS NULL OR count(r.parameters) < count(*) OR sum(r.parameters) = p.parameters
+    GROUP BY r.lab_id, p.whole, p.counts
+    HAVING p.counts IS NULL OR count(r.parameters) < count(*) OR sum(r.parameters) = ANY(p.counts)
 ),
 rows AS MATERIALIZED (SELECT * FROM reported UNION ALL SELECT * FROM rolled_up),
 able AS (SELECT lab_id FROM rows GROUP BY lab_id HAVING max(norm) > 0),

@@ -146,7 +146,7 @@ async def list_moves(
         .outerjoin(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
         .where(tables.Model.name == model_id, tables.AliasMove.name == name)
     )
-    if (after := paging.decode_cursor(cursor, int)) is not None:
+    if (after := paging.decode_cursor(cursor, int, below=paging.INT4)) is not None:
         query = query.where(tables.AliasMove.revision < after[0])
     rows = (await session.execute(query.order_by(tables.AliasMove.revision.desc()).limit(limit + 1))).all()
     if not rows and cursor is None:

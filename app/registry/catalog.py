@@ -140,7 +140,7 @@ async def list_versions(
     query = VERSIONS.where(tables.Version.checkpoint_id == exists)
     if lab is not None:
         query = query.where(tables.Lab.name == lab)
-    if (after := paging.decode_cursor(cursor, int)) is not None:
+    if (after := paging.decode_cursor(cursor, int, below=paging.INT4)) is not None:
         query = query.where(tables.Version.number < after[0])
     rows = (await session.execute(query.order_by(tables.Version.number.desc()).limit(limit + 1))).all()
     page, following = paging.split_page(rows, limit, lambda row: (row.number,))

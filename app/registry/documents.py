@@ -15,6 +15,7 @@ from gradient_blueprints.errors import ErrorPlace, InvalidDocument, MalformedReq
 from gradient_blueprints.models import Blueprint, Warning_, escaped_in_pointer
 
 _MOST_PLACES = 100
+_MOST_FAULTS = 100_000  # pydantic makes all of them or none: 50 MiB, and 4 s for the million that a body has room for
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def from_blueprint(blueprint: Blueprint) -> Document:
 
 def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
     """Pydantic's locations as JSON pointers (RFC 6901)."""
+    if (count := invalid.error_count()) > _MOST_FAULTS:
+        yield {"pointer": "", "code": "too_many_faults", "detail": f"{count:,} faults, which are too many to name"}
+        return
     faults = invalid.errors(include_url=False, include_input=False)
     in_layers = any(fault["loc"][:1] == ("layers",) and len(fault["loc"]) > 1 for fault in faults)
     for error in faults[:_MOST_PLACES]:

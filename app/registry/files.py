@@ -162,15 +162,16 @@ async def begin(
     Raises UploadConflict with the offset at which to go on, and AlreadyExists when another file has the path.
     """
     row = await _lock(session, address)
+    if row is None and offset == 0:
+        await _create(session, store, caller, address, size=size, digest=digest, limits=limits)
+        row = await _lock(session, address)
     if row is None:
-        if offset:
-            raise _go_on_at(0)
-        row = await _create(session, store, caller, address, size=size, digest=digest, limits=limits)
-    elif row.completed_at is not None:
+        raise _go_on_at(0)
+    if row.completed_at is not None:
         if row.digest == digest_bytes(digest):
             return as_wire(row, address.lab)
         raise AlreadyExists(f"{address} is complete and has other content; delete it first to put another there.")
-    elif offset == 0 and (row.received > 0 or (row.size, row.digest) != (size, digest_bytes(digest))):
+    if offset == 0 and (row.received > 0 or (row.size, row.digest) != (size, digest_bytes(digest))):
         await _start_again(session, store, row, size=size, digest=digest, limits=limits)
     elif (row.size, row.digest) != (size, digest_bytes(digest)):
         raise UploadConflict(f"{address} was begun with other content; begin again at offset 0.", received=0)
@@ -212,14 +213,15 @@ async def _create(
     size: int,
     digest: str,
     limits: Limits,
-) -> tables.CheckpointFile:
+) -> None:
+    """Begin the file, unless a request that had the lab's lock before has begun it."""
     await _check_room(session, address.lab_id, size, limits)
     here = _of_checkpoint(address.lab_id, address.model_id, address.checkpoint)
     count = await session.scalar(select(func.count()).select_from(tables.CheckpointFile).where(here))
     if (count or 0) >= MOST_FILES:
         raise PayloadTooLarge(f"A checkpoint has at most {MOST_FILES:,} files here.")
     place, progress = await _in_store(store.begin)
-    await session.execute(
+    created = await session.scalar(
         insert(tables.CheckpointFile)
         .values(
             lab_id=address.lab_id,
@@ -233,10 +235,11 @@ async def _create(
             upload=progress,
         )
         .on_conflict_do_nothing()
+        .returning(tables.CheckpointFile.id)
     )
-    row = await _lock(session, address)
-    assert row is not None, "the lab's lock keeps others from removing it meanwhile"
-    return row
+    if created is None:
+        await session.commit()  # who has locked that row may be waiting for the lab's lock
+        await _in_store(store.discard, place, progress)
 
 
 async def _check_room(session: AsyncSession, lab_id: int, size: int, limits: Limits, *, replaced: int = 0) -> None:
@@ -306,18 +309,16 @@ class _Writing:
             raise InvalidRequest(f"The body goes beyond the {self._upload.size} bytes that Upload-Length promised.")
         self._waiting += chunk
         while len(self._waiting) >= self._piece:
-            piece = bytes(self._waiting[: self._piece])
-            del self._waiting[: self._piece]
-            await self._keep(piece)
+            await self._keep_piece()
 
     async def keep_rest(self) -> None:
-        ends_here = self.offset + len(self._waiting) == self._upload.size
-        if self._waiting and (ends_here or self._store.keeps_rests):
-            rest, self._waiting = bytes(self._waiting), bytearray()
-            await self._keep(rest)
+        """After a failure this begins with the piece that was being kept."""
+        any_length = self._store.keeps_rests or self.offset + len(self._waiting) == self._upload.size
+        while len(self._waiting) >= (1 if any_length else self._piece):
+            await self._keep_piece()
 
-    async def _keep(self, piece: bytes) -> None:
-        upload = self._upload
+    async def _keep_piece(self) -> None:
+        upload, piece = self._upload, bytes(self._waiting[: self._piece])
         where = (upload.place, upload.progress, self.offset, upload.token)
         await _in_store(self._store.append, *where, piece, upload.size)
         if upload.offset == 0:
@@ -326,6 +327,7 @@ class _Writing:
             taken = await _still_ours(session, upload, received=self.offset + len(piece))
         if not taken:
             raise UploadConflict("Another request has gone on with this file; ask for its offset (HEAD).")
+        del self._waiting[: len(piece)]  # only now: whatever broke off before this leaves it to keep_rest
         self.offset += len(piece)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from statistics import fmean, stdev
@@ -144,8 +145,10 @@ def _value(layer: LocalLayer) -> tuple[float, tuple[float, float] | None]:
     if layer.batches is None:
         assert layer.value is not None, "a layer has batches or a value"
         return layer.value, layer.interval
-    value = fmean(layer.batches) if layer.value is None else layer.value
-    if len(layer.batches) < 2:
+    unit = max(layer.batches) or 1.0  # so that no sum leaves float64
+    batches = [batch / unit for batch in layer.batches]
+    value = unit * fmean(batches) if layer.value is None else layer.value
+    if len(batches) < 2:
         return value, layer.interval
-    margin = 1.96 * stdev(layer.batches) / math.sqrt(len(layer.batches))
-    return value, (max(0.0, value - margin), value + margin)
+    margin = unit * (1.96 * stdev(batches) / math.sqrt(len(batches)))
+    return value, (max(0.0, value - margin), min(value + margin, sys.float_info.max))

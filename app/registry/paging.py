@@ -15,14 +15,17 @@ from gradient_blueprints.models import parse_checkpoint
 Row = TypeVar("Row")
 DEFAULT_LIMIT = 50
 MAX_LIMIT = 200
+INT4, INT8 = 2**31, 2**63
+"""Where the numbers of a column of either type end."""
 
 
 def encode_cursor(*key: str | int) -> str:
     return base64.urlsafe_b64encode(json.dumps(key).encode()).decode().rstrip("=")
 
 
-def decode_cursor(cursor: str | None, *types: type) -> tuple[Any, ...] | None:
-    """The sort key in a cursor; InvalidRequest for one that no page gave out."""
+def decode_cursor(cursor: str | None, *types: type, below: int = INT8) -> tuple[Any, ...] | None:
+    """The sort key in a cursor, its numbers within those of their column; InvalidRequest for one that no page gave
+    out."""
     if cursor is None:
         return None
     try:
@@ -31,7 +34,7 @@ def decode_cursor(cursor: str | None, *types: type) -> tuple[Any, ...] | None:
         key = None
     if not isinstance(key, list) or [type(part) for part in key] != list(types):
         raise _foreign_cursor()
-    if not all(-(2**63) <= part < 2**63 if isinstance(part, int) else part.isprintable() for part in key):
+    if not all(-below <= part < below if isinstance(part, int) else part.isprintable() for part in key):
         raise _foreign_cursor()
     return tuple(key)
 

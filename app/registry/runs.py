@@ -192,7 +192,7 @@ async def get_model_card(session: AsyncSession, name: UUID) -> str:
 async def list_points(session: AsyncSession, name: UUID, *, limit: int, cursor: str | None) -> RunPointPage:
     """In their order."""
     row, _, _ = await _find(session, name)
-    after = paging.decode_cursor(cursor, int)
+    after = paging.decode_cursor(cursor, int, below=paging.INT4)
     first = after[0] + 1 if after is not None else 0
     points = await _points(session, row, after=first - 1, limit=limit + 1)
     following = paging.encode_cursor(first + limit - 1) if len(points) > limit else None

@@ -47,6 +47,7 @@ class Side:
     parameters: dict[str, int | None]
     kinds: list[str | None]
     depths: list[int | None]
+    unit: float = 1.0  # of the sample's numbers
 
     def put_together(self, wholes: Sequence[Sequence[str]]) -> Sample:
         """A value for each of `wholes`: a layer, or the layers that make it up."""
@@ -90,7 +91,7 @@ async def check(
 
 
 def _norms(local: Side) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(local.ids, local.sample.values, strict=True)}
+    return {name: float(value) * local.unit for name, value in zip(local.ids, local.sample.values, strict=True)}
 
 
 async def _rows(session: AsyncSession, document_id: int) -> Sequence[Any]:
@@ -133,13 +134,20 @@ def side_of_rows(rows: Sequence[Any], statistic: str) -> Side:
 
 
 def side_of_sample(local: LocalSample) -> Side:
+    """A local sample. A value beside batches is the estimate; how the batches vary about their mean is its noise."""
     layers = sorted(local.layers, key=lambda layer: layer.id)
     tables_of_batches = [layer.batches for layer in layers if layer.batches is not None]
+    unit = 1.0
     if tables_of_batches:
         batches = np.array(tables_of_batches, np.float64).T
-        largest = batches.max(initial=0.0)
-        # The unit is no matter to ranks; without it sums of huge values would leave float64.
-        sample = Sample.of_batches(batches / largest if largest > 0 else batches)
+        largest = max(batches.max(), *(layer.value or 0.0 for layer in layers))
+        # The unit is no matter to ranks; without it sums of huge values would leave float64. A power of 2 is exact.
+        unit = 2.0 ** (math.frexp(largest)[1] - 1)
+        batches /= unit
+        means = batches.mean(0)
+        given = [mean if layer.value is None else layer.value / unit for layer, mean in zip(layers, means, strict=True)]
+        values = np.array(given, np.float64)
+        sample = Sample(values, batches=batches + (values - means))
     else:
         intervals = [layer.interval or (math.nan, math.nan) for layer in layers]
         values = np.array([layer.value for layer in layers], np.float64)
@@ -151,6 +159,7 @@ def side_of_sample(local: LocalSample) -> Side:
         parameters={layer.id: layer.parameters for layer in layers},
         kinds=[None] * len(layers),
         depths=[None] * len(layers),
+        unit=unit,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BeforeValidator
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.dependencies import Session
@@ -13,17 +14,18 @@ from app.web import leaderboard_pictures, pictures
 from app.web.rendering import render
 from app.web.session import Viewer
 from gradient_blueprints.errors import NotFound
-from gradient_blueprints.record_models import LARGEST, At, Leaderboard
+from gradient_blueprints.models import Tag
+from gradient_blueprints.record_models import LARGEST, At, Leaderboard, Task
 from gradient_blueprints.run_models import Resource
 
 router = APIRouter(include_in_schema=False)
 _MOST_TASKS = 200
 
 # Forms send empty fields too, so "" means that nothing was chosen.
-TaskField = Annotated[str, Query(max_length=128)]
+TaskField = Annotated[Literal[""] | Task, BeforeValidator(str.strip), Query()]
 AxisField = Annotated[Literal["", "gamma", "psi"], Query()]
 ValueField = Annotated[str, Query(pattern=r"^\s*(-?[0-9]{1,30}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?)?\s*$")]
-MetricField = Annotated[str, Query(max_length=128)]
+MetricField = Annotated[Literal[""] | Tag, BeforeValidator(str.strip), Query()]
 
 
 @router.get("/leaderboard")
@@ -48,7 +50,7 @@ async def leaderboard_plot(
     session: Session,
     viewer: Viewer,
     number: Annotated[int, Path(ge=0, le=100)],
-    task: TaskField,
+    task: Annotated[Task, Query()],
     resource: Resource = Resource.TOKENS,
     axis: AxisField = "",
     value: ValueField = "",
@@ -72,4 +74,4 @@ async def _rank(
     at = None
     if axis and value.strip():
         at = At.model_validate({"axis": axis, "value": max(-LARGEST, min(LARGEST, float(value)))})
-    return await leaderboard.rank(session, task, resource, at=at, metric=metric.strip() or None)
+    return await leaderboard.rank(session, task, resource, at=at, metric=metric or None)

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ _INTEGER_COLUMNS = frozenset({"parameters", "depth", "tail_fit.entries"})
 _INTERVALS = ("gradient_norm_ci", "alpha_ci")
 _TAIL_FIT = tuple(f"tail_fit.{name}" for name in ("method", "start", "entries", "ks", "versus_lognormal"))
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_MOST_PLACES = 100
 _OPEN_COLUMNS = ("domain_tags", "domain_norms", "retained_mass")
 _FIXED_COLUMNS = frozenset(
     (
@@ -83,7 +85,7 @@ def layer_cells(layer: Mapping[str, Any]) -> dict[str, str]:
         if name in _INTERVALS:
             row[f"{name}.low"], row[f"{name}.high"] = map(_cell, value)
         elif name == "retained_mass":
-            row |= {f"{name}.{_cell(k)}": _cell(share) for k, share in value}
+            row |= {f"{name}.{float(k)!r}": _cell(share) for k, share in value}  # canonical JSON writes 1.0 as 1
         elif isinstance(value, dict):
             row |= {f"{name}.{key}": _cell(member) for key, member in value.items()}
         else:
@@ -133,7 +135,10 @@ def document_of(text: str) -> dict[str, Any]:
                 else:
                     _unflatten(layer, column, cell)
             except ValueError as error:
-                faults.append({"pointer": f"/{number}/{column}", "code": "bad_cell", "detail": str(error)})
+                if len(faults) < _MOST_PLACES:
+                    faults.append({"pointer": f"/{number}/{column}", "code": "bad_cell", "detail": str(error)})
+        if "retained_mass" in layer:
+            layer["retained_mass"].sort()
         faults += [
             {"pointer": f"/{number}/{name}", "code": "bad_cell", "detail": "one end is missing"}
             for name in _INTERVALS
@@ -141,7 +146,7 @@ def document_of(text: str) -> dict[str, Any]:
         ]
         layers.append(layer)
     if faults:
-        raise InvalidDocument("Some cells cannot be read.", errors=faults[:100])
+        raise InvalidDocument("Some cells cannot be read.", errors=faults[:_MOST_PLACES])
     document["layers"] = layers
     return document
 
@@ -153,7 +158,7 @@ def _check_header(header: list[str]) -> None:
         for name in header
         if name not in _FIXED_COLUMNS and not any(name.startswith(f"{prefix}.") for prefix in _OPEN_COLUMNS)
     ]
-    twice = sorted({name for name in header if header.count(name) > 1}) if len(set(header)) < len(header) else []
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if missing or foreign or twice:
         said = [
             f"{what}: {', '.join(map(repr, names[:10]))}"
@@ -167,7 +172,7 @@ def _check_header(header: list[str]) -> None:
                 (foreign, "unknown_column", "no such column"),
                 (twice, "repeated_column", "a column may stand once"),
             )
-            for name in names[:100]
+            for name in names[:_MOST_PLACES]
         ]
         raise InvalidDocument(f"The header cannot be used; {'; '.join(said)}.", errors=errors)
 
@@ -184,9 +189,7 @@ def _unflatten(layer: dict[str, Any], column: str, cell: str) -> None:
     elif name in _INTERVALS:
         layer.setdefault(name, [None, None])[member == "high"] = _number(cell)
     elif name == "retained_mass":
-        pairs = layer.setdefault(name, [])
-        pairs.append([_number(member), _number(cell)])
-        pairs.sort()
+        layer.setdefault(name, []).append([_number(member), _number(cell)])
     else:
         layer.setdefault(name, {})[member] = _value(column, cell)
 
@@ -229,7 +232,7 @@ def _number(cell: str) -> float:
 def places_in_table(invalid: ValidationError) -> list[ErrorPlace]:
     """Pydantic's locations in the words of the table: row and column."""
     places: list[ErrorPlace] = []
-    for error in invalid.errors(include_url=False, include_context=False, include_input=False)[:100]:
+    for error in invalid.errors(include_url=False, include_context=False, include_input=False)[:_MOST_PLACES]:
         match error["loc"]:
             case ("layers", int() as index, *rest):
                 pointer = "/".join(["", str(index + 1), ".".join(map(str, rest))])

@@ -119,7 +119,8 @@ def test_a_yanked_version_is_left_out_unless_it_is_named(registry: Registry) -> 
 
 def test_the_three_forms_of_the_table_hold_the_same(registry: Registry) -> None:
     document = paper_example()
-    document["layers"][0] |= {"retained_mass": [[0.00001, 0.1], [0.5, 0.9]], "gradient_norm_ci": [0.05, 0.06]}
+    shares = [[0, 0], [0.00001, 0.1], [0.5, 0.9], [1.0, 1.0]]
+    document["layers"][0] |= {"retained_mass": shares, "gradient_norm_ci": [0.05, 0.06]}
     document["layers"][1]["domain_norms"] = {"bio": 1e-7}
     registry.publish("lab-a", document)
     rows = registry.table(models=["foundation-7b"])
@@ -131,7 +132,8 @@ def test_the_three_forms_of_the_table_hold_the_same(registry: Registry) -> None:
     cells = list(csv.DictReader(io.StringIO(table.text)))
     assert [float(cell["gradient_norm"]) for cell in cells] == [0.052, 0.033, 0.045]
     assert cells[0]["domain_tags.bio"] == "0.79"
-    assert cells[0]["retained_mass.1e-05"] == "0.1"
+    kept = [[float(cells[0][f"retained_mass.{k}"]), k] for k in ("0.0", "1e-05", "0.5", "1.0")]
+    assert [[float(k), share] for share, k in kept] == shares
     assert cells[0]["gradient_norm_ci.high"] == "0.06"
     assert float(cells[1]["domain_norms.bio"]) == 1e-7
     assert (cells[0]["lab"], cells[0]["collision"], cells[0]["yanked"]) == ("lab-a", "false", "false")
@@ -304,6 +306,29 @@ def test_parts_that_do_not_add_up_are_not_put_together(registry: Registry) -> No
     registry.publish("lab-b", pieces)
     layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
     assert (layers["attn.0"]["labs"], layers["attn.0"]["rolled_up"]) == (1, 0)
+
+
+def counted(document: dict[str, Any], **parameters: int) -> dict[str, Any]:
+    for layer in document["layers"]:
+        layer["parameters"] = parameters[layer["id"].replace(".", "_")]
+    return document
+
+
+def test_a_wrong_count_of_one_lab_does_not_keep_the_parts_of_others_apart(registry: Registry) -> None:
+    for lab, count in (("lab-a", 100), ("mallory", 101)):
+        registry.publish(lab, counted(with_norms(attn=5, ffn=1), attn=count, ffn=9))
+    registry.publish("lab-b", counted(with_norms(attn_q=3, attn_k=4, ffn=1), attn_q=60, attn_k=40, ffn=9))
+    layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
+    assert (layers["attn"]["labs"], layers["attn"]["rolled_up"]) == (3, 1)
+
+
+def test_counts_whose_sum_leaves_64_bits_are_added_up(registry: Registry) -> None:
+    parts = {f"attn_{number}": 0.1 for number in range(1_100)}
+    registry.publish("lab-a", with_norms(attn=5))
+    registry.publish("lab-b", counted(with_norms(**parts), **dict.fromkeys(parts, 2**53 - 1)))
+    layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
+    assert (layers["attn"]["labs"], layers["attn"]["rolled_up"]) == (2, 1)
+    assert registry.ask(result="course", models=["tiny"]).status_code == 200
 
 
 def test_extreme_norms_are_put_together_without_overflow(registry: Registry) -> None:

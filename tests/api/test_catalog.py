@@ -7,6 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from app.registry.paging import encode_cursor
+from tests.api.test_runs import begin
 from tests.documents import blueprint_document
 
 
@@ -75,6 +77,23 @@ def test_checkpoints_are_listed_in_the_order_of_training(publisher: httpx2.Clien
 @pytest.mark.parametrize("cursor", ["x", "W10", "WzFd", "WyJcdWQ4MDAiXQ", "WyJhIiwgImIiXQ", "///", "WyJcdTAwMDAiXQ"])
 def test_a_foreign_cursor_is_refused(publisher: httpx2.Client, cursor: str) -> None:
     assert publisher.get("/v1/models", params={"cursor": cursor}).status_code == 422
+
+
+@pytest.mark.parametrize(("number", "status"), [(2**31 - 1, 200), (2**31, 422), (-(2**31) - 1, 422), (2**63 - 1, 422)])
+def test_a_cursor_beyond_the_numbers_of_its_column_is_refused(
+    publisher: httpx2.Client, number: int, status: int
+) -> None:
+    publish(publisher)
+    to_move = {"training_checkpoint": 0.8, "version": 1}
+    publisher.put("/v1/models/tiny/aliases/stable", json=to_move).raise_for_status()
+    for path in (
+        "/v1/models/tiny/checkpoints/0.8/versions",
+        "/v1/models/tiny/aliases/stable/history",
+        f"{begin(publisher)}/points",
+    ):
+        assert publisher.get(path, params={"cursor": encode_cursor(number)}).status_code == status, path
+    largest = encode_cursor(2**63 - 1)  # of an id
+    assert publisher.get("/v1/runs", params={"cursor": largest}).status_code == 200
 
 
 def test_compare_says_what_moved(publisher: httpx2.Client) -> None:

@@ -11,9 +11,11 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx2
 import pytest
 
@@ -83,6 +85,7 @@ def test_a_file_comes_back_as_it_was_whole_and_in_ranges(server: Server, publish
         answer = publisher.get(PATH, headers={"Range": f"bytes={wanted}"})
         assert (answer.status_code, answer.content) == (206, expected)
     assert publisher.get(PATH, headers={"Range": "bytes=10000000-"}).status_code == 416
+    assert publisher.get(PATH, headers={"Range": "bytes=0-" + 5_000 * "9"}).status_code == 200
     head = publisher.head(PATH)
     assert (head.status_code, head.headers["upload-complete"]) == (200, "?1")
     assert head.headers["repr-digest"] == repr_digest(CONTENT)
@@ -143,8 +146,6 @@ def test_a_wrong_digest_is_refused_and_nothing_is_kept(server: Server, publisher
 
 
 def test_a_complete_file_cannot_change(publisher: httpx2.Client, database_url: str) -> None:
-    import asyncpg
-
     put(publisher, b"one", of=b"one")
     answer = put(publisher, b"two", of=b"two")
     assert (answer.status_code, answer.json()["code"]) == (409, "already_exists")
@@ -206,6 +207,55 @@ def test_of_two_that_write_the_same_file_the_later_goes_on_and_the_file_is_whole
         going.set()
     assert overtaken[0].json()["code"] == "upload_conflict"
     assert put(publisher, CONTENT[5_000_000:], offset=5_000_000).status_code == 201
+    assert publisher.get(PATH).content == CONTENT
+
+
+def test_of_two_that_begin_the_same_file_at_once_one_is_kept_whole(server: Server, publisher: httpx2.Client) -> None:
+    contents = (b"A" * 1_000, b"BB" * 400)
+
+    async def begin_both() -> list[httpx2.Response]:
+        """Neither finds the file, and both wait for the lock of their lab."""
+        connection = await asyncpg.connect(server.settings.database_url)
+        async with httpx2.AsyncClient(base_url=server.url, headers=publisher.headers) as http:
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT pg_advisory_xact_lock(hashtextextended('files:' || id, 0)) FROM labs WHERE name = 'lab-a'"
+                )
+                waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                requests = [
+                    asyncio.ensure_future(http.put(PATH, content=one, headers={"Repr-Digest": repr_digest(one)}))
+                    for one in contents
+                ]
+                async with asyncio.timeout(20):
+                    while await connection.fetchval(waiting) < len(requests):
+                        await connection.execute("SELECT pg_sleep(0.02)")
+            await connection.close()
+            return await asyncio.gather(*requests)
+
+    answers = asyncio.run(begin_both())
+    (kept,) = (content for content, answer in zip(contents, answers, strict=True) if answer.status_code == 201)
+    assert publisher.get(PATH).content == kept
+    assert publisher.head(PATH).headers["repr-digest"] == repr_digest(kept)
+
+
+def test_a_piece_that_could_not_be_noted_is_kept_before_what_came_after_it(
+    publisher: httpx2.Client, database_url: str
+) -> None:
+    execute(
+        database_url,
+        "CREATE SEQUENCE notes",
+        "CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN IF nextval('notes') = 1 THEN RAISE 'no'; END IF; RETURN NEW; END $$",
+        "CREATE TRIGGER fail_once BEFORE UPDATE OF received ON checkpoint_files "
+        "FOR EACH ROW WHEN (NEW.received > OLD.received) EXECUTE FUNCTION fail_once()",
+    )
+    with suppress(httpx2.TransportError):  # the server answers, and closes, while the body still comes
+        assert put(publisher, CONTENT[:5_000_000]).status_code == 500
+    deadline = time.monotonic() + 10
+    while (received := offset_of(publisher)) <= 4_194_304:
+        assert time.monotonic() < deadline, f"only {received} bytes were kept"
+        time.sleep(0.02)
+    assert put(publisher, CONTENT[received:], offset=received).status_code == 201
     assert publisher.get(PATH).content == CONTENT
 
 

@@ -146,6 +146,31 @@ def test_hostile_csv_is_refused_at_its_row_and_column(
     assert_refused(answer, status, pointer)
 
 
+SHARES = [f"retained_mass.0.{number:06d}" for number in range(30_000)]
+LONG_TABLES = {
+    "shares": (f"{HEADER},{','.join(SHARES)}\nm,0.8,a,1{',1' * len(SHARES)}\n", "/1/retained_mass"),
+    "repeated columns": (f"{HEADER}{',alpha' * 90_000}\nx\n", "/0/alpha"),
+    "bad cells": (f"{HEADER},{','.join(SHARES)}\nm,0.8,a,1{',x' * len(SHARES)}\n", f"/1/{SHARES[0]}"),
+}
+
+
+@pytest.mark.parametrize("name", LONG_TABLES)
+def test_a_table_of_many_columns_is_refused_at_once(counted: httpx2.Client, name: str) -> None:
+    body, pointer = LONG_TABLES[name]
+    started = time.perf_counter()
+    answer = counted.post("/v1/blueprints", content=body, headers={"Content-Type": "text/csv"})
+    assert time.perf_counter() - started < 3  # more than 6 when the time grows with the square
+    assert_refused(answer, 422, pointer)
+    assert len(answer.json()["errors"]) <= 100
+
+
+def test_more_faults_than_can_be_named_are_counted(counted: httpx2.Client) -> None:
+    answer = counted.post("/v1/blueprints", json=paper_example() | {f"a{number}": 0 for number in range(100_001)})
+    assert_refused(answer, 422, "")
+    assert [place["code"] for place in answer.json()["errors"]] == ["too_many_faults"]
+    assert "100,001" in answer.json()["errors"][0]["detail"]
+
+
 def test_one_bad_layer_is_one_fault(counted: httpx2.Client) -> None:
     answer = counted.post("/v1/blueprints", json=blueprint_document(layers=1, norm=-1))
     assert [place["pointer"] for place in answer.json()["errors"]] == ["/layers/0/gradient_norm"]

@@ -82,6 +82,16 @@ def test_trust_comes_from_agreement_and_the_intervals_of_batches(publisher: http
     assert ask(publisher, 0.1, "fraction", local=against)["trust"] == 0
 
 
+@pytest.mark.parametrize("batches", [[1.7e308] * 4, [1.7e308, 0, 1.7e308]])
+def test_batches_whose_sum_leaves_float64_have_a_mean(publisher: httpx2.Client, batches: list[float]) -> None:
+    publish(publisher, gradient_norm_ci={name: [0.9 * norm, 1.1 * norm] for name, norm in NORMS.items()})
+    layers = [
+        {"id": name, "batches": batches if name == "x" else [norm] * len(batches)} for name, norm in NORMS.items()
+    ]
+    assert shares(ask(publisher, 0.1, "fraction", local={"layers": layers}, trust=0.0)) == {"head": 0, "x": 1, "y": 0}
+    assert 0 <= ask(publisher, 0.1, "fraction", local={"layers": layers})["trust"] <= 1
+
+
 def test_a_stale_blueprint_has_no_say(publisher: httpx2.Client) -> None:
     publish(publisher)
     answer = ask(publisher, 0.1, "fraction", verdict="stale")

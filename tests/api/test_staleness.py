@@ -111,6 +111,21 @@ def test_a_statistic_that_was_not_published_is_refused(publisher: httpx2.Client)
     assert "gradient_norm" in refused.json()["detail"]
 
 
+def test_a_value_beside_batches_is_the_estimate_and_the_batches_tell_its_noise(publisher: httpx2.Client) -> None:
+    publisher.post("/v1/blueprints", json=published())
+    reverse = dict(zip(sorted(NAMES, key=lambda name: NORMS[name]), sorted(NORMS.values(), reverse=True), strict=True))
+
+    def judged(values: dict[str, float], batches: dict[str, float]) -> dict[str, Any]:
+        layers = [layer | {"value": values[layer["id"]]} for layer in local(batches)["layers"]]
+        return dict(check(publisher, {"layers": layers})["levels"][0])
+
+    following, opposed = judged(NORMS, reverse), judged(reverse, NORMS)
+    assert (following["spearman"], opposed["spearman"]) == (1, -1)
+    assert following["interval_method"] == opposed["interval_method"] == "bootstrap_over_batches"
+    assert opposed["verdict"] == "stale"
+    assert following["corrected_ci"][0] > 0
+
+
 # --- what does not match
 
 
@@ -234,7 +249,9 @@ def test_norms_are_kept_only_where_they_are_offered(publisher: httpx2.Client, se
     keep(publisher, second, NORMS, offer_norms=True)
     offered, not_offered = evidence(publisher)
     assert "norms" not in not_offered
-    assert set(offered["norms"]) == set(NAMES)
+    assert offered["norms"] == pytest.approx(
+        {layer["id"]: np.mean(layer["batches"]) for layer in local()["layers"]}, rel=1e-12
+    )
 
 
 def test_one_key_has_one_voice_per_blueprint_domain_and_day(

@@ -50,6 +50,11 @@ def test_the_board_is_that_of_the_api_at_any_place(publisher: httpx2.Client, pla
         entry = board(publisher, task="rank/loss", at="psi:7")["groups"][0]["entries"][number]
         assert (entry["settings"]["rate"], round(entry["value"], 3)) == (float(rate), float(value))
     assert plain.get("/leaderboard?task=rank/loss&axis=psi&value=x").status_code == 422
+    for query in ("task=%21", "task=rank/loss&metric=%21", f"task={'a' * 129}"):
+        assert plain.get(f"/leaderboard?{query}").status_code == 422
+        assert plain.get(f"/leaderboard/plots/0.svg?{query}").status_code == 422
+    assert ranking(plain.get("/leaderboard?task=rank/loss+&resource=seconds&metric=+").text) == ranking(page)
+    assert plain.get("/leaderboard/plots/0.svg?task=").status_code == 422
     assert "tells its tokens" in plain.get("/leaderboard?task=rank/loss&resource=tokens").text
 
 
