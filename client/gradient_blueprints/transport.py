@@ -137,7 +137,8 @@ class Answer:
         excerpt = f" It begins: {text[:EXCERPT]!r}." if text else ""
         return UnexpectedAnswer(
             f"{self.request.method} {self.url} was answered {self.status} ({media_type}), {what}.{excerpt} "
-            "Is the URL that of a registry, and nothing between that answers in its place?"
+            "Is the URL that of a registry, and nothing between that answers in its place?",
+            status=self.status,
         )
 
 
