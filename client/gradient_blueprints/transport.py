@@ -371,9 +371,13 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
     if request.file is not None:
         headers["Content-Length"] = str(request.file.size)
         wait = send.silence
+    try:
+        url = httpx2.URL(origin.url + request.path)
+    except (httpx2.InvalidURL, UnicodeEncodeError) as error:  # a host that no name can be, say
+        raise ConfigurationError(f"{origin.url!r} is no registry's URL: {error}.") from None
     return {
         "method": request.method,
-        "url": origin.url + request.path,
+        "url": url,
         "params": dict(request.query) or None,
         "headers": headers,
         "timeout": httpx2.Timeout(connect=min(CONNECT_TIMEOUT, left), read=wait, write=wait, pool=left),
