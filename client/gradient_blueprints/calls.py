@@ -27,6 +27,7 @@ from gradient_blueprints.models import MODEL_ID_PATTERN, Page, format_checkpoint
 from gradient_blueprints.transport import Answer, Awaiting, Blocking, Emit, Origin, Request, Steps, Stream, exchange
 
 DEFAULT_TIMEOUT = 60.0
+LONGEST_TIMEOUT = 1e6  # seconds, eleven days; of some hundred years a socket makes an OverflowError
 PAGE_SIZE = 200
 JSON_BODY = {"Content-Type": "application/json"}
 
@@ -72,7 +73,7 @@ class Connected:
         )
         if not timeout > 0:
             raise ConfigurationError(f"timeout={timeout!r} cannot be used: give seconds above 0.")
-        self.timeout = timeout
+        self.timeout = min(timeout, LONGEST_TIMEOUT)
 
     @property
     def url(self) -> str:
