@@ -205,7 +205,7 @@ class JobMethods(Downloading):
         headers = {"Content-Type": "application/octet-stream"}
         path = job_path(job_id, "shards", str(shard), "state")
         request = Request("PUT", path, some(lease_token=lease_token), headers, Path(state))
-        answer = yield from self._exchange(request)
+        answer = yield from self._exchange(request, silence=self.timeout)
         return answer.parse(Job)
 
     @method

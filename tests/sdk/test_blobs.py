@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,18 @@ async def test_a_download_that_makes_no_progress_ends(connect: Connect) -> None:
 
     with FaultyNetwork(stall) as network, pytest.raises(ConnectionFailed):
         await connect(network.url, timeout=0.5).fetch_blob(DIGEST)
+
+
+async def test_an_upload_that_is_never_answered_ends(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    began = time.monotonic()
+    with FaultyNetwork(answer(404), lambda connection: time.sleep(30)) as network:
+        sdk = connect(network.url, timeout=0.3)
+        with pytest.raises(ConnectionFailed):
+            await sdk.upload_blob(tmp_path / "file")
+        with pytest.raises(ConnectionFailed):
+            await sdk.finish_shard("7", 0, 1, tmp_path / "file")
+    assert time.monotonic() - began < 15
 
 
 async def test_a_damaged_cached_file_is_fetched_again(connect: Connect) -> None:
