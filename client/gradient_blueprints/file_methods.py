@@ -113,7 +113,7 @@ class FileMethods(Downloading):
     @method
     def delete_checkpoint_file(self, model_id: str, checkpoint: Checkpointish, path: str) -> Steps[None]:
         """Remove a file of your lab from the registry's store."""
-        yield from self._exchange(Request("DELETE", _address(model_id, checkpoint, path)))
+        yield from self._exchange(Request("DELETE", _address(model_id, checkpoint, path), repeatable=False))
 
     # --- steps
 

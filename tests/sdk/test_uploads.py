@@ -27,7 +27,7 @@ from gradient_blueprints.commands import app
 from tests.conftest import Server
 from tests.sdk.conftest import Connect
 from tests.sdk.cutting_proxy import CuttingProxy
-from tests.sdk.faulty_network import FaultyNetwork, answer, json_answer, problem
+from tests.sdk.faulty_network import FaultyNetwork, answer, hang_up, json_answer, problem
 
 WEIGHTS = random.Random(0).randbytes(12_000_000)
 NO_FILES = json_answer('{"files": []}')
@@ -103,6 +103,13 @@ async def test_changed_content_needs_the_old_to_be_deleted(lab_a: Any, folder: P
     await lab_a.upload_checkpoint(folder, "tiny", 0.8)
     with pytest.raises(CheckpointFileNotFound):
         await lab_a.delete_checkpoint_file("tiny", 0.8, "other.json")
+
+
+async def test_a_deletion_whose_answer_is_lost_is_not_repeated(connect: Connect) -> None:
+    with FaultyNetwork(hang_up, problem(404, "checkpoint_file_not_found")) as network:
+        with pytest.raises(ConnectionFailed, match="may have been carried out"):
+            await connect(network.url, api_key="k").delete_checkpoint_file("tiny", 0.8, "config.json")
+        assert network.connections == 1
 
 
 async def test_one_file_can_be_added_under_a_name(lab_a: Any, tmp_path: Path) -> None:
