@@ -148,7 +148,7 @@ class JobMethods(Downloading):
             parser = EventParser()
             quiet += 1
             try:
-                while chunk := (yield ReadOn(answer)):
+                while chunk := (yield ReadOn(answer, None if deadline is None else _left(job_id, deadline, SILENCE))):
                     for event in parser.feed(chunk):
                         if event.event != "job":
                             continue
@@ -157,7 +157,6 @@ class JobMethods(Downloading):
                         yield Emit(told)
                         if told.state.terminal:
                             return
-                    _left(job_id, deadline, SILENCE)
             except NoAnswer:
                 _left(job_id, deadline, SILENCE)
             if quiet:

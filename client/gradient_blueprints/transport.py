@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import random
+import socket
 import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -165,6 +166,7 @@ class ReadOn:
     """Outcome: the next bytes of a streamed answer, b"" at its end. NoAnswer when it breaks off."""
 
     answer: Answer
+    seconds: float | None = None  # to wait for them at most, where the stream's silence is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +411,28 @@ def _from_now_on(response: httpx2.Response, seconds: float) -> None:
     response.request.extensions["timeout"]["read"] = max(0.001, seconds)
 
 
+@contextmanager
+def _cut_after(seconds: float | None, response: httpx2.Response) -> Iterator[None]:
+    """Ends the connection of an answer that is read for longer; httpx keeps the limit that the reading began with."""
+    if seconds is None:
+        yield
+        return
+    connection = response.extensions["network_stream"].get_extra_info("socket")
+    timer = threading.Timer(seconds, _shut, (connection,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended meanwhile
+        # Not the method of a TLS socket, which takes the session from whoever is reading.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
 def _in_time(send: Send) -> None:
     if time.monotonic() > send.deadline and send.request.file is None:
         raise NoAnswer("the answer came too slowly")
@@ -505,7 +529,7 @@ class Blocking:
             case Send():
                 return self._send(effect, opened)
             case ReadOn():
-                return self._read_on(effect.answer)
+                return self._read_on(effect)
             case Pause():
                 time.sleep(effect.seconds)
             case Work():
@@ -548,12 +572,14 @@ class Blocking:
         answer.content = bytes(received)
         return answer
 
-    def _read_on(self, answer: Answer) -> bytes:
+    def _read_on(self, reading: ReadOn) -> bytes:
         import httpx2
 
-        assert answer.stream is not None
+        stream = reading.answer.stream
+        assert stream is not None
         try:
-            return next(answer.stream.chunks, b"")
+            with _cut_after(reading.seconds, stream.response):
+                return next(stream.chunks, b"")
         except httpx2.RequestError as error:
             raise _no_answer(error) from error
 
@@ -605,7 +631,7 @@ class Awaiting:
             case Send():
                 return await self._send(effect, opened)
             case ReadOn():
-                return await self._read_on(effect.answer)
+                return await self._read_on(effect)
             case Pause():
                 await asyncio.sleep(effect.seconds)
             case Work():
@@ -647,12 +673,16 @@ class Awaiting:
         answer.content = bytes(received)
         return answer
 
-    async def _read_on(self, answer: Answer) -> bytes:
+    async def _read_on(self, reading: ReadOn) -> bytes:
+        import asyncio
+
         import httpx2
 
-        assert answer.stream is not None
+        stream = reading.answer.stream
+        assert stream is not None
         try:
-            chunk: bytes = await anext(answer.stream.chunks, b"")
-        except httpx2.RequestError as error:
+            async with asyncio.timeout(reading.seconds):
+                chunk: bytes = await anext(stream.chunks, b"")
+        except (httpx2.RequestError, TimeoutError) as error:
             raise _no_answer(error) from error
         return chunk
