@@ -30,6 +30,8 @@ instead of within each loses 6 to 10 points of the gain). Over the even fraction
 layers weigh more, or less, than most: fractions are scaled to the budget, at the utmost to a quarter or four times."""
 INDETERMINATE_VALIDITY = 0.5
 """What an indeterminate check leaves of the published side: nobody can tell."""
+WIDEST = 1e300
+"""Relative width of an interval that says nothing: over the smallest norms a width is no finite number."""
 
 LayerValue = Callable[[Layer], float | None]
 """A layer's value, not negative, or None where it is not known."""
@@ -243,13 +245,14 @@ def default_trust(
     published_width, local_width = _relative_width(published), _relative_width(local)
     surer = 0.5
     if published_width and local_width:
+        published_width, local_width = _scaled([published_width, local_width])
         surer = local_width**2 / (published_width**2 + local_width**2)
     return validity * max(0.0, agreement or 0.0) * surer
 
 
 def _relative_width(layers: Sequence[Layer]) -> float | None:
     widths = [
-        (layer.gradient_norm_ci[1] - layer.gradient_norm_ci[0]) / layer.gradient_norm
+        min(WIDEST, (layer.gradient_norm_ci[1] - layer.gradient_norm_ci[0]) / layer.gradient_norm)
         for layer in layers
         if layer.gradient_norm_ci is not None and layer.gradient_norm > 0
     ]
@@ -316,10 +319,10 @@ def between_groups(
 ) -> tuple[list[float], list[float | None]]:
     """Values and k_stars with what they say within each group taken back.
 
-    A group keeps its norm √Σ v², spread as if every parameter in it had the same: v_i = group · √(n_i / Σ n). Its
-    layers share the mean k_star. A member stands for the layers below it too (`h.0.attn` for `h.0.attn.q`). Layers
-    outside every group make up one more: nothing was found of their ranks. Raises ConfigurationError when the groups
-    name none of the layers.
+    A group keeps its norm √Σ v², spread as if every parameter in it had the same: v_i = group · √(n_i / Σ n), all by
+    one scale. Its layers share the mean k_star. A member stands for the layers below it too (`h.0.attn` for
+    `h.0.attn.q`). Layers outside every group make up one more: nothing was found of their ranks. Raises
+    ConfigurationError when the groups name none of the layers.
     """
     group_of = {member: group for group, members in groups.items() for member in members}
     members_of: dict[str | None, list[int]] = {}
@@ -327,10 +330,11 @@ def between_groups(
         members_of.setdefault(_group(layer.id, group_of), []).append(index)
     if layers and members_of.keys() == {None}:
         raise ConfigurationError(f"the groups name no layer of the blueprint, such as {layers[0].id!r}")
+    values = _scaled(values)
     new_values, new_k_stars = list(values), list(k_stars)
     for found in members_of.values():
         parameters = sum(sizes[index] for index in found)
-        norm = math.sqrt(sum(values[index] ** 2 for index in found))
+        norm = math.hypot(*(values[index] for index in found))
         known = [k for index in found if (k := k_stars[index]) is not None]
         for index in found:
             new_values[index] = norm * (math.sqrt(sizes[index] / parameters) if parameters else 0.0)
@@ -347,7 +351,14 @@ def _group(layer: str, group_of: Mapping[str, str]) -> str | None:
     return group_of[layer]
 
 
+def _scaled(values: Sequence[float]) -> list[float]:
+    """The values over a power of two, all at most 1, so that no sum and no square overflows; nothing is rounded."""
+    exponent = math.frexp(max(values, default=0.0))[1]
+    return [math.ldexp(value, -exponent) for value in values]
+
+
 def _shares(values: Sequence[float], whole: float = 1.0) -> list[float]:
+    values = _scaled(values)
     total = sum(values)
     if total == 0:  # nothing to tell the layers apart
         return [whole / len(values)] * len(values) if values else []

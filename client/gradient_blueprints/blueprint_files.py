@@ -25,6 +25,8 @@ def read_blueprint(path: str | Path) -> Blueprint:
         if place.suffix.lower() == ".csv":
             return Blueprint.from_csv(place.read_text(encoding="utf-8"))
         return Blueprint.from_json(place.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{place} is not UTF-8: {error.reason} at byte {error.start}.") from None
     except ValidationError as invalid:
         fault = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
         where = "/".join(map(str, fault["loc"])) or "the document"

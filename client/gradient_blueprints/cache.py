@@ -105,6 +105,10 @@ class Partial:
             )
 
 
+class NotKept(Exception):
+    """The cache cannot take all of a file: its disk is full, say."""
+
+
 class Cache:
     """The cache in `folder`; None keeps nothing.
 
@@ -159,28 +163,32 @@ class Cache:
             self._put(path, content)
 
     @contextmanager
-    def receive(self, digest: str, otherwise: Path | None = None) -> Iterator[Partial]:
+    def receive(self, digest: str, otherwise: Path | None = None, *, keep: bool = True) -> Iterator[Partial]:
         """A file to write the content of `digest` to; leaving the block verifies it and moves it to its `place`.
 
-        The place is in the cache, or `otherwise` when the cache cannot take it. Raises UnexpectedAnswer
-        when the bytes are others, and ConfigurationError when there is no place for them.
+        The place is in the cache, or `otherwise` when the cache cannot take it, or is not to `keep` it. Raises
+        UnexpectedAnswer when the bytes are others, ConfigurationError when there is no place for them, and
+        NotKept when the cache turns out not to take them: receive them once more then, without `keep`.
         """
-        place, unfinished, file = self._open(digest, otherwise)
+        place, unfinished, file = self._open(digest, otherwise, keep)
         try:
             with file:
                 partial = Partial(file, digest, place)
                 yield partial
                 partial.verify()
             unfinished.replace(place)
-        except BaseException:
+        except BaseException as error:
             _forget(unfinished)
-            raise
+            if place == otherwise or not isinstance(error, OSError):
+                raise
+            self._warn(error)
+            raise NotKept from error
         if place != otherwise:
             self._grown(partial.size)
 
-    def _open(self, digest: str, otherwise: Path | None) -> tuple[Path, Path, BinaryIO]:
+    def _open(self, digest: str, otherwise: Path | None, keep: bool) -> tuple[Path, Path, BinaryIO]:
         place = self._content_path(digest)
-        if place is not None:
+        if place is not None and keep:
             try:
                 folder = self._unfinished()
                 folder.mkdir(parents=True, exist_ok=True)

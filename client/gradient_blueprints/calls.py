@@ -27,6 +27,7 @@ from gradient_blueprints.models import MODEL_ID_PATTERN, Page, format_checkpoint
 from gradient_blueprints.transport import Answer, Awaiting, Blocking, Emit, Origin, Request, Steps, Stream, exchange
 
 DEFAULT_TIMEOUT = 60.0
+LONGEST_TIMEOUT = 1e6  # seconds, eleven days; of some hundred years a socket makes an OverflowError
 PAGE_SIZE = 200
 JSON_BODY = {"Content-Type": "application/json"}
 
@@ -72,7 +73,7 @@ class Connected:
         )
         if not timeout > 0:
             raise ConfigurationError(f"timeout={timeout!r} cannot be used: give seconds above 0.")
-        self.timeout = timeout
+        self.timeout = min(timeout, LONGEST_TIMEOUT)
 
     @property
     def url(self) -> str:
@@ -135,11 +136,17 @@ def query_of_next(link: str) -> dict[str, str]:
 
 
 def _registry_url(text: str) -> str:
-    parts = urlsplit(text.strip())
     if not text.strip():
         raise ConfigurationError(
             "No registry is named: set BLUEPRINTS_URL, or pass url=, for example http://127.0.0.1:8000."
         )
+    try:
+        parts = urlsplit(text.strip())
+        _ = parts.port  # read here, for only reading it finds what is no number
+    except ValueError:  # which may show a password
+        raise ConfigurationError(
+            "The registry's URL has a host or a port that cannot be: give one such as http://127.0.0.1:8000."
+        ) from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigurationError(
             f"{parts.scheme or text!r} is no registry's URL: give one such as https://registry.example.org."
@@ -241,13 +248,14 @@ def json_bytes(document: Any) -> bytes:
 
     try:
         text = json.dumps(document, default=plain, ensure_ascii=False)
+        content = text.encode()
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"The document is not JSON data: {error}.") from None
     if "NaN" in text or "Infinity" in text:  # perhaps within a name
         places = list(_not_finite(json.loads(text), ""))
         if places:
             raise InvalidDocument("The document holds numbers that are not finite.", errors=places[:100])
-    return text.encode()
+    return content
 
 
 def _not_finite(value: Any, pointer: str) -> Iterator[ErrorPlace]:

@@ -611,7 +611,7 @@ def _local_values(path: Path) -> Any:
     if path.suffix.lower() == ".json":
         try:
             data = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"{path} is not JSON: {error}.") from None
         if isinstance(data, dict) and "layers" not in data:
             return data

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from gradient_blueprints.cache import Partial, copy_into_place
+from gradient_blueprints.cache import NotKept, Partial, copy_into_place
 from gradient_blueprints.calls import Connected
 from gradient_blueprints.errors import ConnectionFailed, OfflineMiss, RangeNotSatisfiable
 from gradient_blueprints.transport import NoAnswer, Pause, ReadOn, Request, Steps, Work, jitter
@@ -24,14 +24,20 @@ class Downloading(Connected):
                     f"{digest} is not in {self.cache}, and this client is offline. "
                     "Fetch it once while connected, or unset BLUEPRINTS_OFFLINE."
                 )
-            with self.cache.receive(digest, otherwise=target) as partial:
-                yield from self._download(path, partial)
-            cached = partial.place
+            try:
+                cached = yield from self._receive(path, digest, target)
+            except NotKept:
+                cached = yield from self._receive(path, digest, target, keep=False)
         if target is None or target == cached:
             return cached
         source = cached
         yield Work(lambda: copy_into_place(source, target))
         return target
+
+    def _receive(self, path: str, digest: str, target: Path | None, *, keep: bool = True) -> Steps[Path]:
+        with self.cache.receive(digest, otherwise=target, keep=keep) as partial:
+            yield from self._download(path, partial)
+        return partial.place
 
     def _download(self, path: str, partial: Partial) -> Steps[None]:
         """Fill `partial`; `timeout` bounds the time without progress, not the whole."""

@@ -271,7 +271,11 @@ class OfflineMiss(BlueprintsError):
 
 
 class UnexpectedAnswer(BlueprintsError):
-    """An answer that no registry gives."""
+    """An answer that no registry gives; `status` is its status, where that tells anything."""
+
+    def __init__(self, detail: str, *, status: int | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
 
 
 class ConfigurationError(BlueprintsError):

@@ -32,12 +32,12 @@ from gradient_blueprints.file_models import (
     CheckpointFile,
     CheckpointFilePage,
 )
-from gradient_blueprints.transport import FilePart, Pause, Request, Steps, Stream, Work, jitter
+from gradient_blueprints.transport import PASSING_STATUSES, FilePart, Pause, Request, Steps, Stream, Work, jitter
 
 DEEPEST = 4  # names in a path
 MOST_RESTARTS = 2
 SETTLING = 0.5  # seconds in which the registry sees that a connection broke, and keeps what had arrived on it
-CUT_SHORT = (ConnectionFailed, ServiceUnavailable, RateLimited, InternalError)
+CUT_SHORT = (ConnectionFailed, ServiceUnavailable, RateLimited, InternalError, UnexpectedAnswer)
 
 logger = logging.getLogger("gradient_blueprints")
 
@@ -113,7 +113,7 @@ class FileMethods(Downloading):
     @method
     def delete_checkpoint_file(self, model_id: str, checkpoint: Checkpointish, path: str) -> Steps[None]:
         """Remove a file of your lab from the registry's store."""
-        yield from self._exchange(Request("DELETE", _address(model_id, checkpoint, path)))
+        yield from self._exchange(Request("DELETE", _address(model_id, checkpoint, path), repeatable=False))
 
     # --- steps
 
@@ -167,6 +167,8 @@ class FileMethods(Downloading):
                 if not isinstance(received, int):  # overtaken by another request, our own perhaps that broke off
                     received = yield from self._received(address)
             except CUT_SHORT as cut:
+                if isinstance(cut, UnexpectedAnswer) and cut.status not in PASSING_STATUSES:
+                    raise
                 failure = cut
                 yield Pause(SETTLING)
                 received = yield from self._received(address)

@@ -148,7 +148,7 @@ class JobMethods(Downloading):
             parser = EventParser()
             quiet += 1
             try:
-                while chunk := (yield ReadOn(answer)):
+                while chunk := (yield ReadOn(answer, None if deadline is None else _left(job_id, deadline, SILENCE))):
                     for event in parser.feed(chunk):
                         if event.event != "job":
                             continue
@@ -157,7 +157,6 @@ class JobMethods(Downloading):
                         yield Emit(told)
                         if told.state.terminal:
                             return
-                    _left(job_id, deadline, SILENCE)
             except NoAnswer:
                 _left(job_id, deadline, SILENCE)
             if quiet:
@@ -205,7 +204,7 @@ class JobMethods(Downloading):
         headers = {"Content-Type": "application/octet-stream"}
         path = job_path(job_id, "shards", str(shard), "state")
         request = Request("PUT", path, some(lease_token=lease_token), headers, Path(state))
-        answer = yield from self._exchange(request)
+        answer = yield from self._exchange(request, silence=self.timeout)
         return answer.parse(Job)
 
     @method

@@ -335,7 +335,7 @@ class RegistryMethods(Downloading):
             UnexpectedAnswer,
         ):  # the answer to a HEAD has no body that could tell why; that to the PUT will
             headers = {"Content-Type": "application/octet-stream"}
-            answer = yield from self._exchange(Request("PUT", path, {}, headers, source))
+            answer = yield from self._exchange(Request("PUT", path, {}, headers, source), silence=self.timeout)
             return answer.parse(BlobSummary)
         return BlobSummary(digest=digest, size=size, created=False)
 

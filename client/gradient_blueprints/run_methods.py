@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from gradient_blueprints.calls import JSON_BODY, Checkpointish, Connected, built, checkpoint_text, listing, method, some
-from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.errors import (
+    ConfigurationError,
+    Conflict,
+    InvalidRequest,
+    MalformedRequest,
+    PayloadTooLarge,
+)
 from gradient_blueprints.models import Wire
 from gradient_blueprints.record_models import (
     DEFAULT_WINDOW,
+    MAX_POINTS,
     ChosenPart,
     Goal,
     Leaderboard,
@@ -29,6 +36,7 @@ from gradient_blueprints.run_models import Resource, Tally
 from gradient_blueprints.transport import Request, Steps, Stream, Work
 
 BATCH = 500  # points of a request: well within the largest body
+REFUSALS = (MalformedRequest, Conflict, PayloadTooLarge, InvalidRequest)  # the same points would meet them again
 
 Gamma = Tally | Mapping[Resource, float] | Mapping[str, float]
 
@@ -36,7 +44,7 @@ Gamma = Tally | Mapping[Resource, float] | Mapping[str, float]
 class RunHandle:
     """A run that goes on. Its methods answer the `Run`; those of an AsyncClient's are awaited.
 
-    A point whose sending fails stays and is sent with the next.
+    A point whose sending fails stays and is sent with the next; what the registry refuses is dropped.
     """
 
     def __init__(self, client: RunMethods, run: Run) -> None:
@@ -49,11 +57,22 @@ class RunHandle:
         return f"<RunHandle {self.run.id} of {self.run.task}, {self.run.points} points>"
 
     def append(self, step: int, psi: float, gamma: Gamma) -> Any:
-        """Report a score and everything spent so far: a Tally, or amounts by resource."""
+        """Report a score and everything spent so far: a Tally, or amounts by resource.
+
+        Raises ConfigurationError for a step that is not later than the last, and beyond 20,000 points.
+        """
+        amounts = gamma.amounts() if isinstance(gamma, Tally) else gamma
+        point = built(ReportedPoint, step=step, psi=psi, gamma=dict(amounts))
+        last = self._waiting[-1] if self._waiting else self.run.last
+        if last is not None and point.step <= last.step:
+            raise ConfigurationError(
+                f"Step {step} follows step {last.step}: each point has a later step than the last."
+            )
+        if self.run.points + len(self._waiting) >= MAX_POINTS:
+            raise ConfigurationError(f"A run has at most {MAX_POINTS:,} points; evaluate less often.")
+        self._waiting.append(point)
         if isinstance(gamma, Tally):
             self._tally = gamma
-            gamma = gamma.amounts()
-        self._waiting.append(built(ReportedPoint, step=step, psi=psi, gamma=dict(gamma)))
         return self._perform(self._send())
 
     def finish(self, tally: Tally, *, stopped: str | None = None) -> Any:
@@ -181,18 +200,24 @@ class RunMethods(Connected):
         return (yield from self._repeatable("/v1/runs", new))
 
     def _send_points(self, handle: RunHandle, points: list[ReportedPoint], tally: Tally | None) -> Steps[None]:
-        """In batches; those that were taken leave the list."""
+        """In batches; those that were taken, or refused, leave the list."""
         while points:
-            batch = PointBatch(
+            batch = built(
+                PointBatch,
                 first=handle.run.points,
                 points=tuple(points[:BATCH]),
                 tally=None if tally is None else tally.told(),
             )
-            handle.run = yield from self._repeatable(f"{_path(handle.run.id)}/points", batch)
-            del points[:BATCH]
+            try:
+                handle.run = yield from self._repeatable(f"{_path(handle.run.id)}/points", batch)
+            except REFUSALS:
+                del points[: len(batch.points)]
+                raise
+            del points[: len(batch.points)]
 
     def _end(self, run_id: uuid.UUID, tally: Tally, stopped: str | None) -> Steps[Run]:
-        return (yield from self._repeatable(f"{_path(run_id)}/finish", RunEnd(tally=tally.told(), stopped=stopped)))
+        end = built(RunEnd, tally=tally.told(), stopped=stopped)
+        return (yield from self._repeatable(f"{_path(run_id)}/finish", end))
 
     def _repeatable(self, path: str, body: Wire) -> Steps[Run]:
         content = body.model_dump_json(exclude_none=True).encode()

@@ -298,10 +298,16 @@ def local_sample(
         if not layers:
             raise ConfigurationError(f"{local!r} holds no {statistic}; take statistic='gradient_norm'.")
     else:
-        layers = [
-            built(LocalLayer, id=name, batches=tuple(float(value) for value in given))
-            if isinstance(given, Iterable)
-            else built(LocalLayer, id=name, value=float(given))
-            for name, given in local.items()
-        ]
+        layers = [_local_layer(name, _plain(given)) for name, given in local.items()]
     return built(LocalSample, statistic=statistic, layers=tuple(layers))
+
+
+def _local_layer(name: str, given: object) -> LocalLayer:
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        return built(LocalLayer, id=name, batches=tuple(map(_plain, given)))
+    return built(LocalLayer, id=name, value=given)
+
+
+def _plain(numbers: object) -> object:
+    """The numbers that an array or a scalar of numpy or torch holds; anything else as it is."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers

@@ -13,6 +13,7 @@ from gradient_blueprints.models import (
     MAX_LAYERS,
     Blueprint,
     Checkpoint,
+    Count,
     Digest,
     Interval,
     LabName,
@@ -237,7 +238,7 @@ class LocalLayer(Wire):
     )
     value: NonNegative | None = Field(None, description="the value over the whole sample; else the batches' mean")
     interval: Interval | None = Field(None, description="95 % interval of `value`, when there are no batches")
-    parameters: Annotated[int, Field(strict=True, ge=0)] | None = None
+    parameters: Count | None = None
 
     @model_validator(mode="after")
     def _has_a_value(self) -> Self:

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import random
+import socket
 import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -137,7 +138,8 @@ class Answer:
         excerpt = f" It begins: {text[:EXCERPT]!r}." if text else ""
         return UnexpectedAnswer(
             f"{self.request.method} {self.url} was answered {self.status} ({media_type}), {what}.{excerpt} "
-            "Is the URL that of a registry, and nothing between that answers in its place?"
+            "Is the URL that of a registry, and nothing between that answers in its place?",
+            status=self.status,
         )
 
 
@@ -164,6 +166,7 @@ class ReadOn:
     """Outcome: the next bytes of a streamed answer, b"" at its end. NoAnswer when it breaks off."""
 
     answer: Answer
+    seconds: float | None = None  # to wait for them at most, where the stream's silence is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,9 +373,13 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
     if request.file is not None:
         headers["Content-Length"] = str(request.file.size)
         wait = send.silence
+    try:
+        url = httpx2.URL(origin.url + request.path)
+    except (httpx2.InvalidURL, UnicodeEncodeError) as error:  # a host that no name can be, say
+        raise ConfigurationError(f"{origin.url!r} is no registry's URL: {error}.") from None
     return {
         "method": request.method,
-        "url": origin.url + request.path,
+        "url": url,
         "params": dict(request.query) or None,
         "headers": headers,
         "timeout": httpx2.Timeout(connect=min(CONNECT_TIMEOUT, left), read=wait, write=wait, pool=left),
@@ -402,6 +409,28 @@ def _from_now_on(response: httpx2.Response, seconds: float) -> None:
     What remains open: a head that comes byte by byte is bounded by its size only.
     """
     response.request.extensions["timeout"]["read"] = max(0.001, seconds)
+
+
+@contextmanager
+def _cut_after(seconds: float | None, response: httpx2.Response) -> Iterator[None]:
+    """Ends the connection of an answer that is read for longer; httpx keeps the limit that the reading began with."""
+    if seconds is None:
+        yield
+        return
+    connection = response.extensions["network_stream"].get_extra_info("socket")
+    timer = threading.Timer(seconds, _shut, (connection,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended meanwhile
+        # Not the method of a TLS socket, which takes the session from whoever is reading.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _in_time(send: Send) -> None:
@@ -500,7 +529,7 @@ class Blocking:
             case Send():
                 return self._send(effect, opened)
             case ReadOn():
-                return self._read_on(effect.answer)
+                return self._read_on(effect)
             case Pause():
                 time.sleep(effect.seconds)
             case Work():
@@ -543,12 +572,14 @@ class Blocking:
         answer.content = bytes(received)
         return answer
 
-    def _read_on(self, answer: Answer) -> bytes:
+    def _read_on(self, reading: ReadOn) -> bytes:
         import httpx2
 
-        assert answer.stream is not None
+        stream = reading.answer.stream
+        assert stream is not None
         try:
-            return next(answer.stream.chunks, b"")
+            with _cut_after(reading.seconds, stream.response):
+                return next(stream.chunks, b"")
         except httpx2.RequestError as error:
             raise _no_answer(error) from error
 
@@ -600,7 +631,7 @@ class Awaiting:
             case Send():
                 return await self._send(effect, opened)
             case ReadOn():
-                return await self._read_on(effect.answer)
+                return await self._read_on(effect)
             case Pause():
                 await asyncio.sleep(effect.seconds)
             case Work():
@@ -642,12 +673,16 @@ class Awaiting:
         answer.content = bytes(received)
         return answer
 
-    async def _read_on(self, answer: Answer) -> bytes:
+    async def _read_on(self, reading: ReadOn) -> bytes:
+        import asyncio
+
         import httpx2
 
-        assert answer.stream is not None
+        stream = reading.answer.stream
+        assert stream is not None
         try:
-            chunk: bytes = await anext(answer.stream.chunks, b"")
-        except httpx2.RequestError as error:
+            async with asyncio.timeout(reading.seconds):
+                chunk: bytes = await anext(stream.chunks, b"")
+        except (httpx2.RequestError, TimeoutError) as error:
             raise _no_answer(error) from error
         return chunk

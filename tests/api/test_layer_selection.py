@@ -102,6 +102,24 @@ def test_a_stale_blueprint_has_no_say(publisher: httpx2.Client) -> None:
     assert ask(publisher, 0.1, "fraction", verdict="stale", groups=groups)["trust"] == 1
 
 
+@pytest.mark.parametrize("scale", [1e-323, 1e-200, 1.0, 1e154, 2.5e307])
+def test_norms_of_any_size_are_shared_alike(publisher: httpx2.Client, scale: float) -> None:
+    """Squares of norms from 1.4e154 on, and the sum of the last ones, are beyond what a float holds."""
+    publish(publisher, {name: norm * scale for name, norm in NORMS.items()})
+    assert shares(ask(publisher, 0.1, "fraction")) == {"head": 0.5, "x": 0.416667, "y": 0.083333}
+    group = shares(ask(publisher, 0.1, "fraction", groups={"body": ["x", "y"]}))
+    assert group["head"] == pytest.approx(6 / (6 + 26**0.5 * ((5 / 6) ** 0.5 + (1 / 6) ** 0.5)), abs=1e-6)
+    theirs = local({name: norm * 2.5e307 for name, norm in NORMS.items()})
+    assert shares(ask(publisher, 0.1, "fraction", local=theirs)) == {"head": 0.5, "x": 0.416667, "y": 0.083333}
+
+
+def test_an_interval_of_any_width_is_a_doubt(publisher: httpx2.Client) -> None:
+    intervals = {name: [0.0, 1.0] for name in SIZES}
+    publish(publisher, {"head": 3e-320, "x": 2e-320, "y": 1e-320}, gradient_norm_ci=intervals)
+    told = [{"id": name, "value": norm, "interval": [0.0, 1e300]} for name, norm in NORMS.items()]
+    assert ask(publisher, 0.1, "fraction", local={"layers": told})["trust"] == pytest.approx(1 / 26)
+
+
 def test_criteria_are_those_of_the_document(publisher: httpx2.Client) -> None:
     publish(publisher, first_order={"head": -1.0, "x": 3.0, "y": 1.0}, signal={"head": 1.0, "x": 1.0, "y": 2.0})
     assert shares(ask(publisher, 0.1, "fraction", criterion="first_order")) == {"head": 0, "x": 0.75, "y": 0.25}
@@ -125,6 +143,7 @@ def test_criteria_are_those_of_the_document(publisher: httpx2.Client) -> None:
         {"budget": {"amount": 0.1}, "criterion": "signal", "local": local(NORMS)},
         {"budget": {"amount": 0.1}, "criterion": "first_order", "local": local(NORMS)},
         {"budget": {"amount": 0.1}, "local": local({"another": 1.0})},
+        {"budget": {"amount": 0.1}, "local": {"layers": [{"id": "x", "value": 1.0, "parameters": 2**60}]}},
     ],
 )
 def test_what_cannot_be_answered_is_refused(publisher: httpx2.Client, body: dict[str, Any]) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
-from gradient_blueprints import BlobNotFound, Blueprint, Client, ConfigurationError, ConnectionFailed, UnexpectedAnswer
+from gradient_blueprints import (
+    BlobNotFound,
+    Blueprint,
+    Client,
+    ConfigurationError,
+    ConnectionFailed,
+    UnexpectedAnswer,
+    cache,
+)
 from gradient_blueprints.canonical import digest_of
 from tests.conftest import Server
 from tests.documents import blueprint_document
@@ -90,6 +99,18 @@ async def test_a_download_that_makes_no_progress_ends(connect: Connect) -> None:
         await connect(network.url, timeout=0.5).fetch_blob(DIGEST)
 
 
+async def test_an_upload_that_is_never_answered_ends(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    began = time.monotonic()
+    with FaultyNetwork(answer(404), lambda connection: time.sleep(30)) as network:
+        sdk = connect(network.url, timeout=0.3)
+        with pytest.raises(ConnectionFailed):
+            await sdk.upload_blob(tmp_path / "file")
+        with pytest.raises(ConnectionFailed):
+            await sdk.finish_shard("7", 0, 1, tmp_path / "file")
+    assert time.monotonic() - began < 15
+
+
 async def test_a_damaged_cached_file_is_fetched_again(connect: Connect) -> None:
     with FaultyNetwork(answer(200, CONTENT)) as network:
         path = await connect(network.url).fetch_blob(DIGEST)
@@ -101,13 +122,46 @@ async def test_a_damaged_cached_file_is_fetched_again(connect: Connect) -> None:
 
 async def test_without_a_usable_cache_a_file_goes_straight_to_its_target(connect: Connect, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    for cache in (False, tmp_path / "file" / "cache"):
+    for kept_in in (False, tmp_path / "file" / "cache"):
         with FaultyNetwork(answer(200, CONTENT)) as network:
-            sdk = connect(network.url, cache=cache)
+            sdk = connect(network.url, cache=kept_in)
             target = await sdk.fetch_blob(DIGEST, tmp_path / "out")
             assert target.read_bytes() == CONTENT
             with pytest.raises(ConfigurationError, match="path="):
                 await sdk.fetch_blob(DIGEST)
+
+
+@pytest.fixture(params=["while it is written", "at its end"])
+def full_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache whose folders can be made and whose files cannot: the device is full, or a folder is in the way."""
+    folder = tmp_path / "full"
+    if request.param == "at its end":
+        name = DIGEST.removeprefix("sha256:")
+        (folder / "contents" / name[:2] / name[2:] / "in the way").mkdir(parents=True)
+        return folder
+    unfinished_file = cache._unfinished_file
+
+    def on_a_full_device(parent: Path, mode: int) -> tuple[Path, BinaryIO]:
+        path, file = unfinished_file(parent, mode)
+        if parent != folder / "unfinished":
+            return path, file
+        file.close()
+        return path, Path("/dev/full").open("w+b")
+
+    monkeypatch.setattr(cache, "_unfinished_file", on_a_full_device)
+    return folder
+
+
+async def test_a_cache_that_fills_up_costs_a_warning_and_its_help(
+    connect: Connect, full_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultyNetwork(answer(200, CONTENT)) as network:
+        sdk = connect(network.url, cache=full_cache)
+        assert (await sdk.fetch_blob(DIGEST, tmp_path / "out")).read_bytes() == CONTENT
+        with pytest.raises(ConfigurationError, match="path="):
+            await sdk.fetch_blob(DIGEST)
+        assert list((full_cache / "unfinished").iterdir()) == []
+    assert caplog.text.count("cannot be written") == 1
 
 
 @pytest.mark.parametrize("digest", ["sha256:abc", "md5:" + "0" * 64, "../../etc/passwd", "sha256:" + "A" * 64])

@@ -168,6 +168,7 @@ def test_errors_go_to_stderr_and_tell_what_to_do(blueprints: Run, tmp_path: Path
         ("submit", "tiny", "0.8", "--source", "/d", "--data", "no-equals-sign"),
         ("jobs", "--state", "sleeping"),
         ("--url", "ftp://registry", "list"),
+        ("--url", "http://registry:8000x", "list"),
     ],
 )
 def test_a_wrong_call_exits_2(blueprints: Run, arguments: tuple[str, ...]) -> None:

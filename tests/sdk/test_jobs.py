@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from pathlib import Path
@@ -126,6 +127,22 @@ async def test_waiting_for_longer_than_allowed_is_a_timeout_and_the_job_goes_on(
         await lab_a.wait_for_job(job.id, timeout=0.5)
     assert time.monotonic() - began < 3
     assert (await lab_a.get_job(job.id)).state is JobState.QUEUED
+
+
+async def test_comments_of_a_stream_do_not_put_the_timeout_off(connect: Connect) -> None:
+    def comment(connection: socket.socket) -> None:
+        connection.sendall(stream(event(1, "running")))
+        for _ in range(3):
+            time.sleep(0.7)
+            connection.sendall(b"4\r\n: \n\n\r\n")
+        time.sleep(10)
+
+    with FaultyNetwork(comment) as network:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="goes on"):
+            await connect(network.url).wait_for_job("7", timeout=2.5)
+        assert 2.5 <= time.monotonic() - began < 3.5
+        assert network.connections == 1
 
 
 async def test_a_stream_that_breaks_is_resumed_after_the_last_event(connect: Connect) -> None:

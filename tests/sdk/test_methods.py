@@ -86,8 +86,9 @@ async def test_numbers_that_json_has_no_words_for_are_pointed_to(connect: Connec
 async def test_what_is_no_document_at_all_is_refused_before_anything_is_sent(lab_a: Any) -> None:
     with pytest.raises(ConfigurationError, match="int cannot be published"):
         await lab_a.publish_blueprint(7)
-    with pytest.raises(ConfigurationError, match="not JSON data"):
-        await lab_a.publish_blueprint({"model_id": object()})
+    for unfit in (object(), "\ud800"):
+        with pytest.raises(ConfigurationError, match="not JSON data"):
+            await lab_a.publish_blueprint({"model_id": unfit})
     with pytest.raises(FileNotFoundError):
         await lab_a.publish_blueprint("no-such-file.json")
 

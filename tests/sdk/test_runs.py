@@ -43,12 +43,13 @@ def new_run(**fields: Any) -> NewRun:
     return NewRun.model_validate({"id": uuid.uuid4(), "task": "t", "model_id": "m", "metric": "loss"} | fields)
 
 
+async def performed(result: Any) -> Any:
+    """What a method of a RunHandle answers, of either client."""
+    return await result if hasattr(result, "__await__") else result
+
+
 async def test_a_run_is_reported_while_it_goes_on_and_then_ranked(lab_a: Any) -> None:
     handle: RunHandle = await lab_a.report_run("t", "org/m", metric="loss", checkpoint=0.8, seed=1, settings={"lr": 1})
-
-    async def performed(result: Any) -> Any:
-        return result if not hasattr(result, "__await__") else await result
-
     await performed(handle.append(1, 5.0, {"seconds": 1.0}))
     assert (await lab_a.get_run(handle.run.id)).last.psi == 5.0
     await performed(handle.append(2, 4.0, tally(2.0)))
@@ -81,9 +82,42 @@ def test_points_that_could_not_be_sent_go_with_the_next(server: Server) -> None:
         handle._client, here = away, handle._client
         with pytest.raises(ConnectionFailed):
             handle.append(1, 5.0, {"seconds": 1.0})
+        with pytest.raises(ConfigurationError, match="follows step 1"):
+            handle.append(1, 5.0, {"seconds": 1.0})
         handle._client = here
         handle.append(2, 4.0, {"seconds": 2.0})
         assert [p.step for p in client.list_points(handle.run.id)] == [1, 2]
+
+
+async def test_a_point_that_is_refused_does_not_keep_a_run_from_its_end(
+    lab_a: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, other = [await lab_a.report_run("t", "m", metric="loss", run_id=uuid.UUID(int=7)) for _ in range(2)]
+    await performed(handle.append(100, 5.0, {"seconds": 1.0}))
+    for step in (100, 99):  # an evaluation of the last step once more, and a training that was set back
+        with pytest.raises(ConfigurationError, match=f"Step {step} follows step 100"):
+            await performed(handle.append(step, 5.0, {"seconds": 1.0}))
+    with pytest.raises(RunConflict):  # what the registry alone can tell
+        await performed(other.append(100, 4.0, {"seconds": 1.0}))
+    await performed(handle.append(200, 4.0, {"seconds": 2.0}))
+    monkeypatch.setattr(run_methods, "MAX_POINTS", 2)
+    with pytest.raises(ConfigurationError, match="at most 2 points"):
+        await performed(handle.append(300, 3.0, {"seconds": 3.0}))
+    with pytest.raises(ConfigurationError, match="stopped"):
+        await performed(handle.finish(tally(4.0), stopped="why" * 500))
+    finished = await performed(other.finish(tally(4.0)))
+    assert (finished.points, finished.final.psi) == (2, 4.0)
+    with pytest.raises(RunFinished):
+        await performed(handle.finish(tally(5.0)))
+
+
+async def test_a_run_that_is_gone_on_with_knows_its_last_step(lab_a: Any) -> None:
+    handle = await lab_a.report_run("t", "m", metric="loss", run_id=uuid.UUID(int=7))
+    await performed(handle.append(100, 5.0, {"seconds": 1.0}))
+    again = await lab_a.report_run("t", "m", metric="loss", run_id=uuid.UUID(int=7))
+    with pytest.raises(ConfigurationError, match="follows step 100"):
+        again.append(100, 5.0, {"seconds": 1.0})
+    await performed(again.append(101, 5.0, {"seconds": 1.0}))
 
 
 # --- journals

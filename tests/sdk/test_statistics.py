@@ -12,6 +12,7 @@ import pytest
 
 from gradient_blueprints import Blueprint, Client, ConfigurationError, ModelNotFound, Verdict
 from gradient_blueprints.blueprint_files import table_of_files
+from gradient_blueprints.statistics_methods import local_sample
 from gradient_blueprints.statistics_models import Advice
 from tests.conftest import Server
 from tests.documents import PAPER_EXAMPLE, blueprint_document, paper_example
@@ -108,6 +109,10 @@ def test_a_file_that_is_no_blueprint_is_named(tmp_path: Path) -> None:
     bad.write_text('{"model_id": "m", "training_checkpoint": 0.8, "layers": [{"id": "a"}]}')
     with pytest.raises(ConfigurationError, match=r"bad\.json.*layers/0/gradient_norm"):
         list(table_of_files([bad]))
+    table = tmp_path / "spreadsheet.csv"
+    table.write_text("model_id,training_checkpoint,id,gradient_norm\nm,0.8,caf\u00e9,1\n", encoding="cp1252")
+    with pytest.raises(ConfigurationError, match=r"spreadsheet\.csv is not UTF-8: .* at byte 55"):
+        list(table_of_files([table]))
 
 
 async def test_a_selection_of_nothing_is_refused_before_it_is_sent(connect: Connect) -> None:
@@ -190,10 +195,22 @@ async def test_evidence_is_kept_with_consent_and_summarized(lab_a: Any) -> None:
 
 
 async def test_arguments_that_do_not_fit_are_refused(lab_a: Any) -> None:
-    unfit: list[dict[str, Any]] = [{}, {"local": {}}, {"local": {"a": 1.0}, "threshold": 2}, {"local": {"a": [-1.0]}}]
+    unfit: list[dict[str, Any]] = [{}, {"local": {}}, {"local": {"a": 1.0}, "threshold": 2}]
+    values: tuple[Any, ...] = (-1.0, "12", None, True, math.nan, 10**400, {}, b"12")  # "12" is not the batches 1 and 2
+    unfit += [{"local": {"a": value}} for value in (*values, [], *([value] for value in values))]
     for arguments in unfit:
         with pytest.raises(ConfigurationError):
             await lab_a.check_staleness("tiny", 0.8, **arguments)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
+def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
+    one, two = kind(0.5), kind(0.25)
+    (alone,) = local_sample({"a": one}, "gradient_norm").layers
+    (listed,) = local_sample({"a": [one, two]}, "gradient_norm").layers
+    assert (alone.value, listed.batches) == (0.5, (0.5, 0.25))
+    array: Any = np.array([0.5, 0.25])
+    assert local_sample({"a": array}, "gradient_norm").layers == (listed,)
 
 
 # --- the command
@@ -227,3 +244,11 @@ def test_the_command_exits_1_when_a_blueprint_is_stale(blueprints: Run, server: 
     sample.write_text(json.dumps(batches(dict(zip(NORMS, sorted(NORMS.values()), strict=True)))))
     answer = json.loads(blueprints("stale", "tiny", "0.8", sample, "--json", code=1).stdout)
     assert (answer["verdict"], answer["advice"]) == ("stale", "refresh")
+
+
+@pytest.mark.parametrize("content", ['{"attn.0": null}', '{"attn.0": "12"}', "null", "[" * 100_000, '{"\\ud800": 1}'])
+def test_a_local_file_that_holds_no_numbers_is_a_wrong_call_and_not_a_stale_blueprint(
+    blueprints: Run, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "local.json").write_text(content)
+    assert blueprints("stale", "tiny", "0.8", tmp_path / "local.json", code=2).stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 import socket
 import threading
@@ -202,13 +203,46 @@ def test_an_unusable_key_is_refused_without_being_shown(key: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "127.0.0.1:8000", "ftp://registry", "https://", "https://user:secret@registry", "https://registry?key=1"],
+    [
+        "",
+        "127.0.0.1:8000",
+        "ftp://registry",
+        "https://",
+        "https://user:secret@registry",
+        "https://registry?key=1",
+        "https://user:secret@registry:8000x",
+        "https://registry:80000",
+        "https://user:secret@[::1",
+        "https://user:secret@registry\u2100",
+    ],
 )
 def test_an_unusable_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BLUEPRINTS_URL", raising=False)
     with pytest.raises(ConfigurationError) as raised:
         AsyncClient(url, cache=False)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://registry..\u00e9", "http://999.1.1.1", "http://registry/\x7f", "http://r/\udce9"]
+)
+async def test_a_host_that_cannot_be_is_found_out_by_the_first_call(connect: Connect, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no registry's URL"):
+        await connect(url).get_model("tiny")
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10])
+async def test_a_timeout_of_centuries_is_one_of_days(connect: Connect, seconds: float) -> None:
+    with FaultyNetwork(json_answer(MODEL)) as network:
+        sdk = connect(network.url, timeout=seconds)
+        assert (await sdk.get_model("tiny")).model_id == "tiny"
+        assert sdk.timeout == 1e6
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan])
+def test_a_timeout_that_no_call_can_keep_is_refused(timeout: float) -> None:
+    with pytest.raises(ConfigurationError, match="timeout="):
+        Client("http://127.0.0.1:9", cache=False, timeout=timeout)
 
 
 async def test_a_registry_may_live_under_a_path(connect: Connect) -> None:

@@ -20,15 +20,17 @@ from gradient_blueprints import (
     DigestMismatch,
     PermissionDenied,
     Scope,
+    UnexpectedAnswer,
 )
 from gradient_blueprints.canonical import digest_of
 from gradient_blueprints.commands import app
 from tests.conftest import Server
 from tests.sdk.conftest import Connect
 from tests.sdk.cutting_proxy import CuttingProxy
-from tests.sdk.faulty_network import FaultyNetwork, problem
+from tests.sdk.faulty_network import FaultyNetwork, answer, hang_up, json_answer, problem
 
 WEIGHTS = random.Random(0).randbytes(12_000_000)
+NO_FILES = json_answer('{"files": []}')
 
 
 @pytest.fixture
@@ -103,6 +105,13 @@ async def test_changed_content_needs_the_old_to_be_deleted(lab_a: Any, folder: P
         await lab_a.delete_checkpoint_file("tiny", 0.8, "other.json")
 
 
+async def test_a_deletion_whose_answer_is_lost_is_not_repeated(connect: Connect) -> None:
+    with FaultyNetwork(hang_up, problem(404, "checkpoint_file_not_found")) as network:
+        with pytest.raises(ConnectionFailed, match="may have been carried out"):
+            await connect(network.url, api_key="k").delete_checkpoint_file("tiny", 0.8, "config.json")
+        assert network.connections == 1
+
+
 async def test_one_file_can_be_added_under_a_name(lab_a: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     file: CheckpointFile = await lab_a.upload_checkpoint_file(tmp_path / "text.txt", "tiny", 0.8, "texts/law.txt")
@@ -159,13 +168,35 @@ async def test_a_file_that_is_cut_while_it_is_sent_is_an_error_and_what_is_appen
     assert (files[-1].complete, files[-1].digest) == (True, digest_of(WEIGHTS))
 
 
-async def test_a_registry_that_keeps_nothing_is_given_up(connect: Connect, tmp_path: Path) -> None:
+def page(status: int) -> bytes:
+    """What a gateway answers when it cannot reach the registry."""
+    return answer(status, b"<html><h1>Bad Gateway</h1></html>", Content_Type="text/html")
+
+
+@pytest.mark.parametrize("status", [502, 504])
+async def test_an_upload_that_a_gateway_answered_in_between_goes_on(
+    connect: Connect, tmp_path: Path, status: int
+) -> None:
     (tmp_path / "a.json").write_text("{}")
-    page = b'{"files": []}'
-    listed = (
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\nConnection: close\r\n\r\n" + page
-    )
-    with FaultyNetwork(listed, problem(503, "service_unavailable")) as network:
+    file = {"path": "a.json", "lab": "lab-a", "size": 2, "digest": digest_of(b"{}"), "received": 2, "complete": True}
+    acts = (NO_FILES, page(status), answer(204, Upload_Offset="1"), json_answer(json.dumps(file), 201))
+    with FaultyNetwork(*acts) as network:
+        assert (await connect(network.url).upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)).complete
+        assert b"upload-offset: 1\r" in network.requests[-1].lower()
+
+
+async def test_an_upload_that_something_else_answers_ends_at_once(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with FaultyNetwork(NO_FILES, page(404)) as network:
+        with pytest.raises(UnexpectedAnswer, match="Bad Gateway"):
+            await connect(network.url).upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
+        assert network.connections == 2
+
+
+@pytest.mark.parametrize("fault", [problem(503, "service_unavailable"), page(502)])
+async def test_a_registry_that_keeps_nothing_is_given_up(connect: Connect, tmp_path: Path, fault: bytes) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with FaultyNetwork(NO_FILES, fault) as network:
         client = connect(network.url, api_key="k", timeout=1)
         with pytest.raises(ConnectionFailed, match=r"No progress with a\.json"):
             await client.upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
