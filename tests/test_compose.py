@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +54,20 @@ def test_every_image_is_a_target_of_the_dockerfile_and_every_secret_is_made() ->
     made = re.search(r"for name in (.+); do \\\n.*secrets/", (REPOSITORY / "Makefile").read_text())
     assert made is not None
     assert set(made.group(1).split()) == COMPOSE["secrets"].keys()
+
+
+def test_a_starting_worker_makes_the_place_for_temporary_files_and_its_image_removes_nothing_there(
+    tmp_path: Path,
+) -> None:
+    of_another = tmp_path / "scratch" / "another" / "file"
+    dockerfile = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", "")
+    command = re.search(r"^CMD (\[.*python -m worker.*\])$", dockerfile, re.MULTILINE)
+    assert command is not None
+    script = json.loads(command.group(1))[2].replace("/data/cache", str(tmp_path)).replace("python -m worker", "env")
+    for _ in range(2):
+        started = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        assert f"TMPDIR={tmp_path / 'scratch'}\n" in started.stdout
+        of_another.parent.mkdir(exist_ok=True)
+        of_another.touch()
+        os.utime(of_another.parent, (0, 0))
+    assert of_another.exists()

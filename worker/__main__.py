@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from gradient_blueprints.log_lines import hide_secrets, passwords_in, start_logging
 from gradient_blueprints.tracing import start_tracing
+from worker.folders import remove_abandoned
 from worker.metrics import serve_metrics
 from worker.settings import WorkerSettings
 from worker.tasks import ARGUMENTS, create_worker
@@ -29,6 +30,7 @@ def main() -> int:
     start_tracing("gradient-blueprints-worker", os.environ)
     if not settings.allowed_roots:
         logging.warning("BLUEPRINTS_ALLOWED_ROOTS is not set: every job that names a local path will fail")
+    remove_abandoned()
     if settings.worker_metrics is not None:
         serve_metrics(settings.worker_metrics)
     create_worker(settings).worker_main(list(ARGUMENTS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Prog
 from gradient_blueprints.tracing import span
 from worker import metrics
 from worker.child import Child, Fetched, Fetching, Specification
+from worker.folders import job_folder
 from worker.settings import WorkerSettings
 from worker.sources import needs_fetching
 from worker.speaking import FAILED, FINISHED, MEMORY, PROGRESS
@@ -60,10 +60,10 @@ def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) ->
         logger.info("job %s: part %d, lease %d", job_id, claim.part, claim.lease_token)
         with (
             _counted(),
-            tempfile.TemporaryDirectory(prefix="blueprint-job-", ignore_cleanup_errors=True) as folder,
+            job_folder() as folder,
             Lease(settings, claim) as lease,
         ):
-            Attempt(client, settings, claim, lease, Path(folder), stopping).run()
+            Attempt(client, settings, claim, lease, folder, stopping).run()
 
 
 @contextmanager
