@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from gradient_blueprints.log_lines import hide_secrets, passwords_in, start_logging
 from gradient_blueprints.tracing import start_tracing
+from worker.device import device_fault
 from worker.folders import remove_abandoned
 from worker.metrics import serve_metrics
 from worker.settings import WorkerSettings
@@ -23,6 +24,9 @@ def main() -> int:
         for fault in invalid.errors(include_input=False):
             name = "BLUEPRINTS_" + "_".join(map(str, fault["loc"])).upper()
             print(f"{name}: {fault['msg']}", file=sys.stderr)
+        return 2
+    if unusable := device_fault(settings.device):
+        print(f"BLUEPRINTS_DEVICE: {unusable}", file=sys.stderr)
         return 2
     start_logging(settings.log_format)
     hide_secrets(key.get_secret_value() for key in (settings.api_key, settings.hub_token) if key is not None)

@@ -32,6 +32,7 @@ from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Prog
 from gradient_blueprints.tracing import span
 from worker import metrics
 from worker.child import Child, Fetched, Fetching, Specification
+from worker.device import device_fault
 from worker.folders import job_folder
 from worker.settings import WorkerSettings
 from worker.sources import needs_fetching
@@ -63,7 +64,15 @@ def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) ->
         with _counted():
             attempt.run()
     if attempt.crashed:
-        stopping.wait(CRASH_PAUSE)  # it may be this worker's doing, and others get the next job
+        recover(settings, stopping)
+
+
+def recover(settings: WorkerSettings, stopping: threading.Event) -> None:
+    """After a crash, which this worker may be the cause of: others get the next job; it waits for its device."""
+    stopping.wait(CRASH_PAUSE)
+    while not stopping.is_set() and (fault := device_fault(settings.device)):
+        logger.error("no job is taken: %s", fault)
+        stopping.wait(LONGEST_PAUSE)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from gradient_blueprints import Client, Scope
 from gradient_blueprints.models import Job, JobState
 from tests.conftest import Server
 from worker import attempts
-from worker.attempts import work_on
+from worker.attempts import recover, work_on
 from worker.settings import WorkerSettings
 
 Submit = Callable[..., Job]
@@ -66,6 +66,20 @@ def test_a_worker_that_fails_tells_so_and_pauses(
     assert (told.state, told.attempts) == (JobState.QUEUED, 1)
     assert (told.reason or "").startswith(f"attempt 1 of 3: the worker failed: {error}: ")
     assert time.monotonic() - began > PAUSE
+
+
+def test_a_worker_without_its_device_takes_no_job_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "CRASH_PAUSE", 0.0)
+    stopping = threading.Event()
+    lost = WorkerSettings(url="http://127.0.0.1:9", api_key="none", broker_url="redis://127.0.0.1:9", device="cuda:99")
+    recovering = threading.Thread(target=recover, args=(lost, stopping))
+    recovering.start()
+    recovering.join(20)
+    assert recovering.is_alive()
+    stopping.set()
+    recovering.join(20)
+    assert not recovering.is_alive()
+    recover(lost.model_copy(update={"device": "cpu"}), threading.Event())
 
 
 def test_a_reason_that_holds_what_is_no_text_is_told(

@@ -22,7 +22,7 @@ from worker.child import Child, Fetched, Fetching, Specification
 from worker.fetch import fetch
 from worker.profile import profile
 from worker.sources import SourceRefused, read_store_source, resolve_checkpoint
-from worker.speaking import FAILED, FINISHED, PROGRESS
+from worker.speaking import FAILED, FINISHED
 
 Specify = Callable[..., Fetching]
 LIMIT = 1 << 30
@@ -239,8 +239,8 @@ def test_a_text_in_a_bucket_is_measured_before_it_is_fetched(bucket: Any, specif
 # --- the hub, in the process that a worker starts
 
 
-def outcome(fetching: Fetching) -> tuple[str, Any]:
-    child = Child(fetching)
+def outcome(specification: Fetching | Specification) -> tuple[str, Any]:
+    child = Child(specification)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -251,7 +251,7 @@ def outcome(fetching: Fetching) -> tuple[str, Any]:
                 if ended:
                     return "died", child.cause_of_death()
                 continue
-            if kind != PROGRESS:
+            if kind in {FAILED, FINISHED}:
                 return kind, content
         raise AssertionError("the process says nothing")
     finally:
