@@ -89,7 +89,7 @@ def fetch(fetching: Fetching, report: Report) -> Fetched:
     if is_remote(job.source):
         folder = _new_folder(fetching.folder, 0)
         if job.source.startswith(hub.SCHEME):
-            folder, revision = hub.fetch_snapshot(
+            snapshot, revision = hub.fetch_snapshot(
                 job.source,
                 cache=fetching.cache / "hub",
                 allowed=fetching.allowed_hub,
@@ -97,6 +97,8 @@ def fetch(fetching: Fetching, report: Report) -> Fetched:
                 max_bytes=fetching.max_model_bytes,
                 max_cache_bytes=fetching.cache_bytes,
             )
+            for file in snapshot.iterdir():
+                _link(file.resolve(strict=True), folder / file.name)
         elif job.source.startswith(buckets.SCHEME):
             buckets.fetch_folder(
                 job.source, folder, allowed=fetching.allowed_buckets, max_bytes=fetching.max_model_bytes, report=report

@@ -41,7 +41,12 @@ class WorkerSettings(BaseSettings):
     cache: Path | None = Field(
         None, description="folder of fetched checkpoints; `gradient-blueprints/worker` in the user's cache if unset"
     )
-    cache_bytes: int = Field(100 * GIBIBYTE, gt=0, description="size at which the longest unused of them go")
+    cache_bytes: int = Field(
+        100 * GIBIBYTE,
+        gt=0,
+        description="size at which the longest unused of them go, of those from the registry and of those from the hub "
+        "each; what was used within the hour stays",
+    )
     device: str = Field(
         "auto",
         description="cpu, cuda, cuda:1, mps; auto takes the first accelerator there is, "
