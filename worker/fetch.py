@@ -69,7 +69,8 @@ def guard_connections(fetching: Fetching) -> ConnectionGuard:
     """From here on this process connects to public addresses and to what the operator has named alone."""
     guard = ConnectionGuard(map(read_network, fetching.networks))
     sources = [fetching.job.source, *(data.source for data in fetching.job.data.values())]
-    named = [fetching.url, os.environ.get("HF_ENDPOINT", ""), *getproxies().values()]
+    proxies = (url for scheme, url in getproxies().items() if scheme != "no")
+    named = [fetching.url, os.environ.get("HF_ENDPOINT", ""), *proxies]
     if fetching.allowed_buckets and any(source.startswith(buckets.SCHEME) for source in sources):
         named.append(buckets.settle_operators_part())
     for url in named:
