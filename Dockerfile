@@ -57,11 +57,9 @@ COPY worker worker
 ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources BLUEPRINTS_CACHE=/data/cache
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
   CMD find "$BLUEPRINTS_HEARTBEAT" -newermt '1 minute ago' | grep -q .
-# Scratch folders lie in the cache's volume, so that cached files get a second name there instead of a copy. What a killed
-# container left is removed by its next start, or by another's once it is older than any job may run.
-CMD ["sh", "-c", "export TMPDIR=/data/cache/scratch/$HOSTNAME && rm -rf $TMPDIR && mkdir -p $TMPDIR \
-  && find /data/cache/scratch -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} + \
-  && exec python -m worker"]
+# Jobs' folders lie in the cache's volume, so that cached files get a second name there instead of a copy. All workers make
+# theirs in the same place, where each start removes what killed ones left (worker/folders.py).
+CMD ["sh", "-c", "export TMPDIR=/data/cache/scratch && mkdir -p $TMPDIR && exec python -m worker"]
 
 FROM ${PYTHON} AS gateway
 RUN apt-get update && apt-get install -y --no-install-recommends haproxy && rm -rf /var/lib/apt/lists/*

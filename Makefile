@@ -97,9 +97,10 @@ torture: $(INSTALLED)
 # For docker compose. The folder is closed and the files are not: the containers read them under another account.
 secrets:
 	@mkdir -p -m 700 secrets sources
-	@chmod 755 sources
+	@chmod 700 secrets && chmod 755 sources
 	@for name in database_password secret admin_key worker_key; do \
 	    [ -s secrets/$$name ] || head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >secrets/$$name; \
+	    chmod 644 secrets/$$name; \
 	done
 	@echo "admin key: $$(cat secrets/admin_key)"
 

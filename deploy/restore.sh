@@ -9,7 +9,13 @@ dump=${2:-$(ls "$folder"/database/*Z.dump | sort | tail -n 1)}
 dump=$(cd "$(dirname "$dump")" && pwd)/$(basename "$dump")
 cd "$(dirname "$0")/.."
 
-[ -d secrets ] || { cp -Rp "$folder/secrets" . && mkdir -p sources && echo 'secrets/ is the one of the backup'; }
+if [ ! -d secrets ]; then
+    cp -Rp "$folder/secrets" . && mkdir -p sources && echo 'secrets/ is the one of the backup'
+elif [ -f "$folder/secrets/secret" ] && [ "$(cat "$folder/secrets/secret")" != "$(cat secrets/secret)" ]; then
+    echo "secrets/secret is not the backup's, with which alone the restored keys are valid. Nothing was changed. To take" >&2
+    echo "the backup's secrets/, move the one that is here away (mv secrets secrets.old) and call this again." >&2
+    exit 1
+fi
 $compose up -d postgres
 until $compose exec -T postgres pg_isready --quiet --username=blueprints --host=127.0.0.1; do sleep 1; done
 echo "database from $dump"

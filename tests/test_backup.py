@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -218,3 +219,46 @@ def test_the_command_verify_fails_when_there_is_a_fault(kept: Kept) -> None:
     found = run_command(kept.settings, "verify")
     assert found.returncode == 1
     assert found.stdout.startswith(f"FAULT document {kept.digests[0]}: its bytes have the digest sha256:")
+
+
+# --- deploy/restore.sh, with an `echo` for docker compose: what it does before that
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the script, and beside it a backup."""
+    (tmp_path / "checkout" / "deploy").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "deploy" / "restore.sh", tmp_path / "checkout" / "deploy")
+    for name in ("database", "secrets"):
+        (tmp_path / "backup" / name).mkdir(parents=True)
+    write(tmp_path / "backup" / "database" / "2026-11-22T09-31-05Z.dump", b"a dump")
+    write(tmp_path / "backup" / "secrets" / "secret", b"the backup's")
+    return tmp_path / "checkout"
+
+
+def run_restore(checkout: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", checkout / "deploy" / "restore.sh", checkout.parent / "backup"],
+        env=os.environ | {"COMPOSE": "echo compose"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_script_refuses_a_secret_with_which_no_restored_key_is_valid(checkout: Path) -> None:
+    (checkout / "secrets").mkdir()
+    for kept in (b"another", None):
+        if kept is None:
+            (checkout / "secrets" / "secret").unlink()
+        else:
+            write(checkout / "secrets" / "secret", kept)
+        refused = run_restore(checkout)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "mv secrets secrets.old" in refused.stderr
+    (checkout / "secrets").rename(checkout / "secrets.old")
+    for _ in range(2):  # once it takes those of the backup, then it finds them
+        restored = run_restore(checkout)
+        assert restored.returncode == 0, restored.stderr
+        assert "compose up -d postgres\n" in restored.stdout
+        assert (checkout / "secrets" / "secret").read_bytes() == b"the backup's"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +55,37 @@ def test_every_image_is_a_target_of_the_dockerfile_and_every_secret_is_made() ->
     made = re.search(r"for name in (.+); do \\\n.*secrets/", (REPOSITORY / "Makefile").read_text())
     assert made is not None
     assert set(made.group(1).split()) == COMPOSE["secrets"].keys()
+
+
+def test_secrets_are_in_a_closed_folder_and_readable_within_it_whatever_the_umask(tmp_path: Path) -> None:
+    make = ["make", "-f", str(REPOSITORY / "Makefile"), "-C", str(tmp_path), "secrets"]
+    subprocess.run(make, umask=0o077, capture_output=True, check=True)
+    made = tmp_path / "secrets"
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()} == {0o644}
+    assert {path.name for path in made.iterdir()} == COMPOSE["secrets"].keys()
+    before = {path: path.read_text() for path in made.iterdir()}
+    made.chmod(0o755)
+    for path in before:
+        path.chmod(0o600)
+    subprocess.run(make, umask=0o077, capture_output=True, check=True)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert {path: path.read_text() for path in made.iterdir()} == before
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()} == {0o644}
+
+
+def test_a_starting_worker_makes_the_place_for_temporary_files_and_its_image_removes_nothing_there(
+    tmp_path: Path,
+) -> None:
+    of_another = tmp_path / "scratch" / "another" / "file"
+    dockerfile = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", "")
+    command = re.search(r"^CMD (\[.*python -m worker.*\])$", dockerfile, re.MULTILINE)
+    assert command is not None
+    script = json.loads(command.group(1))[2].replace("/data/cache", str(tmp_path)).replace("python -m worker", "env")
+    for _ in range(2):
+        started = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        assert f"TMPDIR={tmp_path / 'scratch'}\n" in started.stdout
+        of_another.parent.mkdir(exist_ok=True)
+        of_another.touch()
+        os.utime(of_another.parent, (0, 0))
+    assert of_another.exists()

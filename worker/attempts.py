@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,8 @@ from gradient_blueprints.models import Claim, JobOutcome, JobState, NewJob, Prog
 from gradient_blueprints.tracing import span
 from worker import metrics
 from worker.child import Child, Fetched, Fetching, Specification
+from worker.device import device_fault
+from worker.folders import job_folder
 from worker.settings import WorkerSettings
 from worker.sources import needs_fetching
 from worker.speaking import FAILED, FINISHED, MEMORY, PROGRESS
@@ -43,6 +44,7 @@ LOOK_SECONDS = 0.2
 LONGEST_HEARTBEAT = 3.0  # seconds: a third of the lease, but a cancel must arrive within seconds however long that is
 REPORT_SECONDS = 900.0  # how long a finished job's word is offered to a registry that does not answer
 LONGEST_PAUSE = 15.0
+CRASH_PAUSE = 5.0
 PASSING = (ConnectionFailed, ServiceUnavailable, InternalError, UnexpectedAnswer, RateLimited)
 REFUSED = (Unauthenticated, PermissionDenied)
 
@@ -58,12 +60,19 @@ def work_on(job_id: str, settings: WorkerSettings, stopping: threading.Event) ->
         if claim is None:
             return
         logger.info("job %s: part %d, lease %d", job_id, claim.part, claim.lease_token)
-        with (
-            _counted(),
-            tempfile.TemporaryDirectory(prefix="blueprint-job-", ignore_cleanup_errors=True) as folder,
-            Lease(settings, claim) as lease,
-        ):
-            Attempt(client, settings, claim, lease, Path(folder), stopping).run()
+        attempt = Attempt(client, settings, claim, Lease(settings, claim), stopping)
+        with _counted():
+            attempt.run()
+    if attempt.crashed:
+        recover(settings, stopping)
+
+
+def recover(settings: WorkerSettings, stopping: threading.Event) -> None:
+    """After a crash, which this worker may be the cause of: others get the next job; it waits for its device."""
+    stopping.wait(CRASH_PAUSE)
+    while not stopping.is_set() and (fault := device_fault(settings.device)):
+        logger.error("no job is taken: %s", fault)
+        stopping.wait(LONGEST_PAUSE)
 
 
 @contextmanager
@@ -152,19 +161,29 @@ class Attempt:
         settings: WorkerSettings,
         claim: Claim,
         lease: Lease,
-        folder: Path,
         stopping: threading.Event,
     ) -> None:
+        self.crashed = False
         self._client = client
         self._settings = settings
         self._claim = claim
         self._lease = lease
-        self._folder = folder
         self._stopping = stopping
         self._limit = claim.job.options.time_limit
         self._deadline = time.monotonic() + self._limit
 
     def run(self) -> None:
+        """Work on the job in a folder of its own. Whatever fails in that, the registry is told how it ended."""
+        try:
+            with self._lease, job_folder() as self._folder:
+                self._work()
+        except Conflict:  # the job is somebody else's, or over
+            raise
+        except Exception as error:
+            logger.exception("job %s: the worker failed", self._claim.job.id)
+            self._end("crashed", f"the worker failed: {type(error).__name__}: {error}")
+
+    def _work(self) -> None:
         """Bring what lies elsewhere, work, hand in; what ends the attempt before that has been told by then."""
         shards = self._claim.job.options.shards
         merges = shards > 1 and self._claim.part == shards
@@ -306,9 +325,12 @@ class Attempt:
 
     def _end(self, state: Literal["failed", "crashed", "cancelled", "queued"], reason: str) -> None:
         job = self._claim.job
+        self.crashed = state == "crashed"
         metrics.ATTEMPTS.labels(state).inc()
+        # Names that a source gives may hold what is no text: half of a surrogate pair, in JSON.
+        reason = reason.encode(errors="backslashreplace").decode().replace("\0", "")[:4_000]
         logger.info("job %s: %s: %s", job.id, state, reason)
-        outcome = JobOutcome(lease_token=self._claim.lease_token, state=state, reason=reason[:4_000].replace("\0", ""))
+        outcome = JobOutcome(lease_token=self._claim.lease_token, state=state, reason=reason)
         self._insist(lambda: self._client.end_job(job.id, outcome))
 
     def _insist(self, say: Callable[[], object]) -> bool:

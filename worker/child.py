@@ -92,6 +92,7 @@ class Child:
         else:
             environment |= {"HF_HUB_DISABLE_XET": "1"}  # it connects outside Python, where worker.guard does not see it
             module = "worker.fetch"
+        environment["TMPDIR"] = str(specification.folder)  # what it is killed amid goes with the job
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],

@@ -69,7 +69,8 @@ def guard_connections(fetching: Fetching) -> ConnectionGuard:
     """From here on this process connects to public addresses and to what the operator has named alone."""
     guard = ConnectionGuard(map(read_network, fetching.networks))
     sources = [fetching.job.source, *(data.source for data in fetching.job.data.values())]
-    named = [fetching.url, os.environ.get("HF_ENDPOINT", ""), *getproxies().values()]
+    proxies = (url for scheme, url in getproxies().items() if scheme != "no")
+    named = [fetching.url, os.environ.get("HF_ENDPOINT", ""), *proxies]
     if fetching.allowed_buckets and any(source.startswith(buckets.SCHEME) for source in sources):
         named.append(buckets.settle_operators_part())
     for url in named:
@@ -89,7 +90,7 @@ def fetch(fetching: Fetching, report: Report) -> Fetched:
     if is_remote(job.source):
         folder = _new_folder(fetching.folder, 0)
         if job.source.startswith(hub.SCHEME):
-            folder, revision = hub.fetch_snapshot(
+            snapshot, revision = hub.fetch_snapshot(
                 job.source,
                 cache=fetching.cache / "hub",
                 allowed=fetching.allowed_hub,
@@ -97,6 +98,8 @@ def fetch(fetching: Fetching, report: Report) -> Fetched:
                 max_bytes=fetching.max_model_bytes,
                 max_cache_bytes=fetching.cache_bytes,
             )
+            for file in snapshot.iterdir():
+                _link(file.resolve(strict=True), folder / file.name)
         elif job.source.startswith(buckets.SCHEME):
             buckets.fetch_folder(
                 job.source, folder, allowed=fetching.allowed_buckets, max_bytes=fetching.max_model_bytes, report=report

@@ -29,8 +29,8 @@ class ConnectionGuard:
         self.refused: AddressRefused | None = None
 
     def allow(self, url: str) -> None:
-        """The host of a URL in the operator's own settings may be private, at this port."""
-        parts = urlsplit(url)
+        """The host of a URL in the operator's own settings may be private, at this port. A proxy's may lack http://."""
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port or PORTS.get(parts.scheme)
         if parts.hostname and port is not None:
             self._named.add((parts.hostname, port))

@@ -7,14 +7,24 @@ resolved to a commit, which the blueprint's provenance names.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
+from huggingface_hub import (
+    CachedRevisionInfo,
+    HfApi,
+    constants,
+    scan_cache_dir,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     CacheNotFound,
     GatedRepoError,
@@ -26,6 +36,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from gradient_blueprints.cache import RECENT
 from worker.sources import TOKENIZER_FILES, SourceRefused, check_sizes
 
 SCHEME = "hf://"
@@ -72,10 +83,11 @@ def fetch_snapshot(
     }
     check_sizes(sizes, max_model_bytes=max_bytes)
     commit = str(info.sha)
-    _make_room(cache, sum(sizes.values()), max_cache_bytes, keep=commit)
+    needed = sum(size for name, size in sizes.items() if not _is_cached(cache, repository, commit, name))
+    _make_room(cache, needed, max_cache_bytes, keep=commit)
     # `revision` by name, so that the cache remembers which commit it stood for when the hub is away
     folder = snapshot_download(repository, revision=revision, cache_dir=cache, token=token or False, **FILTER)
-    return Path(folder), Path(folder).name
+    return _used(Path(folder))
 
 
 def _from_cache(source: str, repository: str, revision: str, cache: Path, error: Exception) -> tuple[Path, str]:
@@ -87,23 +99,40 @@ def _from_cache(source: str, repository: str, revision: str, cache: Path, error:
             "is not in its cache; upload the checkpoint instead (client.upload_checkpoint, then source='store')"
         ) from error
     logger.warning("the hub cannot be reached (%s); %s is taken from the cache", _one_line(error), source)
-    return Path(folder), Path(folder).name
+    return _used(Path(folder))
+
+
+def _used(folder: Path) -> tuple[Path, str]:
+    """Note that a snapshot was used now: for hours at a time, most file systems do not."""
+    for file in folder.iterdir():
+        with suppress(OSError):  # another account's
+            os.utime(file)
+    return folder, folder.name
+
+
+def _is_cached(cache: Path, repository: str, commit: str, name: str) -> bool:
+    return isinstance(try_to_load_from_cache(repository, name, cache_dir=cache, revision=commit), str)
 
 
 def _make_room(cache: Path, needed: int, most: int, *, keep: str) -> None:
-    """Remove the longest unused revisions until `needed` bytes fit."""
+    """Remove the longest unused revisions until `needed` bytes fit; but none that another job may be about to take."""
     try:
         found = scan_cache_dir(cache)
     except CacheNotFound:
         return
-    excess = found.size_on_disk + needed - most
-    revisions = [(repo.last_accessed, revision) for repo in found.repos for revision in repo.revisions]
-    for _, revision in sorted(revisions, key=lambda item: item[0]):
-        if excess <= 0:
-            return
-        if revision.commit_hash != keep:
-            found.delete_revisions(revision.commit_hash).execute()
-            excess -= revision.size_on_disk
+    now = time.time()
+    going: list[str] = []
+    for revision in sorted((revision for repo in found.repos for revision in repo.revisions), key=_last_used):
+        freed = found.delete_revisions(*going).expected_freed_size  # together, as they may share files
+        if found.size_on_disk - freed + needed <= most:
+            break
+        if revision.commit_hash != keep and now - _last_used(revision) > RECENT:
+            going.append(revision.commit_hash)
+    found.delete_revisions(*going).execute()
+
+
+def _last_used(revision: CachedRevisionInfo) -> float:
+    return max((file.blob_last_accessed for file in revision.files), default=0.0)
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradient_blueprints.models import NewJob
-from worker.sources import SourceRefused
+from worker.sources import SourceRefused, raise_fault_of_machine
 from worker.texts import PackedText, format_of, pack
 
 SPARE_PARAMETERS = 1_000
@@ -30,6 +30,7 @@ def load_config(view: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(view, trust_remote_code=False, local_files_only=True)
     except Exception as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"config.json describes no causal language model: {one_line(error)}") from error
 
 
@@ -37,6 +38,7 @@ def load_tokenizer(view: Path, config: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(view, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"the checkpoint's tokenizer cannot be loaded: {one_line(error)}") from error
 
 
@@ -87,6 +89,7 @@ def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: i
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"the weights cannot be loaded: {one_line(error)}") from error
     # What is missing would be filled with random numbers, and their gradients published as the model's.
     if missing := sorted(loading["missing_keys"]):

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from gradient_blueprints.errors import BlueprintsError
 from gradient_blueprints.log_lines import LogFormat, start_logging
 from gradient_blueprints.models import Attachment, Blueprint, NewJob, Progress, Provenance
 from gradient_blueprints.training.profiling import GradientProfiler
@@ -43,6 +44,9 @@ logger = logging.getLogger("worker.profile")  # not __name__, which is __main__ 
 
 FACTORS_FILE = "factors.safetensors"
 STATE_FILE = "state.safetensors"
+# What happens again however often these sources are tried. Anything else, a device or a disk that fails, ends this
+# process, and the job has further attempts.
+SUBMITTED = (BlueprintsError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 SAME = ("weights_digest", "weights_revision", "data", "seed", "notes")  # what the shards of a job must agree on
 Report = Callable[[Progress], None]
 
@@ -64,7 +68,7 @@ def main() -> int:
         speaker.say(FAILED, str(refused))
     except (MemoryError, torch.OutOfMemoryError) as error:
         speaker.say(FAILED, f"out of memory: {one_line(error)}; try a smaller batch_size or sequence_length")
-    except Exception as error:
+    except SUBMITTED as error:
         logging.exception("the job failed")
         speaker.say(FAILED, f"{type(error).__name__}: {one_line(error)}")
     else:

@@ -41,8 +41,17 @@ class WorkerSettings(BaseSettings):
     cache: Path | None = Field(
         None, description="folder of fetched checkpoints; `gradient-blueprints/worker` in the user's cache if unset"
     )
-    cache_bytes: int = Field(100 * GIBIBYTE, gt=0, description="size at which the longest unused of them go")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the first accelerator there is")
+    cache_bytes: int = Field(
+        100 * GIBIBYTE,
+        gt=0,
+        description="size at which the longest unused of them go, of those from the registry and of those from the hub "
+        "each; what was used within the hour stays",
+    )
+    device: str = Field(
+        "auto",
+        description="cpu, cuda, cuda:1, mps; auto takes the first accelerator there is, "
+        "and a worker does not start without the one that is named",
+    )
     max_model_bytes: int = Field(64 * GIBIBYTE, gt=0, description="largest weights, as they stand in memory")
     max_text_bytes: int = Field(GIBIBYTE // 4, gt=0, description="largest text file of a domain")
     max_memory_bytes: int | None = Field(

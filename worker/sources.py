@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import stat
@@ -50,10 +51,24 @@ REFUSED_MEMBERS = {
 MANY_LAYERS = 1_000  # fewer cost nothing, however few tensors there are
 WEIGHTS_PATTERN = r"[\w.-]+\.safetensors"
 STORE = "store"
+FAULTS_OF_SOURCE = {
+    None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL,
+}  # fmt: skip
 
 
 class SourceRefused(Exception):
     """A source that cannot be used; the text is the reason that whoever submitted the job reads."""
+
+
+def raise_fault_of_machine(error: BaseException) -> None:
+    """Raise an error again that another attempt may not meet: a disk that fails or is full, too many open files.
+
+    A file that is missing or closed to this worker is the source's fault, and so is what libraries say of a file's
+    content with an OSError of their own, which has no number.
+    """
+    if isinstance(error, OSError) and error.errno not in FAULTS_OF_SOURCE:
+        raise error
 
 
 # --- sources that lie elsewhere and are fetched first
@@ -165,6 +180,7 @@ def resolve_file(source: str, roots: Sequence[Path], *, limit: int) -> Path:
     try:
         status = path.stat()
     except OSError as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"{source!r} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceRefused(f"{source!r} is not a regular file")
@@ -179,6 +195,7 @@ def resolve_checkpoint(source: str, roots: Sequence[Path], *, max_model_bytes: i
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"{source!r} cannot be opened as a folder: {error.strerror}") from None
     if "config.json" not in names:
         raise SourceRefused(f"{source!r} holds no config.json; give a folder written by save_pretrained")

@@ -21,7 +21,7 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 
-from worker.sources import SourceRefused, file_digest
+from worker.sources import SourceRefused, file_digest, raise_fault_of_machine
 
 PIECE_CHARACTERS = 16_384  # a plain file is shuffled in pieces of whole lines, so that its head is not all that is seen
 PARQUET_ROWS = 1_024  # read at a time
@@ -187,6 +187,7 @@ def _row_groups(path: Path, field: str, draw: random.Random) -> Iterator[Callabl
         # a dictionary stays one: a short file could otherwise name a long text a million times
         file = pyarrow.parquet.ParquetFile(path, read_dictionary=[field])
     except (pyarrow.ArrowException, OSError) as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"{path.name!r} is not Parquet that can be read: {error}") from None
     with file:
         order = list(range(file.num_row_groups))
@@ -259,4 +260,5 @@ def _rows(path: Path, file: pyarrow.parquet.ParquetFile, group: int, field: str)
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field]):
             yield from unpacked.rows(batch.column(0))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise_fault_of_machine(error)
         raise SourceRefused(f"{path.name!r}, row group {group}, cannot be read: {error}") from None

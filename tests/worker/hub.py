@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serving_hub(repository: str, folder: Path) -> Iterator[str]:
+def serving_hub(repository: str, folder: Path, commit: str = COMMIT) -> Iterator[str]:
     """A server with one public repository, whose only revision is `main`."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -27,12 +27,12 @@ def serving_hub(repository: str, folder: Path) -> Iterator[str]:
 
         def _answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
-            if path in {f"/api/models/{repository}/revision/{name}" for name in ("main", COMMIT)}:
+            if path in {f"/api/models/{repository}/revision/{name}" for name in ("main", commit)}:
                 siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-                body = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
+                body = json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode()
                 self._send(200, body, with_body, {"Content-Type": "application/json"})
                 return
-            if path == f"/api/models/{repository}/tree/{COMMIT}":
+            if path == f"/api/models/{repository}/tree/{commit}":
                 tree = [
                     {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for name, content in files.items()
@@ -44,7 +44,7 @@ def serving_hub(repository: str, folder: Path) -> Iterator[str]:
             if path.startswith(start) and name in files:
                 content = files[name]
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
-                self._send(200, content, with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+                self._send(200, content, with_body, {"ETag": etag, "X-Repo-Commit": commit})
                 return
             error = "RevisionNotFound" if f"/{repository}/revision/" in path else "RepoNotFound"
             self._send(404, b"", with_body, {"X-Error-Code": error})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 
 from gradient_blueprints import Client, LabNotFound, Scope
+from gradient_blueprints.cache import RECENT
 from gradient_blueprints.models import NewJob, Progress
 from tests.api.test_files import put
 from tests.conftest import Server
@@ -22,7 +24,7 @@ from worker.child import Child, Fetched, Fetching, Specification
 from worker.fetch import fetch
 from worker.profile import profile
 from worker.sources import SourceRefused, read_store_source, resolve_checkpoint
-from worker.speaking import FAILED, FINISHED, PROGRESS
+from worker.speaking import FAILED, FINISHED
 
 Specify = Callable[..., Fetching]
 LIMIT = 1 << 30
@@ -239,8 +241,8 @@ def test_a_text_in_a_bucket_is_measured_before_it_is_fetched(bucket: Any, specif
 # --- the hub, in the process that a worker starts
 
 
-def outcome(fetching: Fetching) -> tuple[str, Any]:
-    child = Child(fetching)
+def outcome(specification: Fetching | Specification) -> tuple[str, Any]:
+    child = Child(specification)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -251,7 +253,7 @@ def outcome(fetching: Fetching) -> tuple[str, Any]:
                 if ended:
                     return "died", child.cause_of_death()
                 continue
-            if kind != PROGRESS:
+            if kind in {FAILED, FINISHED}:
                 return kind, content
         raise AssertionError("the process says nothing")
     finally:
@@ -290,9 +292,40 @@ def test_the_hub_is_fetched_from_at_a_commit_and_its_cache_serves_when_it_is_awa
     names = {path.name for path in fetched.paths[source].iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not names & {"pytorch_model.bin", "onnx"}
-    kind, content = outcome(specify(source, allowed_hub=("org/tiny",)))  # nobody listens any more
+    fetching = specify(source, allowed_hub=("org/tiny",))
+    kind, content = outcome(fetching)  # nobody listens any more
     assert (kind, content["weights_revision"]) == (FINISHED, COMMIT)
-    resolve_checkpoint(content["paths"][source], [tmp_path / "cache"], max_model_bytes=LIMIT)
+    shutil.rmtree(tmp_path / "cache")  # and what a job has stays while it runs
+    resolve_checkpoint(content["paths"][source], [fetching.folder], max_model_bytes=LIMIT)
+
+
+def test_the_hub_s_cache_lets_go_of_what_was_not_used_lately_and_only_for_what_it_lacks(
+    specify: Specify, monkeypatch: pytest.MonkeyPatch, roots: Path, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder = tmp_path / "cache" / "hub"
+
+    def fetch_from_hub(name: str, commit: str, cache_bytes: int) -> None:
+        with serving_hub(f"org/{name}", roots / "tiny", commit) as url:
+            monkeypatch.setenv("HF_ENDPOINT", url)
+            kind, content = outcome(specify(f"hf://org/{name}", allowed_hub=("*",), cache_bytes=cache_bytes))
+        assert kind == FINISHED, content
+
+    def cached() -> list[str]:
+        return sorted(path.parts[-3].rpartition("--")[2] for path in folder.glob("models--*/snapshots/*"))
+
+    def age() -> None:
+        for blob in folder.glob("models--org--old/blobs/*"):
+            os.utime(blob, (time.time() - 2 * RECENT,) * 2)
+
+    fetch_from_hub("old", "a" * 40, LIMIT)
+    fetch_from_hub("new", "b" * 40, 1)
+    assert cached() == ["new", "old"], "another job may be about to take it"
+    age()
+    fetch_from_hub("new", "b" * 40, sum(path.stat().st_size for path in folder.glob("models--*/blobs/*")))
+    assert cached() == ["new", "old"], "nothing was needed"
+    fetch_from_hub("new", "b" * 40, 1)
+    assert cached() == ["new"]
 
 
 @pytest.mark.parametrize("allowed", [(), ("other/*",), ("org/tiny-2", "org")])

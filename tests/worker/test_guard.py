@@ -16,9 +16,10 @@ import httpx2
 from gradient_blueprints.addresses import AddressRefused, read_network
 from worker.guard import ConnectionGuard
 
-named, other = sys.argv[1:]
+named, proxy, other = sys.argv[1:]
 guard = ConnectionGuard([read_network("127.0.0.2/32")])
 guard.allow(named)
+guard.allow(proxy)
 guard.put_up()
 port = int(other.rpartition(":")[2])
 
@@ -39,6 +40,7 @@ async def streams():
 
 ways = {
     "named": lambda: socket.create_connection(("localhost", int(named.rpartition(":")[2]))).close(),
+    "proxy": lambda: socket.create_connection(proxy.split(":")).close(),
     "allowed": lambda: socket.create_connection(("127.0.0.2", 9)),
     "socket": lambda: socket.create_connection(("localhost", port)),
     "unresolved": lambda: socket.socket().connect(("localhost", port)),
@@ -66,9 +68,10 @@ class Counting(Listening):
 
 
 def test_only_public_and_named_addresses_are_connected_to_whoever_asks() -> None:
-    with Counting() as named, Counting() as other:
+    with Counting() as named, Counting() as proxy, Counting() as other:
+        urls = (named.url.replace("127.0.0.1", "localhost"), proxy.url.removeprefix("http://"), other.url)
         run = subprocess.run(
-            [sys.executable, "-c", PROGRAM, named.url.replace("127.0.0.1", "localhost"), other.url],
+            [sys.executable, "-c", PROGRAM, *urls],
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
@@ -78,6 +81,7 @@ def test_only_public_and_named_addresses_are_connected_to_whoever_asks() -> None
     here = "127.0.0.1 is not a public address"
     assert json.loads(run.stdout) == {
         "named": "connected",
+        "proxy": "connected",
         "allowed": "ConnectionRefusedError",
         "socket": here,
         "unresolved": "'localhost' is not an address",

@@ -239,6 +239,7 @@ def test_a_hub_that_leads_to_a_private_address_fails_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("no_proxy", "localhost:1")  # is no proxy, which might be private
     with leading_to(target) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
         kind, reason = outcome(specify("hf://org/tiny", allowed_hub=("*",)))

@@ -25,6 +25,7 @@ Submit = Callable[..., Job]
 def test_a_refused_source_fails_its_job_and_the_next_one_is_profiled_and_published(
     lab: Client, submit: Submit, processes: Processes, roots: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "processes" / "blueprint-job-left").mkdir()  # as a killed worker leaves one
     refused = submit(source="/etc")
     data = {"general": roots / "general.txt", "code": DataSource(source=str(roots / "code.jsonl"))}
     job = submit(data=data, batches=2, notes="weights of a test")
@@ -53,7 +54,7 @@ def test_a_refused_source_fails_its_job_and_the_next_one_is_profiled_and_publish
     assert (provenance.device or "").startswith("cpu")
     factors = lab.fetch_factors(blueprint)
     assert factors is not None
-    wait_until(lambda: not list((tmp_path / "processes").glob("blueprint-job-*")), what="the job's folder is gone")
+    wait_until(lambda: not list((tmp_path / "processes").glob("blueprint-job-*")), what="no folder of a job is left")
 
 
 def test_an_uploaded_checkpoint_is_profiled_and_published(
@@ -236,6 +237,7 @@ def test_the_profiling_process_knows_neither_key_nor_broker(lab: Client, submit:
     wait_until(lambda: "worker.profile" in " ".join(child.cmdline()))
     environment = psutil.Process(child.pid).environ()
     assert environment["HF_HUB_OFFLINE"] == "1", "this is the environment that it was given"
+    assert environment["TMPDIR"] == child.cwd(), "the job's folder"
     assert [name for name in environment if name.startswith(("BLUEPRINTS_", "AWS_", "HF_TOKEN"))] == []
 
 
