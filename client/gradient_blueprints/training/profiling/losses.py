@@ -158,7 +158,7 @@ class LossReader:
         """What the model gives; ConfigurationError where its loss is of other labels than the input ids instead."""
         try:
             return self.model(**inputs)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             if not self._made_labels:
                 raise
             raise ConfigurationError(
