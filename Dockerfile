@@ -66,6 +66,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends haproxy && rm -
 COPY deploy/haproxy.cfg /etc/haproxy/haproxy.cfg
 USER haproxy
 EXPOSE 8080
+# Finishes the answers and uploads under way; SIGTERM cuts them.
+STOPSIGNAL SIGUSR1
 # Through the gateway to an API and its database.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
   CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]

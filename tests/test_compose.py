@@ -41,6 +41,13 @@ def test_workers_share_no_network_with_the_database_and_hold_none_of_its_secrets
         assert [secret["source"] for secret in SERVICES[name]["secrets"]] == ["worker_key"]
 
 
+def test_a_gateway_that_is_stopped_has_time_to_finish_what_is_under_way() -> None:
+    gateway = (REPOSITORY / "Dockerfile").read_text().partition(" AS gateway\n")[2]
+    assert "\nSTOPSIGNAL SIGUSR1\n" in gateway.partition("\nFROM ")[0]
+    assert SERVICES["gateway"]["stop_grace_period"] == "30s"
+    assert SERVICES["gateway"]["init"] is True  # which passes the signal on
+
+
 def test_only_settings_that_exist_are_set() -> None:
     known = {f"BLUEPRINTS_{name.upper()}" for settings in (Settings, WorkerSettings) for name in settings.model_fields}
     known |= {"BLUEPRINTS_SECRETS_DIR"}

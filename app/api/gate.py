@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import anyio
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.metrics import Metrics
@@ -131,6 +132,14 @@ class Gate:
                 if not exchange.overdue:
                     raise
                 exchange.task.uncancel()
+            except Exception as error:
+                if exchange.started:
+                    raise
+                # Outside of this the framework would answer, past our headers, the metrics and the log.
+                failure = await _failure(scope, error)
+                if exchange.refusal is None:
+                    await failure(scope, exchange.receive_raw, exchange.send_anyway)
+                    return
             refusal = exchange.refusal
             if refusal is None or exchange.started:
                 return
@@ -265,6 +274,12 @@ async def _drain(receive: Receive) -> None:
             received += len(message.get("body", b""))
             if not message.get("more_body", False):
                 return
+
+
+async def _failure(scope: Scope, error: Exception) -> Response:
+    """What the application answers, and logs, of an error that none of its other handlers takes."""
+    answered: Response = await scope["app"].exception_handlers[Exception](Request(scope), error)
+    return answered
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

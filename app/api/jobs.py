@@ -227,8 +227,9 @@ async def finish_job(
 ) -> models.Job:
     """Publish the blueprint under the job's lab and end the job, both or neither; safe to repeat."""
     document = await anyio.to_thread.run_sync(documents.parse_json, await request.body())
-    finished = await job_parts.finish_job(session, caller, job_id, lease_token, document)
-    request.app.state.metrics.publications.labels("worker", "yes").inc()
+    finished, publication = await job_parts.finish_job(session, caller, job_id, lease_token, document)
+    if publication is not None:
+        request.app.state.metrics.publications.labels("worker", "yes" if publication.created else "no").inc()
     return finished
 
 

@@ -294,6 +294,17 @@ async def count_by_week(session: AsyncSession, model_id: str, *, weeks: int) -> 
     return [Week(row.monday, row.fresh, row.stale, row.indeterminate) for row in reversed(rows)]
 
 
+async def count_events(session: AsyncSession, model_id: str, *, since: date) -> int:
+    """Alarms of any blueprint of the model that were raised or cleared from that day on."""
+    query = (
+        select(func.count(tables.StalenessEvent.id))
+        .join(tables.Checkpoint, tables.Checkpoint.id == tables.StalenessEvent.checkpoint_id)
+        .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+        .where(tables.Model.name == model_id, tables.StalenessEvent.at >= since)
+    )
+    return (await session.execute(query)).scalar_one()
+
+
 # --- acting on it
 
 

@@ -142,10 +142,13 @@ async def stored_state_of(session: AsyncSession, job_id: UUID, shard: int) -> in
     return part.lease_token
 
 
-async def finish_job(session: AsyncSession, caller: Caller, job_id: UUID, lease_token: int, document: Document) -> Job:
+async def finish_job(
+    session: AsyncSession, caller: Caller, job_id: UUID, lease_token: int, document: Document
+) -> tuple[Job, Publication | None]:
     """Publish a job's blueprint under the job's lab and end the job, both or neither.
 
-    A worker that did not hear the answer may send the same result again: it gets the finished job.
+    A worker that did not hear the answer may send the same result again: it gets the finished job, and nothing is
+    published.
     """
     locked = await lock(session, job_id)
     part = locked.part_of(lease_token)
@@ -153,7 +156,7 @@ async def finish_job(session: AsyncSession, caller: Caller, job_id: UUID, lease_
         raise _lease_lost(job_id)
     job = await describe(session, job_id)
     if job.state == JobState.SUCCEEDED and job.digest == document.digest:
-        return job
+        return job, None
     if job.state.terminal:
         raise JobFinished(f"Job {job_id} has already ended as {job.state}; this result was not published.")
     if job.state == JobState.CANCELLING:
@@ -166,7 +169,7 @@ async def finish_job(session: AsyncSession, caller: Caller, job_id: UUID, lease_
     move_part(part, JobState.SUCCEEDED)
     await move_job(session, locked, JobState.SUCCEEDED)
     await audit.record(session, caller, "job.finish", str(job_id), digest=publication.digest)
-    return await describe(session, job_id)
+    return await describe(session, job_id), publication
 
 
 async def end_job(session: AsyncSession, caller: Caller, job_id: UUID, outcome: JobOutcome) -> Job:

@@ -50,6 +50,16 @@ async def list_labs_of(session: AsyncSession, model_id: str, *, limit: int) -> l
     ]
 
 
+async def count_labs_of(session: AsyncSession, model_id: str) -> int:
+    query = (
+        select(func.count(tables.Version.lab_id.distinct()))
+        .join(tables.Checkpoint, tables.Checkpoint.id == tables.Version.checkpoint_id)
+        .join(tables.Model, tables.Model.id == tables.Checkpoint.model_id)
+        .where(tables.Model.name == model_id)
+    )
+    return (await session.execute(query)).scalar_one()
+
+
 async def list_latest_versions(session: AsyncSession, model_id: str, *, limit: int) -> list[VersionSummary]:
     """Of all checkpoints and labs, newest first, yanked ones included and marked."""
     query = VERSIONS.where(tables.Model.name == model_id).order_by(tables.Version.id.desc()).limit(limit)

@@ -19,7 +19,7 @@ from app.web.drawings import Bar
 from app.web.layer_tables import Column, Order, Ordered, arrange, domain_columns
 from app.web.rendering import in_thread, render
 from app.web.session import Viewer
-from gradient_blueprints.errors import NotFound
+from gradient_blueprints.errors import BlueprintNotFound, NotFound
 from gradient_blueprints.models import Blueprint, Layer, format_checkpoint
 
 router = APIRouter(include_in_schema=False)
@@ -105,6 +105,7 @@ async def _page(request: Request, session: AsyncSession, found: Found, order: Or
     others = await catalog.list_versions(
         session, found.model_id, found.checkpoint, lab=None, limit=_VERSIONS_SHOWN, cursor=None
     )
+    newest = await _is_newest(session, found)
     told = await evidence.summarize(session, found.model_id)
 
     def rendered() -> Response:
@@ -115,7 +116,7 @@ async def _page(request: Request, session: AsyncSession, found: Found, order: Or
             blueprint=blueprint,
             version=version.summary,
             others=others,
-            newest=others.versions[0].version == found.version,
+            newest=newest,
             warnings=_by_code(stored.warnings),
             told=[domain for domain in told.domains if domain.digest == found.digest_text],
             window_days=told.window_days,
@@ -125,6 +126,15 @@ async def _page(request: Request, session: AsyncSession, found: Found, order: Or
         )
 
     return await in_thread(session, rendered)  # a large document takes a while to parse and to write out
+
+
+async def _is_newest(session: AsyncSession, found: Found) -> bool:
+    """Whether a fetch of this lab's blueprint answers this version, or none because the lab yanked them all."""
+    try:
+        newest = await blueprints.resolve(session, found.model_id, found.checkpoint, lab=found.lab)
+    except BlueprintNotFound:
+        return True
+    return newest.version == found.version
 
 
 def _by_code(warnings: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:

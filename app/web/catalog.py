@@ -53,6 +53,7 @@ async def draw_evidence(
 @router.get("/models/{model_id:model}")
 async def model_page(request: Request, session: Session, viewer: Viewer, model_id: str) -> Response:
     """Everything that is known of a model, a bounded number of each."""
+    weeks = await evidence.count_by_week(session, model_id, weeks=_WEEKS_DRAWN)
     return render(
         request,
         "model.html",
@@ -60,8 +61,10 @@ async def model_page(request: Request, session: Session, viewer: Viewer, model_i
         page=await catalog.list_checkpoints(session, model_id, limit=MAX_LIMIT, cursor=None),
         aliases=await aliases.list_aliases(session, model_id, limit=MAX_LIMIT, cursor=None),
         labs=await publications.list_labs_of(session, model_id, limit=_LABS_SHOWN),
+        lab_count=await publications.count_labs_of(session, model_id),
         versions=await publications.list_latest_versions(session, model_id, limit=_VERSIONS_SHOWN),
         told=await evidence.summarize(session, model_id),
-        weeks=await evidence.count_by_week(session, model_id, weeks=_WEEKS_DRAWN),
+        weeks=weeks,
+        alarms=await evidence.count_events(session, model_id, since=weeks[0].monday) if weeks else 0,
         events_shown=_EVENTS_SHOWN,
     )

@@ -50,7 +50,14 @@ async def run_page(
 ) -> Response:
     run = await runs.get_run(session, run_id)
     told = [one for one in Resource if run.last is not None and one in run.last.gamma]
-    return render(request, "run.html", run=run, told=told, resource=resource or (told[0] if told else None))
+    return render(
+        request,
+        "run.html",
+        run=run,
+        told=told,
+        resource=resource or (told[0] if told else None),
+        public=request.app.state.settings.public_reads,
+    )
 
 
 @router.get("/runs/{run_id}/curve.svg")

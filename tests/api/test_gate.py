@@ -17,6 +17,7 @@ import pytest
 from app.api.head_limit import HeadTimeLimit
 from app.settings import Settings
 from gradient_blueprints.models import Scope
+from tests.api.test_metrics import scrape, value
 from tests.conftest import Server, execute, fresh_database, make_settings, serving
 from tests.documents import blueprint_document
 from tests.worker.conftest import wait_until
@@ -70,6 +71,34 @@ def test_every_answer_carries_the_headers_that_protect_it(server: Server, publis
         assert "strict-transport-security" not in answer.headers
         for name in ("x-request-id", "content-security-policy", "cache-control", "ratelimit"):
             assert len(answer.headers.get_list(name)) <= 1, name
+
+
+def test_a_failure_of_the_server_is_answered_counted_and_logged_as_one(
+    settings: Settings, published: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(
+        settings.database_url,
+        "ALTER TABLE documents DISABLE TRIGGER USER",
+        f"UPDATE documents SET body = 'damaged' WHERE digest = '\\x{published['digest'][7:]}'",
+        "ALTER TABLE documents ENABLE TRIGGER USER",
+    )
+    with serving(settings) as server:  # without the document in its memory
+        for accepted, kind in (("*/*", "application/problem+json"), ("text/html", "text/html; charset=utf-8")):
+            caplog.clear()
+            headers = {"X-Request-Id": "fails", "Accept": accepted}
+            answer = httpx2.get(f"{server.url}/blueprints/{published['digest']}", headers=headers)
+            assert (answer.status_code, answer.headers["content-type"]) == (500, kind)
+            assert {name: answer.headers.get(name) for name in SAFE} == SAFE
+            assert answer.headers.get_list("x-request-id") == ["fails"]
+            for name in ("content-security-policy", "cache-control", "ratelimit"):
+                assert len(answer.headers.get_list(name)) == 1, name
+            wait_until(lambda: any(record.name == "app.requests" for record in caplog.records))
+            (line,) = (record for record in caplog.records if record.name == "app.requests")
+            assert (line.levelname, line.getMessage()[-5:]) == ("WARNING", ": 500")
+            (told,) = (record for record in caplog.records if record.exc_info)
+            assert told.getMessage() == "request fails failed"
+        counted = {"method": "GET", "route": "/blueprints/{digest}", "status": "500"}
+        assert value(scrape(server), "blueprints_http_requests_total", **counted) == 2
 
 
 def test_behind_a_proxy_that_speaks_https_browsers_are_told_to_stay_with_it(settings: Settings) -> None:

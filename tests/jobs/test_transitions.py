@@ -11,6 +11,8 @@ import pytest
 from gradient_blueprints import Client
 from gradient_blueprints.errors import BlueprintsError, Conflict, InvalidRequest, JobFinished, LeaseLost
 from gradient_blueprints.models import Job, JobOutcome, JobState, Progress, Scope
+from tests.api.test_metrics import scrape, value
+from tests.conftest import Server
 from tests.jobs.conftest import blueprint, states, submit
 
 Sql = Callable[..., list[asyncpg.Record]]
@@ -53,6 +55,19 @@ def test_a_result_sent_again_is_answered_with_the_finished_job_and_published_onc
     with pytest.raises(JobFinished):
         worker.finish_job(job.id, token, blueprint(norm=0.25))
     assert [version.version for version in lab.list_versions("tiny", 0.8)] == [1]
+
+
+def test_a_result_is_counted_as_a_publication_once_and_as_a_new_version_if_it_made_one(
+    server: Server, lab: Client, worker: Client
+) -> None:
+    for _ in range(2):
+        job = submit(lab)
+        token = worker.claim_job(job.id).lease_token
+        for _ in range(3):
+            worker.finish_job(job.id, token, blueprint())
+    samples = scrape(server)
+    for created in ("yes", "no"):  # the second job found what the first had found
+        assert value(samples, "blueprints_publications_total", source="worker", created=created) == 1
 
 
 def test_a_result_under_a_lost_lease_is_refused_and_publishes_nothing(

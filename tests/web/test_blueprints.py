@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -125,6 +126,24 @@ def test_a_yanked_version_says_why_and_is_not_what_a_fetch_answers(registry: Ser
     assert "not the latest version" in yanked
     assert "Version 4, published by" in httpx2.get(registry.url + NEWEST).text
     assert "Version 2, published by" in httpx2.get(f"{registry.url}{NEWEST}?lab=blue-harbour").text
+
+
+def test_the_latest_version_is_that_which_a_fetch_of_its_lab_answers(
+    registry: Server, publish: Callable[..., Publication], tmp_path: Path
+) -> None:
+    def is_latest(path: str) -> bool:
+        return "not the latest version" not in httpx2.get(registry.url + path).raise_for_status().text
+
+    assert is_latest(f"{NEWEST}/versions/2")  # of blue-harbour; others have published since
+    for norm in (0.5, 0.6):
+        publish("lab-a", blueprint_document("yanked-last", norm=norm))
+    place = "/models/yanked-last/checkpoints/0.8/versions"
+    assert [is_latest(f"{place}/{number}") for number in (1, 2)] == [False, True]
+    with Client(registry.url, api_key=registry.key("lab-a"), cache=tmp_path / "yanking") as client:
+        client.yank_version("yanked-last", 0.8, 2, reason="too early")
+        assert [is_latest(f"{place}/{number}") for number in (1, 2)] == [True, False]
+        client.yank_version("yanked-last", 0.8, 1, reason="too early")
+    assert [is_latest(f"{place}/{number}") for number in (1, 2)] == [True, True]  # there is none
 
 
 def test_a_digest_is_a_permanent_address(registry: Server, fetched: Blueprint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ import httpx2
 import pytest
 
 from tests.conftest import Server, execute
+from tests.documents import blueprint_document
 from tests.web.conftest import Visitor
 from tests.web.seeding import MODEL
 
@@ -80,6 +82,31 @@ def test_a_model_shows_checkpoints_versions_labs_aliases_and_evidence(
     assert found.keys() == {"bio", "general", "legal"}
     assert " stale " in found["bio"]
     assert "0.8@4 is stale in bio" in page.inner_text(".note")
+
+
+def test_labs_are_counted_whole_though_not_all_are_shown(server: Server, publisher: httpx2.Client) -> None:
+    publisher.post("/v1/blueprints", json=blueprint_document("tiny")).raise_for_status()
+    assert "1 checkpoint by 1 lab." in httpx2.get(f"{server.url}/models/tiny").text
+    execute(
+        server.settings.database_url,
+        "INSERT INTO labs (name) SELECT 'crowd-' || n FROM generate_series(1, 60) n",
+        "INSERT INTO versions (checkpoint_id, number, lab_id, key_id, document_id) SELECT checkpoint_id,"
+        " 1 + row_number() OVER (), labs.id, key_id, document_id FROM versions, labs WHERE labs.name LIKE 'crowd-%'",
+    )
+    page = httpx2.get(f"{server.url}/models/tiny").text
+    assert "1 checkpoint by 61 labs." in page
+    assert "The owner and those that published last are shown." in page
+
+
+def test_alarms_are_counted_over_the_weeks_that_are_drawn(registry: Server) -> None:
+    execute(
+        registry.settings.database_url,
+        "INSERT INTO staleness_events (kind, at, checkpoint_id, document_id, domain, stale_share, users)"
+        " SELECT kind, at - interval '2 years', checkpoint_id, document_id, domain, stale_share, users"
+        " FROM staleness_events ORDER BY id",
+    )
+    page = httpx2.get(f"{registry.url}/models/{MODEL}").text
+    assert re.search(r"since \d+ \w+ \d{4}\. 3 alarms were raised or cleared", page)
 
 
 def test_a_model_without_evidence_says_so(registry: Server) -> None:

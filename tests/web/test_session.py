@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from app.settings import Settings
 from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
 from tests.api.test_authorization import PATH_VALUES
+from tests.api.test_leaderboard import report
 from tests.conftest import Server, execute, serving
+from tests.documents import blueprint_document
 from tests.http_server import QuietHandler, serving_http
 from tests.web.conftest import Visitor
 from tests.web.plain import PlainBrowser
@@ -172,6 +175,25 @@ def test_where_reads_are_closed_pages_need_a_session_with_the_scope_read(setting
         plain.log_in(server.key("lab-a", Scope.READ))
         for path in ("/", "/leaderboard", "/runs"):
             assert plain.get(path).status_code == 200, path
+
+
+def test_where_reads_are_closed_no_page_leads_a_session_to_the_api(settings: Settings) -> None:
+    content = b"attached"
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    attachment = {"name": "notes.txt", "digest": digest, "size": len(content), "media_type": "text/plain"}
+    for public in (True, False):
+        with serving(settings.model_copy(update={"public_reads": public})) as server, PlainBrowser(server.url) as plain:
+            key = server.key("lab-a")
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx2.Client(base_url=server.url, headers=headers) as http:
+                http.put(f"/v1/blobs/{digest}", content=content).raise_for_status()
+                http.post("/v1/blueprints", json=blueprint_document(attachments=[attachment])).raise_for_status()
+                run = report(http, (1, 9.0), (4, 5.0))
+            plain.log_in(key)
+            for path in ("/models/tiny/checkpoints/0.8", f"/runs/{run}"):
+                page = plain.get(path).raise_for_status().text.partition("<footer")[0]
+                assert ('href="/v1/' in page) is public, path
+            assert "notes.txt" in plain.get("/models/tiny/checkpoints/0.8").text
 
 
 def test_pages_of_administrators_are_for_them_alone(server: Server, plain: PlainBrowser) -> None:
