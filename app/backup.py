@@ -12,6 +12,7 @@ so that a dump with a name is a whole backup. Files stay in the backup after a l
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -20,9 +21,10 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import SQLAlchemyError
 
-from app.database import migrate
+from app.database import create_engine, migrate
 from app.registry.file_store import S3_SCHEME
 from app.settings import Settings
 from gradient_blueprints.errors import ConfigurationError
@@ -40,16 +42,23 @@ def back_up(
     settings: Settings, folder: Path, *, keep: int, dump: Path | None = None, secrets: Sequence[Path] = ()
 ) -> Path:
     """Add a backup to `folder` and answer its dump: a new one, or `dump`, which pg_dump has written elsewhere."""
+    for secret in secrets:
+        _refuse_another_secret(secret, folder / "secrets")
     target = folder / "database" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.dump"
     for place in (folder, target.parent):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     unfinished = dump or target.with_name(target.name + UNFINISHED)
-    if dump is None:
-        _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
-    for source, place in _files(settings, folder):
-        _copy(source, place, anew=False)
-    _copy_secrets(secrets, folder / "secrets")
-    unfinished.replace(target)
+    try:
+        if dump is None:
+            _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
+        asyncio.run(_require_registry(settings))
+        for source, place in _files(settings, folder):
+            _copy(source, place, anew=False)
+        _copy_secrets(secrets, folder / "secrets")
+        unfinished.replace(target)
+    finally:
+        if dump is None:
+            unfinished.unlink(missing_ok=True)
     for old in _dumps(folder)[:-keep]:
         old.unlink()
     return target
@@ -71,6 +80,20 @@ def restore_secrets(folder: Path, data_dir: Path) -> None:
     """Put back what `up` needs to know its keys again, before it or a database starts there."""
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _copy_secrets(sorted((folder / "secrets").glob("*")), data_dir)
+
+
+async def _require_registry(settings: Settings) -> None:
+    """A database that was never migrated, say of a data directory made by mistake, is no reason to drop real dumps."""
+    engine = create_engine(settings, connections=1)
+    try:
+        async with engine.connect() as connection:
+            known = await connection.scalar(text("SELECT to_regclass('alembic_version') IS NOT NULL"))
+    except (OSError, SQLAlchemyError) as error:
+        raise BackupFailed(f"the database cannot be read: {error}") from error
+    finally:
+        await engine.dispose()
+    if not known:
+        raise BackupFailed("the database holds no registry: it has no alembic_version; no dump was kept or dropped")
 
 
 def _dumps(folder: Path) -> list[Path]:
@@ -99,6 +122,15 @@ def _copy(source: Path, target: Path, *, anew: bool) -> None:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(place)
+
+
+def _refuse_another_secret(secret: Path, target: Path) -> None:
+    """The one that keys the hash of API keys is never replaced by another: it may be the only copy."""
+    place = target / secret.name
+    if secret.name != "secret" or not (secret.exists() and place.exists()):
+        return
+    if secret.read_bytes().strip() != place.read_bytes().strip():
+        raise BackupFailed(f"{place} is not {secret}, so they belong to two registries. Nothing was changed.")
 
 
 def _copy_secrets(secrets: Sequence[Path], target: Path) -> None:
