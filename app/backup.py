@@ -67,9 +67,7 @@ def back_up(
 def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
     """Fill an empty database from the newest dump or the one given, the store from the files; then migrate."""
     if dump is None:
-        if not (dumps := _dumps(folder)):
-            raise BackupFailed(f"{folder} holds no finished backup: there is no database/*.dump")
-        dump = dumps[-1]
+        dump = newest_dump(folder)
     _run_program(settings, "pg_restore", [*RESTORE, str(dump)])
     for place, source in _files(settings, folder):
         _copy(source, place, anew=True)
@@ -78,8 +76,15 @@ def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
 
 def restore_secrets(folder: Path, data_dir: Path) -> None:
     """Put back what `up` needs to know its keys again, before it or a database starts there."""
+    _refuse_another_secret(folder / "secrets" / "secret", data_dir)
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _copy_secrets(sorted((folder / "secrets").glob("*")), data_dir)
+
+
+def newest_dump(folder: Path) -> Path:
+    if not (dumps := _dumps(folder)):
+        raise BackupFailed(f"{folder} holds no finished backup: there is no database/*.dump")
+    return dumps[-1]
 
 
 async def _require_registry(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from app.backup import BackupFailed, back_up, restore, restore_secrets
+from app.backup import BackupFailed, back_up, newest_dump, restore, restore_secrets
 from app.database import create_engine, create_sessions
 from app.registry.file_store import open_store
 from app.registry.verification import verify
@@ -23,6 +23,7 @@ def run(arguments: Namespace) -> int:
     """The exit status: 0, or 1 when a backup or its restoration failed or something is not as it was."""
     try:
         if arguments.command == "restore" and arguments.data_dir is not None:
+            arguments.dump = arguments.dump or newest_dump(arguments.folder)
             restore_secrets(arguments.folder, arguments.data_dir)
         with _settings(arguments.data_dir, new=arguments.command == "restore") as settings:
             match arguments.command:

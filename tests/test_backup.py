@@ -219,6 +219,29 @@ def test_a_database_without_a_registry_takes_no_place_among_the_dumps(
     assert files(tmp_path / "backup" / "database") == [dump]
 
 
+def test_the_data_directory_of_another_registry_is_left_alone(tmp_path: Path) -> None:
+    folder, data_dir = tmp_path / "backup", tmp_path / "data"
+    for place in (folder / "database", folder / "secrets", data_dir):
+        place.mkdir(parents=True)
+    write(folder / "database" / "2026-11-22T09-31-05Z.dump", b"a dump")
+    for name in ("secret", "admin.key", "worker.key"):
+        write(folder / "secrets" / name, b"the backup's")
+        write(data_dir / name, b"the live registry's")
+    refused = run_on_data_directory("restore", folder, "--data-dir", data_dir)
+    assert refused.returncode == 1
+    assert "two registries" in refused.stderr
+    assert {path.name: path.read_bytes() for path in files(data_dir)} == dict.fromkeys(
+        ("admin.key", "secret", "worker.key"), b"the live registry's"
+    )
+
+
+def test_a_folder_without_a_backup_leaves_a_new_data_directory_unmade(tmp_path: Path) -> None:
+    refused = run_on_data_directory("restore", tmp_path / "mistyped", "--data-dir", tmp_path / "data")
+    assert refused.returncode == 1
+    assert "holds no finished backup" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def change(kept: Kept, table: str, statement: str) -> None:
     """As nobody but the owner of the database can: what is immutable is guarded by triggers."""
     execute(
