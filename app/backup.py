@@ -7,7 +7,8 @@ A backup is a folder that every further backup adds to:
     secrets/                              what `up` keeps, without which no key in the database is valid
 
 The dump is taken before the files are copied: what it names had its bytes in the store by then. It gets its name last,
-so that a dump with a name is a whole backup. Files stay in the backup after a lab has deleted them from the registry.
+so that a dump with a name is a whole backup: every file that the database records is in it. Files stay in the backup
+after a lab has deleted them from the registry.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import create_engine, migrate
-from app.registry.file_store import S3_SCHEME
+from app.registry import tables
+from app.registry.blobs import blob_path
+from app.registry.file_store import S3_SCHEME, file_path
 from app.settings import Settings
 from gradient_blueprints.errors import ConfigurationError
 
@@ -51,9 +54,10 @@ def back_up(
     try:
         if dump is None:
             _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
-        asyncio.run(_require_registry(settings))
+        recorded = asyncio.run(_recorded(settings, folder))
         for source, place in _files(settings, folder):
             _copy(source, place, anew=False)
+        _require_files(settings, folder, recorded)
         _copy_secrets(secrets, folder / "secrets")
         unfinished.replace(target)
     finally:
@@ -87,18 +91,41 @@ def newest_dump(folder: Path) -> Path:
     return dumps[-1]
 
 
-async def _require_registry(settings: Settings) -> None:
-    """A database that was never migrated, say of a data directory made by mistake, is no reason to drop real dumps."""
+async def _recorded(settings: Settings, folder: Path) -> dict[Path, int]:
+    """Where each file that the database records belongs in the backup, and its size in bytes.
+
+    A database that was never migrated, say in a data directory made by mistake, is refused: it would drop real dumps.
+    """
+    blob, file = tables.Blob, tables.CheckpointFile
     engine = create_engine(settings, connections=1)
     try:
         async with engine.connect() as connection:
-            known = await connection.scalar(text("SELECT to_regclass('alembic_version') IS NOT NULL"))
+            if not await connection.scalar(text("SELECT to_regclass('alembic_version') IS NOT NULL")):
+                raise BackupFailed("the database holds no registry: it has no alembic_version; no dump was dropped")
+            blobs = await connection.execute(select(blob.digest, blob.size))
+            recorded = {blob_path(folder, digest.hex()): size for digest, size in blobs}
+            if _in_folder(settings.checkpoint_location):
+                files = await connection.execute(select(file.place, file.size).where(file.completed_at.is_not(None)))
+                recorded |= {file_path(folder / "checkpoints", place): size for place, size in files}
     except (OSError, SQLAlchemyError) as error:
         raise BackupFailed(f"the database cannot be read: {error}") from error
     finally:
         await engine.dispose()
-    if not known:
-        raise BackupFailed("the database holds no registry: it has no alembic_version; no dump was kept or dropped")
+    return recorded
+
+
+def _require_files(settings: Settings, folder: Path, recorded: dict[Path, int]) -> None:
+    """Everything recorded when the copying began is there, but for what a lab has deleted since."""
+    lacking = {path for path, size in recorded.items() if not path.is_file() or path.stat().st_size != size}
+    if lacking:
+        lacking &= asyncio.run(_recorded(settings, folder)).keys()
+    if lacking:
+        raise BackupFailed(
+            f"{len(lacking)} of {len(recorded)} files that the database records are not as recorded in "
+            f"{settings.store} and {settings.checkpoint_location}, the first {min(lacking).name}. Are "
+            "BLUEPRINTS_STORE and BLUEPRINTS_CHECKPOINT_STORE those that the registry serves with? If so, verify names "
+            "what is damaged."
+        )
 
 
 def _dumps(folder: Path) -> list[Path]:
@@ -108,8 +135,12 @@ def _dumps(folder: Path) -> list[Path]:
 def _files(settings: Settings, folder: Path) -> Iterator[tuple[Path, Path]]:
     """Folders of the store whose files never change, and their place in a backup."""
     yield settings.store / "blobs", folder / "blobs"
-    if not settings.checkpoint_location.startswith(S3_SCHEME):  # a bucket keeps its own copies
+    if _in_folder(settings.checkpoint_location):
         yield Path(settings.checkpoint_location) / "files", folder / "checkpoints" / "files"
+
+
+def _in_folder(checkpoint_location: str) -> bool:
+    return not checkpoint_location.startswith(S3_SCHEME)  # a bucket keeps its own copies
 
 
 def _copy(source: Path, target: Path, *, anew: bool) -> None:

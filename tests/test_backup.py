@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app import maintenance
+from app import backup, maintenance
 from app.backup import UNFINISHED, BackupFailed, back_up, restore
 from app.database import create_engine, create_sessions
 from app.registry.blobs import blob_path
@@ -240,6 +240,39 @@ def test_a_folder_without_a_backup_leaves_a_new_data_directory_unmade(tmp_path: 
     assert refused.returncode == 1
     assert "holds no finished backup" in refused.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("setting", "lacking"), [("store", 5), ("checkpoint_store", 2)])
+def test_files_that_are_not_where_the_settings_say_fail_the_backup(
+    kept: Kept, tmp_path: Path, setting: str, lacking: int
+) -> None:
+    default = {"store": tmp_path / "default", "checkpoint_store": str(tmp_path / "default")}[setting]
+    elsewhere = kept.settings.model_copy(update={setting: default})
+    with pytest.raises(BackupFailed, match=f"^{lacking} of 5 files .* BLUEPRINTS_STORE"):
+        back_up(elsewhere, tmp_path / "backup", keep=1)
+    assert files(tmp_path / "backup" / "database") == []
+
+
+def test_a_file_that_is_cut_short_in_the_store_fails_the_backup(kept: Kept, tmp_path: Path) -> None:
+    cut = blob_path(kept.settings.store, kept.blobs[0])
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(BackupFailed, match=f"^1 of 5 files .* the first {cut.name}"):
+        back_up(kept.settings, tmp_path / "backup", keep=1)
+
+
+def test_a_file_that_its_lab_deletes_meanwhile_does_not_fail_the_backup(
+    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, _ = files(kept.settings.store / "checkpoints" / "files")
+
+    def copy_late(source: Path, target: Path, *, anew: bool) -> None:
+        execute(kept.settings.database_url, f"DELETE FROM checkpoint_files WHERE place = '{gone.name}'")
+        gone.unlink(missing_ok=True)
+        copy(source, target, anew=anew)
+
+    copy = backup._copy
+    monkeypatch.setattr(backup, "_copy", copy_late)
+    assert back_up(kept.settings, tmp_path / "backup", keep=1).exists()
 
 
 def change(kept: Kept, table: str, statement: str) -> None:
