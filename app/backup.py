@@ -7,11 +7,13 @@ A backup is a folder that every further backup adds to:
     secrets/                              what `up` keeps, without which no key in the database is valid
 
 The dump is taken before the files are copied: what it names had its bytes in the store by then. It gets its name last,
-so that a dump with a name is a whole backup. Files stay in the backup after a lab has deleted them from the registry.
+so that a dump with a name is a whole backup: every file that the database records is in it. Files stay in the backup
+after a lab has deleted them from the registry.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -20,10 +22,13 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import make_url
+from sqlalchemy import make_url, select, text
+from sqlalchemy.exc import SQLAlchemyError
 
-from app.database import migrate
-from app.registry.file_store import S3_SCHEME
+from app.database import create_engine, migrate
+from app.registry import tables
+from app.registry.blobs import blob_path
+from app.registry.file_store import S3_SCHEME, file_path
 from app.settings import Settings
 from gradient_blueprints.errors import ConfigurationError
 
@@ -40,16 +45,24 @@ def back_up(
     settings: Settings, folder: Path, *, keep: int, dump: Path | None = None, secrets: Sequence[Path] = ()
 ) -> Path:
     """Add a backup to `folder` and answer its dump: a new one, or `dump`, which pg_dump has written elsewhere."""
+    for secret in secrets:
+        _refuse_another_secret(secret, folder / "secrets")
     target = folder / "database" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.dump"
     for place in (folder, target.parent):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     unfinished = dump or target.with_name(target.name + UNFINISHED)
-    if dump is None:
-        _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
-    for source, place in _files(settings, folder):
-        _copy(source, place, anew=False)
-    _copy_secrets(secrets, folder / "secrets")
-    unfinished.replace(target)
+    try:
+        if dump is None:
+            _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
+        recorded = asyncio.run(_recorded(settings, folder))
+        for source, place in _files(settings, folder):
+            _copy(source, place, anew=False)
+        _require_files(settings, folder, recorded)
+        _copy_secrets(secrets, folder / "secrets")
+        unfinished.replace(target)
+    finally:
+        if dump is None:
+            unfinished.unlink(missing_ok=True)
     for old in _dumps(folder)[:-keep]:
         old.unlink()
     return target
@@ -58,9 +71,7 @@ def back_up(
 def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
     """Fill an empty database from the newest dump or the one given, the store from the files; then migrate."""
     if dump is None:
-        if not (dumps := _dumps(folder)):
-            raise BackupFailed(f"{folder} holds no finished backup: there is no database/*.dump")
-        dump = dumps[-1]
+        dump = newest_dump(folder)
     _run_program(settings, "pg_restore", [*RESTORE, str(dump)])
     for place, source in _files(settings, folder):
         _copy(source, place, anew=True)
@@ -69,8 +80,52 @@ def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
 
 def restore_secrets(folder: Path, data_dir: Path) -> None:
     """Put back what `up` needs to know its keys again, before it or a database starts there."""
+    _refuse_another_secret(folder / "secrets" / "secret", data_dir)
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _copy_secrets(sorted((folder / "secrets").glob("*")), data_dir)
+
+
+def newest_dump(folder: Path) -> Path:
+    if not (dumps := _dumps(folder)):
+        raise BackupFailed(f"{folder} holds no finished backup: there is no database/*.dump")
+    return dumps[-1]
+
+
+async def _recorded(settings: Settings, folder: Path) -> dict[Path, int]:
+    """Where each file that the database records belongs in the backup, and its size in bytes.
+
+    A database that was never migrated, say in a data directory made by mistake, is refused: it would drop real dumps.
+    """
+    blob, file = tables.Blob, tables.CheckpointFile
+    engine = create_engine(settings, connections=1)
+    try:
+        async with engine.connect() as connection:
+            if not await connection.scalar(text("SELECT to_regclass('alembic_version') IS NOT NULL")):
+                raise BackupFailed("the database holds no registry: it has no alembic_version; no dump was dropped")
+            blobs = await connection.execute(select(blob.digest, blob.size))
+            recorded = {blob_path(folder, digest.hex()): size for digest, size in blobs}
+            if _in_folder(settings.checkpoint_location):
+                files = await connection.execute(select(file.place, file.size).where(file.completed_at.is_not(None)))
+                recorded |= {file_path(folder / "checkpoints", place): size for place, size in files}
+    except (OSError, SQLAlchemyError) as error:
+        raise BackupFailed(f"the database cannot be read: {error}") from error
+    finally:
+        await engine.dispose()
+    return recorded
+
+
+def _require_files(settings: Settings, folder: Path, recorded: dict[Path, int]) -> None:
+    """Everything recorded when the copying began is there, but for what a lab has deleted since."""
+    lacking = {path for path, size in recorded.items() if not path.is_file() or path.stat().st_size != size}
+    if lacking:
+        lacking &= asyncio.run(_recorded(settings, folder)).keys()
+    if lacking:
+        raise BackupFailed(
+            f"{len(lacking)} of {len(recorded)} files that the database records are not as recorded in "
+            f"{settings.store} and {settings.checkpoint_location}, the first {min(lacking).name}. Are "
+            "BLUEPRINTS_STORE and BLUEPRINTS_CHECKPOINT_STORE those that the registry serves with? If so, verify names "
+            "what is damaged."
+        )
 
 
 def _dumps(folder: Path) -> list[Path]:
@@ -80,8 +135,12 @@ def _dumps(folder: Path) -> list[Path]:
 def _files(settings: Settings, folder: Path) -> Iterator[tuple[Path, Path]]:
     """Folders of the store whose files never change, and their place in a backup."""
     yield settings.store / "blobs", folder / "blobs"
-    if not settings.checkpoint_location.startswith(S3_SCHEME):  # a bucket keeps its own copies
+    if _in_folder(settings.checkpoint_location):
         yield Path(settings.checkpoint_location) / "files", folder / "checkpoints" / "files"
+
+
+def _in_folder(checkpoint_location: str) -> bool:
+    return not checkpoint_location.startswith(S3_SCHEME)  # a bucket keeps its own copies
 
 
 def _copy(source: Path, target: Path, *, anew: bool) -> None:
@@ -99,6 +158,15 @@ def _copy(source: Path, target: Path, *, anew: bool) -> None:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(place)
+
+
+def _refuse_another_secret(secret: Path, target: Path) -> None:
+    """The one that keys the hash of API keys is never replaced by another: it may be the only copy."""
+    place = target / secret.name
+    if secret.name != "secret" or not (secret.exists() and place.exists()):
+        return
+    if secret.read_bytes().strip() != place.read_bytes().strip():
+        raise BackupFailed(f"{place} is not {secret}, so they belong to two registries. Nothing was changed.")
 
 
 def _copy_secrets(secrets: Sequence[Path], target: Path) -> None:

@@ -85,7 +85,7 @@ class Relay:
         self._awake = asyncio.Event()
         self._webhooks_awake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._begun: dict[str, float] = {}  # when each part began its last step
+        self._begun: dict[str, float] = {}  # when each part that is in a step began it
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -127,11 +127,10 @@ class Relay:
         """Run `step` until told to stop: again at once while it says there is more, backing off while it fails."""
         failures = 0
         while not self._stopping.is_set():
-            self._begun[name] = time.monotonic()
             if awake is not None:
                 awake.clear()
             try:
-                more = await step()
+                more = await self._take(name, step)
             except Exception as error:  # the database or the broker is away: any error is one to outlive
                 failures += 1
                 relay_metrics.FAILURES.labels(name).inc()
@@ -145,12 +144,20 @@ class Relay:
                 if not more:
                     await self._rest(awake, pause)
 
+    async def _take(self, name: str, step: Callable[[], Awaitable[bool]]) -> bool:
+        self._begun[name] = time.monotonic()
+        try:
+            return await step()
+        finally:
+            del self._begun[name]
+
     async def _beat(self) -> None:
-        """Touch the heartbeat while no part is stuck in a step. One that fails and tries again is not stuck."""
+        """Touch the heartbeat while no part is stuck in a step. One that rests, or fails and tries again, is not."""
         if (file := self._settings.heartbeat) is None:
             return
         while not self._stopping.is_set():
-            if time.monotonic() - min(self._begun.values()) < STUCK_SECONDS:
+            now = time.monotonic()
+            if now - min(self._begun.values(), default=now) < STUCK_SECONDS:
                 await anyio.Path(file).touch()
             await self._rest(None, BEAT_SECONDS)
 

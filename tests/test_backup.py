@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from app import backup, maintenance
 from app.backup import UNFINISHED, BackupFailed, back_up, restore
 from app.database import create_engine, create_sessions
 from app.registry.blobs import blob_path
@@ -104,6 +106,13 @@ def run_command(settings: Settings, *arguments: str | Path) -> subprocess.Comple
     )
 
 
+def run_on_data_directory(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """With no setting but --data-dir."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BLUEPRINTS_")}
+    command = [sys.executable, "-m", "app", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_after_a_disaster_the_commands_bring_back_every_byte_and_every_key(
     kept: Kept, elsewhere: Settings, tmp_path: Path
 ) -> None:
@@ -165,6 +174,105 @@ def test_a_database_that_is_in_use_is_left_alone(kept: Kept, tmp_path: Path) -> 
     with pytest.raises(BackupFailed, match="into an empty database only"):
         restore(kept.settings, tmp_path / "backup")
     assert faults(kept.settings) == []
+
+
+def test_a_data_directory_that_is_mistyped_or_not_mounted_is_neither_backed_up_nor_made(tmp_path: Path) -> None:
+    mistyped, unmounted = tmp_path / "mistyped", tmp_path / "unmounted"
+    unmounted.mkdir()
+    for data_dir, reason in ((mistyped, "there is no directory"), (unmounted, "holds no database")):
+        for command in (["backup", tmp_path / "backup"], ["verify"]):
+            refused = run_on_data_directory(*command, "--data-dir", data_dir)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert reason in refused.stderr
+    assert list(tmp_path.rglob("*")) == [unmounted]
+
+
+def test_a_secret_is_read_and_never_made(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    monkeypatch.setenv("BLUEPRINTS_DATABASE_URL", kept.settings.database_url)
+    monkeypatch.setenv("BLUEPRINTS_STORE", str(kept.settings.store))
+    monkeypatch.setenv("BLUEPRINTS_SECRET", "")
+    arguments = Namespace(command="backup", folder=tmp_path / "backup", data_dir=data_dir, keep=2, dump=None)
+    assert maintenance.run(arguments) == 1
+    monkeypatch.setenv("BLUEPRINTS_SECRET", kept.settings.secret.get_secret_value())
+    assert maintenance.run(arguments) == 0
+    assert not (data_dir / "secret").exists()
+
+
+def test_another_registry_is_not_backed_up_over_the_only_copy_of_a_secret(kept: Kept, tmp_path: Path) -> None:
+    folder = tmp_path / "backup"
+    back_up(kept.settings, folder, keep=1, secrets=[write(tmp_path / "secret", b"the registry's\n")])
+    before = files(folder)
+    with pytest.raises(BackupFailed, match="two registries"):
+        back_up(kept.settings, folder, keep=1, secrets=[write(tmp_path / "secret", b"another\n")])
+    assert files(folder) == before
+    assert (folder / "secrets" / "secret").read_bytes() == b"the registry's\n"
+
+
+def test_a_database_without_a_registry_takes_no_place_among_the_dumps(
+    kept: Kept, elsewhere: Settings, tmp_path: Path
+) -> None:
+    dump = back_up(kept.settings, tmp_path / "backup", keep=1)
+    with pytest.raises(BackupFailed, match="holds no registry"):
+        back_up(elsewhere, tmp_path / "backup", keep=1)
+    assert files(tmp_path / "backup" / "database") == [dump]
+
+
+def test_the_data_directory_of_another_registry_is_left_alone(tmp_path: Path) -> None:
+    folder, data_dir = tmp_path / "backup", tmp_path / "data"
+    for place in (folder / "database", folder / "secrets", data_dir):
+        place.mkdir(parents=True)
+    write(folder / "database" / "2026-11-22T09-31-05Z.dump", b"a dump")
+    for name in ("secret", "admin.key", "worker.key"):
+        write(folder / "secrets" / name, b"the backup's")
+        write(data_dir / name, b"the live registry's")
+    refused = run_on_data_directory("restore", folder, "--data-dir", data_dir)
+    assert refused.returncode == 1
+    assert "two registries" in refused.stderr
+    assert {path.name: path.read_bytes() for path in files(data_dir)} == dict.fromkeys(
+        ("admin.key", "secret", "worker.key"), b"the live registry's"
+    )
+
+
+def test_a_folder_without_a_backup_leaves_a_new_data_directory_unmade(tmp_path: Path) -> None:
+    refused = run_on_data_directory("restore", tmp_path / "mistyped", "--data-dir", tmp_path / "data")
+    assert refused.returncode == 1
+    assert "holds no finished backup" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("setting", "lacking"), [("store", 5), ("checkpoint_store", 2)])
+def test_files_that_are_not_where_the_settings_say_fail_the_backup(
+    kept: Kept, tmp_path: Path, setting: str, lacking: int
+) -> None:
+    default = {"store": tmp_path / "default", "checkpoint_store": str(tmp_path / "default")}[setting]
+    elsewhere = kept.settings.model_copy(update={setting: default})
+    with pytest.raises(BackupFailed, match=f"^{lacking} of 5 files .* BLUEPRINTS_STORE"):
+        back_up(elsewhere, tmp_path / "backup", keep=1)
+    assert files(tmp_path / "backup" / "database") == []
+
+
+def test_a_file_that_is_cut_short_in_the_store_fails_the_backup(kept: Kept, tmp_path: Path) -> None:
+    cut = blob_path(kept.settings.store, kept.blobs[0])
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(BackupFailed, match=f"^1 of 5 files .* the first {cut.name}"):
+        back_up(kept.settings, tmp_path / "backup", keep=1)
+
+
+def test_a_file_that_its_lab_deletes_meanwhile_does_not_fail_the_backup(
+    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, _ = files(kept.settings.store / "checkpoints" / "files")
+
+    def copy_late(source: Path, target: Path, *, anew: bool) -> None:
+        execute(kept.settings.database_url, f"DELETE FROM checkpoint_files WHERE place = '{gone.name}'")
+        gone.unlink(missing_ok=True)
+        copy(source, target, anew=anew)
+
+    copy = backup._copy
+    monkeypatch.setattr(backup, "_copy", copy_late)
+    assert back_up(kept.settings, tmp_path / "backup", keep=1).exists()
 
 
 def change(kept: Kept, table: str, statement: str) -> None:

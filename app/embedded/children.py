@@ -49,8 +49,8 @@ class Child:
             self._started = now
             try:
                 self.process = self.start()
-            except CannotStart as error:
-                log.error("%s", error)
+            except (CannotStart, OSError) as error:  # the machine may have memory and processes to spare again later
+                log.error("%s: %s", self.name, error)
 
     def stop(self) -> None:
         """Ask it to stop, wait, and kill it when it does not."""

@@ -77,6 +77,10 @@ def open_store(location: str) -> FileStore:
     return FolderStore(Path(location))
 
 
+def file_path(folder: Path, place: str) -> Path:
+    return folder / "files" / place[:2] / place
+
+
 class FolderStore:
     """`files/ab/abcd…` are complete files, `incoming/abcd….TOKEN` what each request wrote of an unfinished one."""
 
@@ -174,7 +178,7 @@ class FolderStore:
         return {place for place, moment in written.items() if time.time() - moment > older_than}
 
     def _file(self, place: str) -> Path:
-        return self._folder / "files" / place[:2] / place
+        return file_path(self._folder, place)
 
     def _segment(self, place: str, token: int) -> Path:
         return self._folder / "incoming" / f"{place}.{token}"
