@@ -7,8 +7,8 @@ A backup is a folder that every further backup adds to:
     secrets/                              what `up` keeps, without which no key in the database is valid
 
 The dump is taken before the files are copied: what it names had its bytes in the store by then. It gets its name last,
-so that a dump with a name is a whole backup: every file that the database records is in it. Files stay in the backup
-after a lab has deleted them from the registry.
+so that a dump with a name has all with it that the store could give. Where that is not all that the database records,
+the backup fails and older dumps stay. Files stay in the backup after a lab has deleted them from the registry.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def back_up(
         recorded = asyncio.run(_recorded(settings, folder))
         for source, place in _files(settings, folder):
             _copy(source, place, anew=False)
-        _require_files(settings, folder, recorded)
         _copy_secrets(secrets, folder / "secrets")
         unfinished.replace(target)
     finally:
         if dump is None:
             unfinished.unlink(missing_ok=True)
+    _require_files(settings, folder, recorded)
     for old in _dumps(folder)[:-keep]:
         old.unlink()
     return target
@@ -122,9 +122,9 @@ def _require_files(settings: Settings, folder: Path, recorded: dict[Path, int]) 
     if lacking:
         raise BackupFailed(
             f"{len(lacking)} of {len(recorded)} files that the database records are not as recorded in "
-            f"{settings.store} and {settings.checkpoint_location}, the first {min(lacking).name}. Are "
-            "BLUEPRINTS_STORE and BLUEPRINTS_CHECKPOINT_STORE those that the registry serves with? If so, verify names "
-            "what is damaged."
+            f"{settings.store} and {settings.checkpoint_location}, the first {min(lacking).name}. All else was backed "
+            "up, and no older dump is dropped. Are BLUEPRINTS_STORE and BLUEPRINTS_CHECKPOINT_STORE those that the "
+            "registry serves with? If so, verify names what is damaged."
         )
 
 

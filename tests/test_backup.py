@@ -248,9 +248,14 @@ def test_files_that_are_not_where_the_settings_say_fail_the_backup(
 ) -> None:
     default = {"store": tmp_path / "default", "checkpoint_store": str(tmp_path / "default")}[setting]
     elsewhere = kept.settings.model_copy(update={setting: default})
+    older = tmp_path / "backup" / "database" / "2020-01-01T00-00-00Z.dump"
+    older.parent.mkdir(parents=True)
+    older.touch()
     with pytest.raises(BackupFailed, match=f"^{lacking} of 5 files .* BLUEPRINTS_STORE"):
         back_up(elsewhere, tmp_path / "backup", keep=1)
-    assert files(tmp_path / "backup" / "database") == []
+    of_before, dump = files(older.parent)
+    assert of_before == older
+    assert dump.stat().st_size > 1_000
 
 
 def test_a_file_that_is_cut_short_in_the_store_fails_the_backup(kept: Kept, tmp_path: Path) -> None:
