@@ -143,7 +143,7 @@ def test_a_report_that_fits_no_run_is_refused_before_the_training() -> None:
 
 def reporter(journal: Path, *, rate: float = 1.0, resumed: bool = True, trained: bool = True) -> RunReporter:
     made = RunReporter(
-        Client("http://127.0.0.1:9", cache=False, timeout=0.01),
+        Client("http://127.0.0.1:9", cache=False, offline=True),  # one that tries on would outlast the test
         REPORT | {"settings": {"rate": rate}},
         metric="loss",
         rule=None,

@@ -18,7 +18,6 @@ from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.run_journal import read_journal
-from gradient_blueprints.training import run_reporting
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.lightning_callback import CapabilityCallback
 from gradient_blueprints.training.selection import Selection, select
@@ -157,11 +156,10 @@ def test_a_norm_is_logged_where_nothing_is_clipped(base: PreTrainedModel, select
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning 2.6 under torch 2.13
 def test_a_reported_run_trains_the_selected_coordinates_and_not_the_tensors_that_hold_them(
-    base: PreTrainedModel, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: PreTrainedModel, selection: Selection, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_reporting, "PATIENCE", 0.0)  # nobody is there
     reporting: dict[str, Any] = {
-        "client": Client("http://127.0.0.1:9", cache=False),
+        "client": Client("http://127.0.0.1:9", cache=False, offline=True),  # what is told lies in the journal
         "report": {"task": "rows", "model_id": "tiny"},
     }
     make_trainer(base, selection, tmp_path / "trainer", TrainerCapability(**reporting)).train()
