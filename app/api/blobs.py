@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import anyio
@@ -11,10 +10,11 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from app.api.dependencies import CurrentSettings, DigestPath, Reader, Uploader
 from app.api.problems import documented
+from app.api.ranges import requested_range
 from app.api.representations import immutable, names_one_of
 from app.registry import blobs
 from gradient_blueprints import models
-from gradient_blueprints.errors import RangeNotSatisfiable, ServiceUnavailable
+from gradient_blueprints.errors import ServiceUnavailable
 
 router = APIRouter(tags=["blobs"])
 
@@ -62,9 +62,5 @@ async def fetch_blob(request: Request, settings: CurrentSettings, reader: Reader
 
 def check_range(request: Request, size: int) -> None:
     """Leave one satisfiable range of bytes to the file response; ignore what need not be understood (RFC 9110)."""
-    wanted = re.fullmatch(r"bytes=(\d{,18})-(\d{,18})", request.headers.get("range", ""), re.ASCII)
-    first, last = wanted.groups() if wanted else ("", "")
-    if (not first and not last) or (first and last and int(last) < int(first)):
+    if requested_range(request, size) is None:
         request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
-    elif (int(first) >= size) if first else (int(last) == 0):
-        raise RangeNotSatisfiable(f"The file has {size} bytes.", headers={"Content-Range": f"bytes */{size}"})

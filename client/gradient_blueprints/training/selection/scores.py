@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection.indices import Scores, random_scores
-from gradient_blueprints.training.selection.local import LocalStatistics
+from gradient_blueprints.training.selection.local import LocalStatistics, as_matrix
 
 Shape = tuple[int, ...]
 Score = Callable[[str, Shape], Scores | None]
@@ -191,7 +191,7 @@ def outer(factor: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
 
 def _check_shape(factor: Mapping[str, Tensor], name: str, shape: Shape) -> None:
     """ConfigurationError for factors of a tensor of another shape, though it may be of the same size."""
-    matrix = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else tuple(shape)
+    matrix = tuple(as_matrix(torch.empty(shape, device="meta")).shape)
     row, column = tuple(factor["row"].shape), tuple(factor["column"].shape) if "column" in factor else ()
     fits = (row, column) == (matrix[:-1], matrix[:-2] + matrix[-1:]) if column else math.prod(row) == math.prod(shape)
     if not fits:
