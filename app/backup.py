@@ -18,7 +18,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def back_up(
             _run_program(settings, "pg_dump", [*DUMP, f"--file={unfinished}"])
         recorded = asyncio.run(_recorded(settings, folder))
         for source, place in _files(settings, folder):
-            _copy(source, place, anew=False)
+            _copy(source, place, kept=recorded)
         _copy_secrets(secrets, folder / "secrets")
         unfinished.replace(target)
     finally:
@@ -74,7 +74,7 @@ def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:
         dump = newest_dump(folder)
     _run_program(settings, "pg_restore", [*RESTORE, str(dump)])
     for place, source in _files(settings, folder):
-        _copy(source, place, anew=True)
+        _copy(source, place)
     migrate(settings.database_url)
 
 
@@ -143,11 +143,17 @@ def _in_folder(checkpoint_location: str) -> bool:
     return not checkpoint_location.startswith(S3_SCHEME)  # a bucket keeps its own copies
 
 
-def _copy(source: Path, target: Path, *, anew: bool) -> None:
-    """Copy a tree's files, those that are there already only when told to; no file is ever half there."""
+def _copy(source: Path, target: Path, kept: Mapping[Path, int] | None = None) -> None:
+    """Copy a tree's files; no file is ever half there.
+
+    With `kept`, sizes in bytes by place, a file that is there already is left as it is: if it has the size told, or, if
+    none is told, that of the source.
+    """
     for path in source.rglob("*"):
         place = target / path.relative_to(source)
-        if not path.is_file() or (not anew and place.exists() and place.stat().st_size == path.stat().st_size):
+        if not path.is_file():
+            continue
+        if kept is not None and place.exists() and place.stat().st_size == kept.get(place, path.stat().st_size):
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_name(place.name + UNFINISHED)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,15 +265,28 @@ def test_a_file_that_is_cut_short_in_the_store_fails_the_backup(kept: Kept, tmp_
         back_up(kept.settings, tmp_path / "backup", keep=1)
 
 
+def test_a_file_that_is_cut_short_in_the_store_leaves_its_copy_whole(kept: Kept, tmp_path: Path) -> None:
+    back_up(kept.settings, tmp_path / "backup", keep=1)
+    in_store, in_backup = (blob_path(folder, kept.blobs[0]) for folder in (kept.settings.store, tmp_path / "backup"))
+    whole = in_backup.read_bytes()
+    in_store.write_bytes(whole[:-1])
+    back_up(kept.settings, tmp_path / "backup", keep=1)
+    assert in_backup.read_bytes() == whole
+    in_store.write_bytes(whole)
+    in_backup.write_bytes(whole[:-1])
+    back_up(kept.settings, tmp_path / "backup", keep=1)
+    assert in_backup.read_bytes() == whole
+
+
 def test_a_file_that_its_lab_deletes_meanwhile_does_not_fail_the_backup(
     kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, _ = files(kept.settings.store / "checkpoints" / "files")
 
-    def copy_late(source: Path, target: Path, *, anew: bool) -> None:
+    def copy_late(source: Path, target: Path, **kept_files: Mapping[Path, int]) -> None:
         execute(kept.settings.database_url, f"DELETE FROM checkpoint_files WHERE place = '{gone.name}'")
         gone.unlink(missing_ok=True)
-        copy(source, target, anew=anew)
+        copy(source, target, **kept_files)
 
     copy = backup._copy
     monkeypatch.setattr(backup, "_copy", copy_late)
