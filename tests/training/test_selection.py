@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
+import re
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from gradient_blueprints.allocation import spearman
+from gradient_blueprints.allocation import count, spearman
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
 from gradient_blueprints.statistics_models import Staleness, Verdict
@@ -277,8 +279,26 @@ def test_a_selection_survives_its_file_and_other_processes(tmp_path: Path, way: 
     assert again.layer_of("a.weight") == selection.layer_of("a.weight")
     assert (again.layers, again.trust, again.blueprint_digest) == (selection.layers, selection.trust, PUBLISHED.digest)
     assert again.parts.keys() == selection.parts.keys()
+    assert again.columns == selection.columns
     for name, chosen in selection.parts.items():
         assert np.array_equal(again.parts[name], chosen)
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"), [((6, 10), (10, 6)), ((2, 6, 10), (2, 10, 6)), ((6, 5, 2, 1), (5, 6, 2, 1))]
+)
+def test_coordinates_are_not_taken_for_those_of_a_transposed_tensor(
+    tmp_path: Path, shape: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    """As when the weights of GPT-2's Conv1D were turned into those of nn.Linear."""
+    blueprint = make_blueprint({"w": 1.0}, {"w": math.prod(shape)})
+    chosen = select(blueprint, budget=0.1, gradients={"w": torch.randn(shape)})
+    again = Selection.load(chosen.save(tmp_path / "selection.safetensors"))
+    assert len(chosen.parts["w"]) == count(0.1, math.prod(shape)) > 0
+    grown = (shape[0] + 4, *shape[1:])
+    assert again.units("w", grown).indices is again.parts["w"]  # new tokens stand at the end
+    with pytest.raises(ConfigurationError, match=rf"{re.escape(str(other))}, and rows of .* Make a selection"):
+        again.units("w", other)
 
 
 def test_a_selection_of_a_million_coordinates_is_a_small_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -84,21 +84,25 @@ class Selection:
     retained_of: Literal["gradient", "score"] = "score"
     """Of what layers retain a share: Σ|g| of the local sample's mean gradient over all their tensors, else the score's
     sum over those that it ranked."""
+    columns: Mapping[str, int] = field(default_factory=dict)
+    """Entries of a row (`width_of`) of each tensor that was ranked: in a matrix of others a flat index is another
+    coordinate. Empty in files of versions that did not write it."""
 
     def __post_init__(self) -> None:
         frozen = {name: chosen.view() for name, chosen in sorted(self.parts.items())}
         for chosen in frozen.values():
             chosen.flags.writeable = False
         object.__setattr__(self, "parts", MappingProxyType(frozen))
+        object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
         object.__setattr__(self, "_by_id", {layer.id: layer for layer in self.layers})
 
     def __reduce__(self) -> tuple[Callable[[], Selection], tuple[()]]:
         """For pickle and copy: other processes and copied modules take selections along."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return partial(Selection, **given | {"parts": dict(self.parts)}), ()
+        given = {member.name: getattr(self, member.name) for member in fields(self)}
+        return partial(Selection, **given | {"parts": dict(self.parts), "columns": dict(self.columns)}), ()
 
     def units(self, parameter: str, shape: tuple[int, ...]) -> Units:
-        """The chosen parts of a tensor of this shape."""
+        """The chosen parts of a tensor of this shape; raises ConfigurationError where they would be others in it."""
         width = width_of(self.unit, shape)
         layer = self.layer_of(parameter)
         ranked = self.parts.get(parameter)
@@ -108,6 +112,12 @@ class Selection:
             return Units(None, width)
         parts = math.prod(shape) // width if width else 0
         if ranked is not None:
+            columns = width_of("row", shape)
+            if len(ranked) and self.columns.get(parameter, columns) != columns:
+                raise ConfigurationError(
+                    f"{parameter} has the shape {shape}, and rows of {self.columns[parameter]} entries in the model "
+                    "that the selection was made for: its coordinates are others. Make a selection for this model"
+                )
             if len(ranked) and ranked[-1] >= parts:
                 raise ConfigurationError(f"{parameter} has the shape {shape}, less than the selection was made for")
             return Units(ranked, width)
@@ -203,6 +213,7 @@ class Selection:
     def save(self, path: str | Path) -> Path:
         """Write it as one safetensors file: a header, and per ranked tensor the packed indices of its chosen parts."""
         header = {name: getattr(self, name) for name in _HEADER} | {
+            "columns": dict(self.columns),
             "format": SELECTION_FORMAT,
             "layers": [asdict(layer) for layer in self.layers],
         }

@@ -201,6 +201,7 @@ def select(
         layers=(*decided, *(SelectedLayer(name, size, 1.0, 0.0, 1.0, size) for name, size in held.also.items())),
         parts=parts | {name: np.empty(0, np.int64) for name in held.fixed},
         random_tensors=None if model is None else len(partial.keys() - chosen.keys()),
+        columns={tensors[name].listed_as: width_of("row", tensors[name].shape) for name in chosen},
     )
     mean = known.statistics.mean
     return _with_retained_gradient(selection, tensors, mean) if mean else selection
