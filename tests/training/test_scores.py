@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -55,6 +59,59 @@ class Scorer(nn.Module):
         logits = self.head(self.dropout(self.embedding(input_ids)))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return type("Output", (), {"loss": loss})()
+
+
+class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Follows the memory of the tensors that operations make while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {
+            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
+        }
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                continue
+            if (storage := tensor.untyped_storage())._cdata not in given:
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._held = {key: (held, size) for key, (held, size) in self._held.items() if not held.expired()}  # type: ignore[no-untyped-call]
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return made
+
+
+class WideEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200_000, 64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> object:
+        return type("Output", (), {"loss": self.embedding(input_ids).square().mean()})()
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 1.0), (torch.bfloat16, 0.5)])
+def test_a_sample_and_the_scores_made_of_it_need_no_room_for_a_second_gradient(dtype: torch.dtype, kept: float) -> None:
+    """Of an embedding, which is the largest tensor: with it a training of a few coordinates has its peak here."""
+    model = WideEmbedding()
+    gradient = 4 * model.embedding.weight.numel()
+    batches = [{"input_ids": torch.randint(0, 200_000, (4, 100))} for _ in range(3)]
+    with HeldBytes() as gathering:
+        statistics = LocalStatistics.gather(model, batches, dtype=dtype)
+    assert 1 + kept <= gathering.peak / gradient < 1.15 + kept
+    scores = empirical_bayes(statistics.factors(), statistics)
+    tracemalloc.start()
+    with HeldBytes() as ranking:
+        assert scores("embedding.weight", (200_000, 64)) is not None
+    of_numpy = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ranking.peak < 0.2 * gradient
+    assert gradient <= of_numpy < 1.1 * gradient  # the scores themselves
 
 
 def test_mean_gradients_are_the_mean_of_the_batches_without_dropout_or_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 
 import numpy as np
@@ -50,11 +51,25 @@ def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:
         return np.empty(0, np.int64)
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     above = np.flatnonzero(scores > threshold)
-    tied = np.flatnonzero(scores == threshold)
-    wanted = count - len(above)  # at least 1: the threshold itself is among the largest
-    if wanted < len(tied):
-        tied = tied[lowest(_lots(name, tied, seed), wanted)]
-    return np.sort(np.concatenate([above, tied]))
+    # Of the tied at least one is wanted: the threshold itself is among the largest.
+    return np.sort(np.concatenate([above, _drawn_of(scores == threshold, count - len(above), name, seed)]))
+
+
+def _drawn_of(tied: npt.NDArray[np.bool_], count: int, name: str, seed: int) -> Indices:
+    """The `count` of the tied with the lowest lots, 1 to all of them, without a lot kept for each."""
+    share = count / (among := np.count_nonzero(tied))
+    if share == 1:
+        return np.flatnonzero(tied)
+    for limit in (share + 6 * math.sqrt(share / among), 1.0):  # below the first are enough of them, but for one in 10⁹
+        found, lots = [], []
+        for first in range(0, len(tied), _CHUNK):
+            indices = np.flatnonzero(tied[first : first + _CHUNK]) + first
+            drawn = _lots(name, indices, seed)
+            found.append(indices[drawn < limit])
+            lots.append(drawn[drawn < limit])
+        if sum(map(len, found)) >= count:
+            break
+    return np.concatenate(found)[lowest(np.concatenate(lots), count)]
 
 
 def lowest(lots: Scores, count: int) -> npt.NDArray[np.bool_]:

@@ -93,22 +93,20 @@ class LocalStatistics:
     def _add(
         self, name: str, gradient: Tensor, keep: Kept, dtype: torch.dtype, batches: int, lots: _Generators
     ) -> None:
-        squares = as_matrix(gradient).square()
-        row = squares.mean(-1) if squares.dim() > 1 else squares
-        self.row[name] = self.row[name] + row if name in self.row else row
-        if squares.dim() > 1:
-            column = squares.mean(-2)
-            self.column[name] = self.column[name] + column if name in self.column else column
+        for sums, means in zip((self.row, self.column), squared_means(gradient), strict=True):
+            if means is not None:
+                sums[name] = sums[name] + means if name in sums else means
         if keep == "factors":
             return
-        held, value = (self.mean, gradient) if keep == "mean" else (self.square, squares.view_as(gradient))
-        value = value / batches
+        held = self.mean if keep == "mean" else self.square
         if name not in held:
-            held[name] = _rounded(value, dtype, lots)
-        elif dtype == torch.float32:
-            held[name] += value
-        else:
-            held[name] = _rounded(value.add_(held[name]), dtype, lots)
+            held[name] = torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)
+        for part, of_batch in zip(blocks(held[name]), blocks(gradient), strict=True):
+            value = (of_batch if keep == "mean" else of_batch.square()) / batches
+            if dtype == torch.float32:
+                part += value
+            else:
+                part.copy_(_rounded(value.add_(part), lots))
 
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """{tensor: {"row": ..., "column": ...}} of the mean squared batch gradient, as a blueprint's attachment."""
@@ -126,12 +124,12 @@ class LocalStatistics:
         """
         if self.batches < 2 or name not in self.row or name not in self.mean:
             return None
-        squared = as_matrix(self.mean[name].float()).square()
-        of_mean = {"row": squared.mean(-1), "column": squared.mean(-2)} if squared.dim() > 1 else {"row": squared}
-        sums = {"row": self.row, "column": self.column}
+        of_mean = zip(("row", "column"), squared_means(self.mean[name]), strict=True)
+        of_batches = self.factors_of(name)
         return {
-            side: ((sums[side][name] / self.batches - of_mean[side]) / (self.batches - 1)).clamp_min(0.0)
-            for side in of_mean
+            side: ((of_batches[side] - squared) / (self.batches - 1)).clamp_min(0.0)
+            for side, squared in of_mean
+            if squared is not None
         }
 
 
@@ -155,10 +153,38 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.dim() == 4 else tensor
 
 
-def _rounded(value: Tensor, dtype: torch.dtype, lots: _Generators) -> Tensor:
+def squared_means(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Row and column means of a tensor's squares, float32; of a vector its squares, and None."""
+    matrix = as_matrix(tensor)
+    if matrix.dim() < 2:
+        return matrix.float().square(), None
+    rows, columns = matrix.shape[-2:]
+    row, column = matrix.new_empty(matrix.shape[:-1], dtype=torch.float32), []
+    for of_row, each in zip(row.view(-1, rows), matrix.reshape(-1, rows, columns), strict=True):
+        total = torch.zeros(columns, device=tensor.device)
+        for first in range(0, rows, step := max(1, block_of(tensor.device) // max(1, columns))):
+            squares = each[first : first + step].float().square()
+            of_row[first : first + step] = squares.mean(-1)
+            total += squares.sum(0)
+        column.append(total / rows)
+    return row, torch.stack(column).view(*matrix.shape[:-2], columns)
+
+
+def block_of(device: torch.device) -> int:
+    """Entries of a tensor to work on at a time: beside an embedding's gradient there is no room for more of its size.
+
+    On a CPU what stays in its cache; elsewhere a call costs more than the work on so few. A multiple of 4 (`_rounded`).
+    """
+    return 1 << (16 if device.type == "cpu" else 22)
+
+
+def blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of a tensor's entries, a block at a time, flat and in order."""
+    return torch.split(tensor.reshape(-1), block_of(tensor.device))
+
+
+def _rounded(value: Tensor, lots: _Generators) -> Tensor:
     """In bfloat16 up or down at random, in proportion to the nearness: right on average."""
-    if dtype == torch.float32:
-        return value
     device = value.device
     if device not in lots:
         lots[device] = torch.Generator(device).manual_seed(0)

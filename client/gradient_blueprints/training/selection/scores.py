@@ -8,7 +8,7 @@ not compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection.indices import Scores, random_scores
-from gradient_blueprints.training.selection.local import LocalStatistics, as_matrix
+from gradient_blueprints.training.selection.local import LocalStatistics, block_of, blocks
+from gradient_blueprints.training.selection.moments import TINY, Moment, Shape
 
-Shape = tuple[int, ...]
 Score = Callable[[str, Shape], Scores | None]
 Factors = Mapping[str, Mapping[str, Tensor]]
 """{tensor: {"row": ..., "column": ...}}, the means of the squared gradient over the other dimension."""
@@ -31,7 +31,10 @@ def published_factors(factors: Factors) -> Score:
     """RMS gradient that row and column factors stand for: √(row_i · column_j / mean(row)); for local factors too."""
 
     def score(name: str, shape: Shape) -> Scores | None:
-        return _flat(outer(factors[name], name, shape).sqrt_()) if name in factors else None
+        if name not in factors:
+            return None
+        moment = Moment(factors[name], name, shape, device := factors[name]["row"].device)
+        return _by_blocks(math.prod(shape), device, lambda first, last: moment.between(first, last).sqrt())
 
     return score
 
@@ -40,7 +43,10 @@ def local_gradient(mean: Mapping[str, Tensor]) -> Score:
     """|mean local gradient|."""
 
     def score(name: str, shape: Shape) -> Scores | None:
-        return _flat(mean[name].detach().float().abs()) if name in mean else None
+        if name not in mean:
+            return None
+        flat = mean[name].detach().reshape(-1)
+        return _by_blocks(len(flat), flat.device, lambda first, last: flat[first:last].float().abs())
 
     return score
 
@@ -49,7 +55,10 @@ def local_rms(statistics: LocalStatistics) -> Score:
     """Root mean square of the local batch gradients; gather with keep="square"."""
 
     def score(name: str, shape: Shape) -> Scores | None:
-        return _flat(statistics.square[name].float().sqrt()) if name in statistics.square else None
+        if name not in statistics.square:
+            return None
+        flat = statistics.square[name].reshape(-1)
+        return _by_blocks(len(flat), flat.device, lambda first, last: flat[first:last].float().sqrt())
 
     return score
 
@@ -103,64 +112,79 @@ def empirical_bayes(
         if noise is None:
             ours, theirs = published_factors(factors), local_gradient(statistics.mean)
             return blended((weight_of_prior, ours), (1 - weight_of_prior, theirs))(name, shape)
-        mean = statistics.mean[name].detach().float()
-        variance = outer(noise, name, shape).to(mean.device)
-        prior, parameters = _own_prior(statistics, name, mean)
+        mean = statistics.mean[name].detach()
+        variance = Moment(noise, name, shape, mean.device)
+        own, parameters = _own_prior(statistics, name, mean)
+        signal = _signal(mean, variance)
+        published, alpha = own, 0.0
         if known:
-            published = _over_its_mean(outer(factors[name], name, shape).to(mean.device))
-            weights = (0.0, 0.5, 1.0) if trust is None else (trust,)
-            fit = _Fit(mean, variance, published, prior, parameters)
-            prior.lerp_(published, max((validity * each for each in weights), key=fit))
-        prior.mul_(_signal(mean, variance) / max(float(prior.mean()), _TINY))
-        weight = prior.div_((prior + variance).clamp_min_(_TINY))
-        return _flat((weight * mean).square_().add_(variance.mul_(weight)).sqrt_())
+            published = Moment(factors[name], name, shape, mean.device).over_its_mean()
+            weights = [validity * each for each in ((0.0, 0.5, 1.0) if trust is None else (trust,))]
+            alpha = _likeliest(mean, variance, published, own, signal, parameters, weights)
+        scale = signal / max((1 - alpha) * own.mean + alpha * published.mean, TINY)
+        flat = mean.reshape(-1)
+
+        def root_of_expected(first: int, last: int) -> Tensor:
+            prior = own.between(first, last)
+            if alpha > 0:
+                prior = prior.lerp(published.between(first, last), alpha)
+            prior, noisy = prior * scale, variance.between(first, last)
+            weight = prior.div_((prior + noisy).clamp_min_(TINY))
+            return (weight * flat[first:last]).square_().addcmul_(noisy, weight).sqrt_()
+
+        return _by_blocks(len(flat), flat.device, root_of_expected)
 
     return score
 
 
-class _Fit:
-    """Log likelihood of the local mean under α·published + (1 − α)·own, less the own factors' parameters (Akaike).
+def _likeliest(
+    mean: Tensor,
+    variance: Moment,
+    published: Moment,
+    own: Moment,
+    signal: float,
+    parameters: int,
+    weights: Sequence[float],
+) -> float:
+    """The α under which the local mean is likeliest, with the prior α·published + (1 − α)·own.
 
-    Of a large tensor a million coordinates drawn once stand for all.
+    The own factors' number of parameters counts against all but α = 1 (Akaike). Of a large tensor a million coordinates
+    drawn once stand for all.
     """
+    flat, lots = mean.reshape(-1), torch.Generator().manual_seed(0)
+    judged, step, size = min(len(flat), _JUDGED_BY), block_of(mean.device), len(flat)
+    misfit = [parameters / size * judged if weight < 1 else 0.0 for weight in weights]
+    for first in range(0, judged, step):
+        last = min(first + step, judged)
+        if judged < size:
+            drawn = torch.randint(0, size, (last - first,), generator=lots).to(mean.device)
+            square, noise, theirs, ours = flat[drawn], variance.at(drawn), published.at(drawn), own.at(drawn)
+        else:
+            square, noise, theirs, ours = (
+                flat[first:last],
+                *(each.between(first, last) for each in (variance, published, own)),
+            )
+        square = square.float().square()
+        for place, weight in enumerate(weights):
+            expected = torch.lerp(ours, theirs, weight).mul_(signal).add_(noise)
+            expected.clamp_min_(max(TINY, _LEAST_VARIANCE * signal))
+            misfit[place] += float((square / expected + expected.log()).sum(dtype=torch.float64)) / 2
+    return weights[misfit.index(min(misfit))]
 
-    def __init__(self, mean: Tensor, variance: Tensor, published: Tensor, own: Tensor, parameters: int) -> None:
-        self._signal = _signal(mean, variance)
-        self._parameters = parameters / mean.numel()
-        places: Tensor | slice = slice(None)
-        if mean.numel() > _JUDGED_BY:
-            lots = torch.Generator().manual_seed(0)
-            places = torch.randint(0, mean.numel(), (_JUDGED_BY,), generator=lots).to(mean.device)
-        self._square, self._variance, self._published, self._own = (
-            each.flatten()[places] for each in (mean, variance, published, own)
-        )
-        self._square = self._square.square()
 
-    def __call__(self, weight: float) -> float:
-        """Per coordinate, up to a constant."""
-        expected = torch.lerp(self._own, self._published, weight).mul_(self._signal).add_(self._variance)
-        expected.clamp_min_(max(_TINY, _LEAST_VARIANCE * self._signal))
-        likelihood = -float((self._square / expected + expected.log()).double().mean()) / 2
-        return likelihood - (self._parameters if weight < 1 else 0.0)
-
-
-def _own_prior(statistics: LocalStatistics, name: str, mean: Tensor) -> tuple[Tensor, int]:
+def _own_prior(statistics: LocalStatistics, name: str, mean: Tensor) -> tuple[Moment, int]:
     """The second moment by the sample's own row and column factors over its mean, and their number; of a vector 1."""
     own = statistics.factors_of(name)
+    parameters = sum(each.numel() for each in own.values())
     if "column" not in own:
-        return torch.ones_like(mean), 1
-    parameters = own["row"].numel() + own["column"].numel()
-    return _over_its_mean(outer(own, name, tuple(mean.shape)).to(mean.device)), parameters
+        own, parameters = {"row": torch.ones(mean.numel())}, 1
+    return Moment(own, name, tuple(mean.shape), mean.device).over_its_mean(), parameters
 
 
-def _over_its_mean(moment: Tensor) -> Tensor:
-    return moment.div_(float(moment.mean().clamp_min(_TINY)))
-
-
-def _signal(mean: Tensor, variance: Tensor) -> float:
+def _signal(mean: Tensor, variance: Moment) -> float:
     """τ², of a prior whose mean is 1."""
-    squares = float(mean.square().mean())
-    return max(squares - float(variance.mean()), LEAST_SIGNAL * squares)
+    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in blocks(mean)) / mean.numel()
+    return max(squares - variance.mean, LEAST_SIGNAL * squares)
 
 
 def weight_of_published(validity: float, trust: float | None) -> float:
@@ -168,37 +192,9 @@ def weight_of_published(validity: float, trust: float | None) -> float:
     return validity / (1 + validity) if trust is None else validity * trust
 
 
-_TINY = float(torch.finfo(torch.float32).tiny)
 _JUDGED_BY = 1 << 20
 _LEAST_VARIANCE = 1e-6
 """Of τ²: a coordinate that a prior holds for unused and is not says no more than this against it."""
-
-
-def outer(factor: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """The second moment that factors stand for, row_i · column_j / mean(row), in the tensor's shape, float32.
-
-    A vector has its second moment as row alone; a stack of matrices (experts) has factors for each.
-    """
-    _check_shape(factor, name, shape)
-    row = factor["row"].detach().float().abs()
-    if "column" in factor:
-        column = factor["column"].detach().float().abs().to(row.device)
-        row = (row / row.mean(-1, keepdim=True).clamp_min(_TINY))[..., :, None] * column[..., None, :]
-    else:
-        row = row.clone()
-    return row.view(shape)
-
-
-def _check_shape(factor: Mapping[str, Tensor], name: str, shape: Shape) -> None:
-    """ConfigurationError for factors of a tensor of another shape, though it may be of the same size."""
-    matrix = tuple(as_matrix(torch.empty(shape, device="meta")).shape)
-    row, column = tuple(factor["row"].shape), tuple(factor["column"].shape) if "column" in factor else ()
-    fits = (row, column) == (matrix[:-1], matrix[:-2] + matrix[-1:]) if column else math.prod(row) == math.prod(shape)
-    if not fits:
-        raise ConfigurationError(
-            f"{name} is {tuple(shape)}, and its factors are of a tensor of another shape, rows {row}, columns "
-            f"{column or 'none'}: they are of another model, or of one that holds its matrices transposed (Conv1D)"
-        )
 
 
 def of_domain(factors: Mapping[str, Tensor] | None, domain: str | None) -> dict[str, dict[str, Tensor]]:
@@ -225,5 +221,10 @@ def row_scores(scores: Scores, width: int) -> Scores:
     return np.asarray(np.sqrt(np.square(scores.reshape(-1, width)).mean(1)), np.float32)
 
 
-def _flat(scores: Tensor) -> Scores:
-    return np.asarray(scores.flatten().cpu().numpy(), np.float32)
+def _by_blocks(size: int, device: torch.device, part: Callable[[int, int], Tensor]) -> Scores:
+    """Scores of a tensor, of which `part` makes those between two flat indices."""
+    scores = np.empty(size, np.float32)
+    for first in range(0, size, step := block_of(device)):
+        last = min(first + step, size)
+        scores[first:last] = part(first, last).cpu().numpy()
+    return scores

@@ -20,10 +20,10 @@ from gradient_blueprints.training.selection.chosen import SelectedLayer, Selecti
 from gradient_blueprints.training.selection.indices import Indices, best, drawn
 from gradient_blueprints.training.selection.listed_tensors import ListedTensor, ModelTensors, listing, some, tensors_of
 from gradient_blueprints.training.selection.local import LocalStatistics
+from gradient_blueprints.training.selection.moments import Shape
 from gradient_blueprints.training.selection.scores import (
     Factors,
     Score,
-    Shape,
     blended,
     empirical_bayes,
     local_gradient,
@@ -338,10 +338,10 @@ def _with_retained_gradient(
 ) -> Selection:
     """Each layer with the share of Σ|mean gradient| that it trains, None where a tensor of it was not measured."""
     held = {layer.id: [0.0, 0.0] for layer in selection.layers}
+    magnitudes_of = local_gradient(mean)
     for name, tensor in tensors.items():
         kept, total = math.nan, math.nan
-        if name in mean:
-            magnitudes = mean[name].detach().float().abs().flatten().cpu().numpy()
+        if (magnitudes := magnitudes_of(name, tensor.shape)) is not None:
             indices = selection.indices(tensor.listed_as, tensor.shape)
             total = float(magnitudes.sum(dtype=np.float64))
             kept = total if indices is None else float(magnitudes[indices].sum(dtype=np.float64))
