@@ -175,7 +175,7 @@ def block_of(device: torch.device) -> int:
 
     On a CPU what stays in its cache; elsewhere a call costs more than the work on so few. A multiple of 4 (`_rounded`).
     """
-    return 1 << (16 if device.type == "cpu" else 22)
+    return 1 << (15 if device.type == "cpu" else 22)
 
 
 def blocks(tensor: Tensor) -> tuple[Tensor, ...]:
