@@ -90,17 +90,19 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   many that look at several cases one may fail by chance. A verdict that the later seeds alone do not bear out says so;
   those of rivals and of several cases are of all seeds. Later seeds are those from {len(SEEDS["gpt"])} (GPT) and
   {len(SEEDS["smollm2"])} (SmolLM2) on.
-- Where arms of a table have different numbers of seeds, `loss`, `English` and `CPU s` are over those that all of them
-  have; `gain` is over an arm's own, and so its interval tells of their number too; differences are over common seeds.
+- Where arms of a table have different numbers of seeds, `loss`, `English` and `CPU s` are over those that all finished
+  arms have, and left out where an arm lacks one of these; `gain` is over an arm's own, and so its interval tells of
+  their number too; differences are over common seeds.
 - Legal text: only exact duplicates are kept together when documents are dealt. Licences resemble each other, so that
   held-out ones share passages with those trained on: read that table as adaptation to a narrow domain.
 - Memory is measured: moments, indices and the gradients held at a step; after the plus, one whole gradient of the
   largest tensor, which a partial update sees for a moment; of the embedding, which is tied, three exist then, those of
   its two uses and their sum (none where linear layers alone are trained). SHiRA's indices, 8 bytes a weight in peft,
-  are not in it; nor what is held before training, while a local sample is measured: 4 bytes a coordinate in float32, 2
-  in bfloat16. CPU seconds are of the training loop on one thread of a shared machine; `selection` is what the choice
-  takes before it, the longest of the arm's runs; the profiles of `select`, which runs share, may be in it or not. Runs
-  of one table may be days and processors apart: seconds that differ by less than a factor of two tell nothing."""
+  are not in it; nor what is held before training: of a local sample 4 bytes a coordinate in float32, 2 in bfloat16,
+  and then up to 12 of each of the tensor that is being ranked. CPU seconds are of the training loop on one thread of a
+  shared machine; `selection` is what the choice takes before it, the longest of the arm's runs; the profiles of
+  `select`, which runs share, may be in it or not. Runs of one table may be days and processors apart: seconds that
+  differ by less than a factor of two tell nothing."""
 EXPLORED_WORDS = f"""On the development text and seeds that are used nowhere else, each at its own tuned rate, code.
 An arm without a loss at the other seed was dropped, or frozen, by that of the tuning seed. From this the first default
 (`{DRAWN}`) was frozen; nothing here confirms anything."""
@@ -205,22 +207,24 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
     mine = next((each for each in found if each.cell.choice.score == DEFAULT), None)
     rivals = [each for each in found if mine is not None and each is not mine]
     against = {id(each.rival): each for each in (compare(mine, rivals) if mine else [])}
-    common = set.intersection(*(set(each.shares) for each in found))
+    finished = [each for each in found if each.complete] or found
+    common = set.intersection(*(set(each.shares) for each in finished))
     rows = []
     for each in sorted(found, key=lambda finding: -finding.share):
         compared = against.get(id(each))
+        has_common = common <= each.shares.keys()
         rows.append(
             [
                 f"**{name_of(each.cell.choice)}**" if each is mine else name_of(each.cell.choice),
                 _trained(each),
                 f"{each.rate:g}",
                 str(len(each.shares)) + ("" if each.complete else f" of {len(each.cell.seeds)}"),
-                f"{each.mean('loss', common):.3f}",
+                f"{each.mean('loss', common):.3f}" if has_common else "",
                 _gain(each),
                 "" if compared is None else f"{in_points(compared.found)}, {compared.adjusted_p:.2f}",
-                f"{each.mean('english', common) - each.mean('english_base', common):+.2f}",
+                f"{each.mean('english', common) - each.mean('english_base', common):+.2f}" if has_common else "",
                 _memory(each, full),
-                f"{each.mean('cpu_seconds', common):.1f}",
+                f"{each.mean('cpu_seconds', common):.1f}" if has_common else "",
                 f"{each.selection_seconds:.1f}",
             ]
         )
@@ -239,7 +243,10 @@ def _arms(found: list[Finding], plan: Sequence[Cell], store: Store) -> str:
     ]
     base = found[0].mean("base")
     read = sorted({result.texts for each in found for result in each.results.values()})
-    return f"Loss before: {base:.3f}. Texts: {', '.join(f'`{each}`' for each in read)}.\n\n" + table(head, rows)
+    return (
+        f"Loss before: {base:.3f}. Common seeds: {len(common)}. Texts: {', '.join(f'`{each}`' for each in read)}.\n\n"
+        + table(head, rows)
+    )
 
 
 def _trained(each: Finding) -> str:
