@@ -178,14 +178,16 @@ def rank_biased_overlap(first: Sequence[str], second: Sequence[str], p: float) -
 # --- the ceiling
 
 
-def spearman_brown(half: npt.ArrayLike) -> Floats:
-    """Reliability of a whole sample from the correlation of its halves: 2r / (1 + r), and 0 for r <= 0.
+def spearman_brown(part: npt.ArrayLike, times: float = 2) -> Floats:
+    """Reliability of a whole sample, f times as large as two parts that correlate by r: f r / (1 + (f - 1) r).
+
+    0 for r <= 0.
 
     >>> float(spearman_brown(0.6))
     0.75
     """
-    r = np.maximum(np.asarray(half, np.float64), 0)
-    return np.asarray(2 * r / (1 + r))
+    r = np.maximum(np.asarray(part, np.float64), 0)
+    return np.asarray(times * r / (1 + (times - 1) * r))
 
 
 def disattenuated(correlation: float, ceiling: float) -> float:

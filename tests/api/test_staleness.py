@@ -124,6 +124,8 @@ def test_a_value_beside_batches_is_the_estimate_and_the_batches_tell_its_noise(p
     assert following["interval_method"] == opposed["interval_method"] == "bootstrap_over_batches"
     assert opposed["verdict"] == "stale"
     assert following["corrected_ci"][0] > 0
+    smaller = judged({name: norm / 100 for name, norm in NORMS.items()}, NORMS)  # the noise is a share of the value
+    assert smaller["ceiling"] == pytest.approx(check(publisher, local())["levels"][0]["ceiling"], abs=0.01)
 
 
 # --- what does not match

@@ -130,8 +130,9 @@ def test_equal_values_rank_in_the_order_of_their_names() -> None:
     assert top_overlap(["a", "b"], ["b", "a"], 1) == 0
 
 
-def test_spearman_browns_formula_doubles_a_test_and_knows_no_negative_reliability() -> None:
+def test_spearman_browns_formula_lengthens_a_test_and_knows_no_negative_reliability() -> None:
     assert spearman_brown([0.6, 1.0, 0.0, -0.5]).tolist() == pytest.approx([0.75, 1, 0, 0])
+    assert spearman_brown([0.5, 1.0, 0.0, -0.5], 3).tolist() == pytest.approx([0.75, 1, 0, 0])
     assert disattenuated(0.9, 0.9) == pytest.approx(1)
 
 
