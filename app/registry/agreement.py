@@ -74,8 +74,10 @@ def row_kendalls(x: Floats, y: Floats) -> Floats:
     if x.shape[-1] > _MOST_COMPARED:
         pairs = zip(np.broadcast_to(x, y.shape), y, strict=True)
         return np.array([stats.kendalltau(*pair, variant="b", method="asymptotic").statistic for pair in pairs])
-    above = [_above(row) for row in x]
-    return np.array([_tau(above[number if len(above) > 1 else 0], _above(row)) for number, row in enumerate(y)])
+    if len(x) == 1:
+        above = _above(x[0])
+        return np.array([_tau(above, _above(row)) for row in y])
+    return np.array([_tau(_above(one), _above(two)) for one, two in zip(x, y, strict=True)])
 
 
 def _above(values: Floats) -> Truths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def test_kendalls_tau_of_many_rows_is_that_of_each(length: int) -> None:
         assert row_kendalls(rows, y) == pytest.approx(expected, abs=1e-12)
     y[1] = 5
     assert np.isnan(row_kendalls(x, y)).tolist() == [False, True, False]
+
+
+def test_kendalls_tau_of_many_rows_holds_the_comparisons_of_a_few_at_a_time() -> None:
+    x = np.random.default_rng(0).standard_normal((30, 500))
+    tracemalloc.start()
+    row_kendalls(x, x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 500**2  # bytes
 
 
 def test_rank_correlations_of_kendalls_ten_boys() -> None:
