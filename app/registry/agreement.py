@@ -185,7 +185,7 @@ def spearman_brown(part: npt.ArrayLike, times: float = 2) -> Floats:
 
     0 for r <= 0.
 
-    >>> float(spearman_brown(0.6))
+    >>> round(float(spearman_brown(0.6)), 6)
     0.75
     """
     r = np.maximum(np.asarray(part, np.float64), 0)
