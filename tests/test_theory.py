@@ -55,6 +55,7 @@ def test_gaussian_null_is_the_papers_recomputed_one() -> None:
     share = theory.gaussian_retained_mass(0.1)
     assert share == pytest.approx(0.259, abs=5e-4)
     assert math.log(share) / math.log(0.1) == pytest.approx(0.587, abs=1e-3)
+    assert theory.gaussian_retained_mass(math.erfc(8.5 / math.sqrt(2))) == pytest.approx(math.exp(-(8.5**2) / 2))
 
 
 def test_the_papers_cost_example_gives_0_222() -> None:
@@ -78,6 +79,13 @@ def test_no_fraction_beats_the_best_one(gamma: float, fixed: float, variable: fl
     assert all(theory.gain_per_cost(k / 200, gamma, fixed, variable) <= gain * (1 + 1e-9) for k in range(201))
     if best.regime is Regime.PARTIAL:
         assert gain == pytest.approx((1 - gamma) / fixed * best.fraction**gamma)  # eq. 19
+
+
+def test_without_fixed_costs_the_smallest_fraction_gains_most_per_cost_unless_gains_are_linear() -> None:
+    assert theory.best_fraction(0.5, 0, 1) == (0.0, Regime.PARTIAL)
+    assert theory.best_gain_per_cost(0.5, 0, 1) == math.inf
+    assert theory.best_gain_per_cost(1, 0, 4) == 0.25
+    assert theory.best_gain_per_cost(0, 4, 1) == 0.25
 
 
 def test_gamma_one_over_one_plus_alpha_makes_k_star_the_cost_ratio_over_alpha() -> None:

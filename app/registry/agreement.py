@@ -74,8 +74,10 @@ def row_kendalls(x: Floats, y: Floats) -> Floats:
     if x.shape[-1] > _MOST_COMPARED:
         pairs = zip(np.broadcast_to(x, y.shape), y, strict=True)
         return np.array([stats.kendalltau(*pair, variant="b", method="asymptotic").statistic for pair in pairs])
-    above = [_above(row) for row in x]
-    return np.array([_tau(above[number if len(above) > 1 else 0], _above(row)) for number, row in enumerate(y)])
+    if len(x) == 1:
+        above = _above(x[0])
+        return np.array([_tau(above, _above(row)) for row in y])
+    return np.array([_tau(_above(one), _above(two)) for one, two in zip(x, y, strict=True)])
 
 
 def _above(values: Floats) -> Truths:
@@ -178,14 +180,16 @@ def rank_biased_overlap(first: Sequence[str], second: Sequence[str], p: float) -
 # --- the ceiling
 
 
-def spearman_brown(half: npt.ArrayLike) -> Floats:
-    """Reliability of a whole sample from the correlation of its halves: 2r / (1 + r), and 0 for r <= 0.
+def spearman_brown(part: npt.ArrayLike, times: float = 2) -> Floats:
+    """Reliability of a whole sample, f times as large as two parts that correlate by r: f r / (1 + (f - 1) r).
 
-    >>> float(spearman_brown(0.6))
+    0 for r <= 0.
+
+    >>> round(float(spearman_brown(0.6)), 6)
     0.75
     """
-    r = np.maximum(np.asarray(half, np.float64), 0)
-    return np.asarray(2 * r / (1 + r))
+    r = np.maximum(np.asarray(part, np.float64), 0)
+    return np.asarray(times * r / (1 + (times - 1) * r))
 
 
 def disattenuated(correlation: float, ceiling: float) -> float:

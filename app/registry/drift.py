@@ -62,22 +62,35 @@ class Sample:
     values: Floats  # (layers,)
     batches: Floats | None = None  # (batches, layers); `values` is their mean
     log_error: Floats | None = None  # (layers,), standard error of the logarithm
+    scaled: bool = False  # `values` were given, and the batches multiplied to have them as their mean
 
     @classmethod
-    def of_batches(cls, batches: npt.ArrayLike) -> Sample:
+    def of_batches(cls, batches: npt.ArrayLike, values: npt.ArrayLike | None = None) -> Sample:
+        """`values` (NaN: the batches' mean) are estimates, of which the batches tell the relative noise alone.
+
+        Batches that are all zero tell none.
+        """
         table = np.asarray(batches, np.float64)
-        return cls(table.mean(0), batches=table)
+        means = table.mean(0)
+        if values is None:
+            return cls(means, batches=table)
+        given = np.isfinite(values)
+        relative = np.divide(table, means, out=np.ones_like(table), where=means > 0)
+        values = np.where(given, values, means)
+        return cls(values, batches=np.where(given, relative * values, table), scaled=True)
 
     def take(self, chosen: Sequence[int]) -> Sample:
         return Sample(
             self.values[chosen],
             None if self.batches is None else self.batches[:, chosen],
             None if self.log_error is None else self.log_error[chosen],
+            self.scaled,
         )
 
     def grouped(self, groups: Sequence[Sequence[int]]) -> Sample:
         """One value per group: the norm of the group's layers taken together, sqrt(sum of squares).
 
+        Of batches it is that of each batch, which is exact for norms; the value is their mean, or of the given values.
         The relative variance of a group is that of its sum of squares, with independent layers: the error of log g is
         sqrt(sum (v_i^2 e_i)^2) / sum v_i^2.
         """
@@ -91,7 +104,7 @@ class Sample:
         if self.log_error is not None:
             log_error = np.array([_pooled_error(self.values[group], self.log_error[group]) for group in members])
         if self.batches is not None:
-            return Sample.of_batches(norms(self.batches))
+            return Sample.of_batches(norms(self.batches), norms(self.values) if self.scaled else None)
         return Sample(norms(self.values), log_error=log_error)
 
     @property
@@ -238,14 +251,15 @@ def _clipped(correlation: float) -> float:
 def ceiling(published: Sample, local: Sample, seed: int) -> float | None:
     """The largest correlation to be expected: sqrt(reliability of local * reliability of published).
 
-    The local reliability is the correlation of the two halves of its batches (mean over random halves), stepped up by
-    Spearman-Brown; of a side with intervals instead it is estimated by redrawing it within them, which gives a little
-    too much (the redrawn vary about the noisy values), so never makes a correlation look better than it is. Published
-    values without intervals are taken at their word. None when nothing is known of the local noise.
+    The local reliability is the correlation of two halves of its batches (mean over random halves), stepped up by
+    Spearman-Brown to all of them; of a side with intervals instead it is estimated by redrawing it within them, which
+    gives a little too much (the redrawn vary about the noisy values), so never makes a correlation look better than it
+    is. Published values without intervals are taken at their word. None when nothing is known of the local noise.
     """
     generator = np.random.default_rng([seed, 1])
     if local.batches is not None and len(local.batches) >= 2:
-        reliability = float(spearman_brown(_split_half(local.batches, generator)))
+        count = len(local.batches)
+        reliability = float(spearman_brown(_split_half(local.batches, generator), count / (count // 2)))
         own = math.sqrt(reliability)
     elif local.log_error is not None:
         own = _redrawn(local, local.log_error, generator)
@@ -297,7 +311,8 @@ def _errors(published: Sample, local: Sample, seed: int) -> _Errors:
     """Resample the batches within random halves, and the published values within their intervals.
 
     Resampling within halves keeps the halves independent, so that each resample has a ceiling of its own. A half of m
-    batches, resampled, varies (m - 1)/m times too little; its deviations are stretched by sqrt(m / (m - 1)).
+    batches, resampled, varies (m - 1)/m times too little; its deviations are stretched by sqrt(m / (m - 1)). Of an odd
+    number of batches a resample leaves one out, and its ceiling is that of the others.
     """
     generator = np.random.default_rng([seed, 2])
     n = len(local.values)

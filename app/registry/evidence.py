@@ -33,7 +33,7 @@ WINDOW_DAYS = 90
 STALE_LIMIT = 0.5
 """Share of stale verdicts at which the alarm is raised."""
 FEWEST_USERS = 3
-"""Users with a verdict, fresh or stale, below which a share says nothing."""
+"""Users with a verdict, fresh or stale, below which no share raises an alarm."""
 ALREADY_TODAY = "this key has kept a check of this blueprint and domain today; one voice a day counts"
 _DIGITS = 2  # evidence is coarse on purpose: it tells how a blueprint fares, not what the adapter's data are
 _SHOWN_EVENTS = 100
@@ -114,7 +114,11 @@ ORDER BY c.fraction, v.number, latest.domain
 async def _watch_limit(
     session: AsyncSession, caller: Caller, found: Found, checkpoint_id: int | None, domain: str
 ) -> None:
-    """Write an event when the share of stale verdicts has crossed the limit with this check, either way."""
+    """Write an event when the share of stale verdicts has crossed the limit with this check, either way.
+
+    It takes a few users to raise the alarm, and a share below the limit to clear it: that some of them can no longer
+    tell does not.
+    """
     row = (
         await session.execute(text(_SHARE), {"window": WINDOW_DAYS, "document_id": found.document_id, "domain": domain})
     ).one()
@@ -125,10 +129,12 @@ async def _watch_limit(
         .order_by(tables.StalenessEvent.id.desc())
         .limit(1)
     )
-    over = row.fresh + row.stale >= FEWEST_USERS and share >= STALE_LIMIT
-    if over == (last == "raised"):
+    told = row.fresh + row.stale
+    raised = last == "raised"
+    crossed = told > 0 and share < STALE_LIMIT if raised else told >= FEWEST_USERS and share >= STALE_LIMIT
+    if not crossed:
         return
-    kind = "raised" if over else "cleared"
+    kind = "cleared" if raised else "raised"
     await session.execute(
         insert(tables.StalenessEvent).values(
             kind=kind,
@@ -141,8 +147,8 @@ async def _watch_limit(
     )
     place = version_path(found.model_id, found.checkpoint, found.version)
     await audit.record(session, caller, f"staleness.{kind}", place, domain=domain, stale_share=share, users=row.users)
-    if over:
-        told = {
+    if kind == "raised":
+        event = {
             "training_checkpoint": float(found.checkpoint),
             "version": found.version,
             "digest": found.digest_text,
@@ -151,7 +157,7 @@ async def _watch_limit(
             "stale_share": share,
             "users": row.users,
         }
-        await webhooks.announce(session, WebhookEvent.EVIDENCE_STALE, found.model_id, told)
+        await webhooks.announce(session, WebhookEvent.EVIDENCE_STALE, found.model_id, event)
 
 
 def _share(row: Any) -> float:

@@ -134,7 +134,7 @@ def side_of_rows(rows: Sequence[Any], statistic: str) -> Side:
 
 
 def side_of_sample(local: LocalSample) -> Side:
-    """A local sample. A value beside batches is the estimate; how the batches vary about their mean is its noise."""
+    """A local sample. A value beside batches is the estimate; by what share of their mean these vary is its noise."""
     layers = sorted(local.layers, key=lambda layer: layer.id)
     tables_of_batches = [layer.batches for layer in layers if layer.batches is not None]
     unit = 1.0
@@ -144,10 +144,8 @@ def side_of_sample(local: LocalSample) -> Side:
         # The unit is no matter to ranks; without it sums of huge values would leave float64. A power of 2 is exact.
         unit = 2.0 ** (math.frexp(largest)[1] - 1)
         batches /= unit
-        means = batches.mean(0)
-        given = [mean if layer.value is None else layer.value / unit for layer, mean in zip(layers, means, strict=True)]
-        values = np.array(given, np.float64)
-        sample = Sample(values, batches=batches + (values - means))
+        given = [math.nan if layer.value is None else layer.value / unit for layer in layers]
+        sample = Sample.of_batches(batches, None if np.isnan(given).all() else given)
     else:
         intervals = [layer.interval or (math.nan, math.nan) for layer in layers]
         values = np.array([layer.value for layer in layers], np.float64)

@@ -110,7 +110,7 @@ def gaussian_retained_mass(k: float) -> float:
     _check_share(k)
     if k in {0, 1}:
         return float(k)
-    z = NormalDist().inv_cdf(1 - k / 2)
+    z = NormalDist().inv_cdf(k / 2)  # minus the threshold; 1 - k/2 is 1 for a small k
     return math.exp(-z * z / 2)
 
 
@@ -151,10 +151,13 @@ def best_fraction(gamma: float, fixed: float, variable: float) -> BestFraction:
 def best_gain_per_cost(gamma: float, fixed: float, variable: float) -> float:
     """G at the best fraction; ((1 - gamma)/fixed) * (k*)^gamma in the partial regime (eq. 19).
 
+    Infinite there without fixed costs: the smaller the fraction, the more it gains per cost.
+
     >>> round(best_gain_per_cost(0.6, 1, 4), 3)
     0.222
     """
-    return gain_per_cost(best_fraction(gamma, fixed, variable).fraction, gamma, fixed, variable)
+    fraction = best_fraction(gamma, fixed, variable).fraction
+    return gain_per_cost(fraction, gamma, fixed, variable) if fraction or fixed else math.inf
 
 
 def joint_gain(k: float, q: float, gamma: float, delta: float) -> float:

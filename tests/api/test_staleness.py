@@ -124,6 +124,8 @@ def test_a_value_beside_batches_is_the_estimate_and_the_batches_tell_its_noise(p
     assert following["interval_method"] == opposed["interval_method"] == "bootstrap_over_batches"
     assert opposed["verdict"] == "stale"
     assert following["corrected_ci"][0] > 0
+    smaller = judged({name: norm / 100 for name, norm in NORMS.items()}, NORMS)  # the noise is a share of the value
+    assert smaller["ceiling"] == pytest.approx(check(publisher, local())["levels"][0]["ceiling"], abs=0.01)
 
 
 # --- what does not match
@@ -293,6 +295,34 @@ def test_the_alarm_is_raised_once_and_cleared_once(publisher: httpx2.Client, ser
     told = summary()
     assert [event["kind"] for event in told["events"]] == ["cleared", "raised"]
     assert (told["domains"][0]["fresh"], told["domains"][0]["stale"], told["domains"][0]["alarm"]) == (5, 4, False)
+
+
+def test_an_alarm_stands_until_somebody_finds_the_blueprint_fresh(
+    publisher: httpx2.Client, server: Server, database_url: str
+) -> None:
+    publisher.post("/v1/blueprints", json=published())
+    users = keys(server, 7)
+    for key in users[:3]:
+        keep(publisher, key, other_norms())
+    # another day the third can no longer tell
+    execute(
+        database_url,
+        "INSERT INTO evidence (checkpoint_id, document_id, key_id, domain, day, verdict, threshold, layers) "
+        "SELECT checkpoint_id, document_id, key_id, domain, day - 1, 'indeterminate', threshold, 3 "
+        "FROM evidence ORDER BY id DESC LIMIT 1",
+    )
+
+    def events_after(key: dict[str, str], norms: dict[str, float]) -> tuple[Any, ...]:
+        keep(publisher, key, norms)
+        told = publisher.get("/v1/models/tiny/evidence").raise_for_status().json()
+        domain = told["domains"][0]
+        return domain["fresh"], domain["stale"], domain["indeterminate"], [event["kind"] for event in told["events"]]
+
+    few = {name: NORMS[name] for name in NAMES[:3]}
+    assert events_after(users[3], few) == (0, 2, 2, ["raised"])
+    assert events_after(users[4], NORMS) == (1, 2, 2, ["raised"])
+    assert events_after(users[5], NORMS) == (2, 2, 2, ["raised"])
+    assert events_after(users[6], NORMS) == (3, 2, 2, ["cleared", "raised"])
 
 
 def test_evidence_is_paged_and_says_nobodys_name(publisher: httpx2.Client, server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_kendalls_tau_of_many_rows_is_that_of_each(length: int) -> None:
     assert np.isnan(row_kendalls(x, y)).tolist() == [False, True, False]
 
 
+def test_kendalls_tau_of_many_rows_holds_the_comparisons_of_a_few_at_a_time() -> None:
+    x = np.random.default_rng(0).standard_normal((30, 500))
+    tracemalloc.start()
+    row_kendalls(x, x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 500**2  # bytes
+
+
 def test_rank_correlations_of_kendalls_ten_boys() -> None:
     # Kendall, Rank Correlation Methods, ch. 1: ten boys by mathematics and by music; S = -3 of 45 pairs, and by hand
     # the squared differences of ranks add up to 182.
@@ -130,8 +140,9 @@ def test_equal_values_rank_in_the_order_of_their_names() -> None:
     assert top_overlap(["a", "b"], ["b", "a"], 1) == 0
 
 
-def test_spearman_browns_formula_doubles_a_test_and_knows_no_negative_reliability() -> None:
+def test_spearman_browns_formula_lengthens_a_test_and_knows_no_negative_reliability() -> None:
     assert spearman_brown([0.6, 1.0, 0.0, -0.5]).tolist() == pytest.approx([0.75, 1, 0, 0])
+    assert spearman_brown([0.5, 1.0, 0.0, -0.5], 3).tolist() == pytest.approx([0.75, 1, 0, 0])
     assert disattenuated(0.9, 0.9) == pytest.approx(1)
 
 

@@ -138,6 +138,20 @@ def test_a_group_is_the_norm_of_its_layers_together() -> None:
     assert sample.values.tolist() == [7.5, 1]
 
 
+def test_a_group_of_values_beside_batches_is_the_norm_of_the_values() -> None:
+    sample = Sample.of_batches([[1.0, 3.0, 0.0, 5.0], [3.0, 1.0, 0.0, 7.0]], [0.3, 0.4, 2.0, math.nan])
+    assert sample.batches is not None
+    assert sample.batches.tolist() == [pytest.approx(row) for row in ([0.15, 0.6, 2, 5], [0.45, 0.2, 2, 7])]
+    assert sample.values.tolist() == [0.3, 0.4, 2, 6]
+    for same in (sample, sample.take([0, 1, 2, 3])):
+        groups = same.grouped([[0, 1], [2], [3]])
+        assert groups.batches is not None
+        assert groups.values.tolist() == pytest.approx([0.5, 2, 6])
+        assert groups.batches.mean(0).tolist() == pytest.approx([0.5, 2, 6])
+        ratio = math.hypot(0.15, 0.6) / math.hypot(0.45, 0.2)
+        assert groups.batches[0, 0] / groups.batches[1, 0] == pytest.approx(ratio)
+
+
 # --- calibration
 
 
@@ -152,8 +166,22 @@ def true_pair(n: int, rho: float, generator: np.random.Generator) -> tuple[Float
     return np.exp(x), np.exp(y), exact
 
 
-@pytest.mark.parametrize("n", [12, 48, 300])
-def test_the_corrected_interval_covers_the_truth_and_false_fresh_is_rare(n: int) -> None:
+@pytest.mark.parametrize("batches", [2, 3, 4, 5])
+def test_the_corrected_correlation_is_not_too_high(batches: int) -> None:
+    """On average over samples of 300 layers, whose mean over all batches is as noisy whatever their number."""
+    excess = []
+    for seed in range(10):
+        generator = np.random.default_rng([8, seed])
+        published, local, truth = true_pair(300, 0.9, generator)
+        noise = 0.6 * math.sqrt(batches) * generator.standard_normal((batches, 300))
+        agreement = judge(published, Sample.of_batches(local * np.exp(noise)))
+        assert agreement.corrected is not None
+        excess.append(agreement.corrected - truth)
+    assert -0.08 < np.mean(excess) < 0.01
+
+
+@pytest.mark.parametrize(("n", "count"), [(12, 8), (48, 8), (300, 8), (48, 3), (48, 5)])
+def test_the_corrected_interval_covers_the_truth_and_false_fresh_is_rare(n: int, count: int) -> None:
     """Truth 0.85, just below the threshold, the hardest case; published values with a known error of 15 %.
 
     Batches vary by a factor of e^0.5 a layer and batch, and all together by another, as losses do. Stated in docs/:
@@ -165,8 +193,8 @@ def test_the_corrected_interval_covers_the_truth_and_false_fresh_is_rare(n: int)
         generator = np.random.default_rng([5, n, seed])
         published, local, truth = true_pair(n, 0.85, generator)
         error = np.full(n, 0.15)
-        common = np.exp(0.3 * generator.standard_normal((8, 1)))
-        batches = common * local * np.exp(0.5 * generator.standard_normal((8, n)))
+        common = np.exp(0.3 * generator.standard_normal((count, 1)))
+        batches = common * local * np.exp(0.5 * generator.standard_normal((count, n)))
         seen = published * np.exp(error * generator.standard_normal(n))
         agreement = assess(Sample(seen, log_error=error), Sample.of_batches(batches), threshold=THRESHOLD, seed=seed)
         if agreement.corrected_interval is not None:

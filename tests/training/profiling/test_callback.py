@@ -88,6 +88,17 @@ def test_a_resumed_training_profiles_what_lies_ahead() -> None:
     assert profiler.due(1, 1) == 1.0  # one document a step, not three
 
 
+def test_a_frozen_part_stays_in_eval_mode(tmp_path: Path) -> None:
+    model = copy.deepcopy(build("gpt2")).train()
+    frozen = model.get_submodule("transformer.h.0").eval()
+    before = {module: module.training for module in model.modules()}
+    profiler = CheckpointProfiler("tiny", {"general": [batch()]}, (1.0,), None, {"statistics": "batches"})
+    profiler.profile(model, None, 1.0, tmp_path, seed=0)
+    assert model.training
+    assert not frozen.training
+    assert {module: module.training for module in model.modules()} == before
+
+
 def test_fractions_and_budgets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="not all in"):
         BlueprintCallback("tiny", {}, fractions=[1.5])

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling import GradientProfiler, estimate_cost
-from gradient_blueprints.training.profiling.profiler import Statistics
+from gradient_blueprints.training.profiling.state import Statistics
 from tests.training.profiling.small_models import batch, gpt2, llama
 
 

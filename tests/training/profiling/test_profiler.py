@@ -468,6 +468,29 @@ def test_a_general_domain_of_which_every_batch_is_left_out_takes_nothing_from_th
     assert found[0] == found[1]
 
 
+def test_a_general_domain_that_is_named_afterwards_has_first_order_of_all_its_batches_or_none() -> None:
+    model = build("llama")
+
+    def measured(domains: list[str], **options: Any) -> GradientProfiler:
+        with GradientProfiler(model, **options) as profiler:
+            for index, domain in enumerate(domains):
+                profiler.step(batch(2, padded=False, seed=index), domain, key=index)
+        return profiler
+
+    def first_order(*profilers: GradientProfiler) -> list[float | None]:
+        gathered = GradientProfiler(model, general="code")
+        gathered.absorb(*(profiler.state() for profiler in profilers))
+        return [layer.first_order for layer in gathered.blueprint("tiny", 0.5).layers]
+
+    work = ["code", "general", "code", "code"]
+    expected = [layer.first_order for layer in measured(work, general="code").blueprint("tiny", 0.5).layers]
+    assert None not in expected
+    assert first_order(measured(work, general="code")) == expected
+    unknown = [None] * len(expected)
+    assert first_order(measured(work)) == unknown  # "general" came up, and squares of code were kept no longer
+    assert first_order(measured(["code", "code"]), measured(["bio"] * 2 + ["code"], general="bio")) == unknown
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_first_example_without_targets_changes_nothing_of_the_others(verify: bool) -> None:
     model, values = build("bert"), batch(4)
@@ -693,6 +716,25 @@ def test_shards_that_overlap_or_differ_are_refused() -> None:
     other = GradientProfiler(build("gpt2")).state()
     with pytest.raises(ConfigurationError, match="layers differ"):
         merge([states[0], other])
+
+
+@pytest.mark.parametrize("statistics", ["batches", "examples"])
+def test_batches_of_a_domain_that_were_measured_with_different_statistics_are_refused(statistics: Any) -> None:
+    model = build("llama")
+    with GradientProfiler(model) as everything:
+        everything.step(batch(seed=1), key=1)
+    with GradientProfiler(model, statistics=statistics) as norms:
+        norms.step(batch(seed=2), key=2)
+        norms.step(batch(seed=3), "bio")
+    with pytest.raises(ConfigurationError, match=f"different statistics, all and {statistics}"):
+        merge([everything.state(), norms.state()])
+    other = GradientProfiler(model)
+    other.absorb(norms.state())  # whatever it would measure itself
+    with other, pytest.raises(ConfigurationError, match="with the same `statistics`"):
+        other.step(batch(seed=4))
+    norms.state().domains.pop("general")
+    everything.absorb(norms.state())
+    assert set(everything.state().domains) == {"general", "bio"}
 
 
 # --- layers

@@ -30,7 +30,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}  # enough numbers for a rou
 
 def run(work: list[tuple[str, int]], **options: Any) -> GradientProfiler:
     torch.manual_seed(0)
-    with GradientProfiler(llama(**WIDE), general="general", **options) as profiler:
+    with GradientProfiler(llama(**WIDE), **({"general": "general"} | options)) as profiler:
         for domain, index in work:
             profiler.step(batch(seed=index + 100 * (domain == "bio")), domain=domain, key=index)
     return profiler
@@ -71,6 +71,7 @@ def assert_same(one: ProfileState, two: ProfileState, *, sums: float = 0) -> Non
     for name, domain in one.domains.items():
         other = two.domains[name]
         assert (domain.skipped, domain.halved, domain.silent) == (other.skipped, other.halved, other.silent)
+        assert domain.squared == other.squared
         assert domain.records.keys() == other.records.keys()
         for key, record in domain.records.items():
             found = other.records[key]
@@ -103,16 +104,27 @@ def test_a_state_read_back_is_the_one_that_was_written(statistics: str, tmp_path
     assert load_notes(path) == {"seed": [1, None]}
 
 
-def test_a_file_from_before_silent_examples_were_noted_is_read(tmp_path: Path) -> None:
-    state = run(WORK[:2], statistics="examples").state()
-    path = save_state(state, tmp_path / "state")
+def without(field: str, path: Path) -> Path:
+    """The file as it was before its domains had the field."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[FORMAT])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a method alone
     for domain in header["domains"]:
-        del domain["silent"]
+        del domain[field]
     save_file(tensors, path, metadata={FORMAT: json.dumps(header)})
-    assert_same(load_state(path), state)
+    return path
+
+
+def test_a_file_from_before_silent_examples_were_noted_is_read(tmp_path: Path) -> None:
+    state = run(WORK[:2], statistics="examples").state()
+    assert_same(load_state(without("silent", save_state(state, tmp_path / "state"))), state)
+
+
+def test_a_file_from_before_squared_batches_were_counted_counts_them_where_squares_are_of_all(tmp_path: Path) -> None:
+    state = merge([run(WORK).state(), run([("bio", 20)], general="bio").state()])
+    assert {name: domain.squared for name, domain in state.domains.items()} == {"general": 6, "bio": 1}
+    found = load_state(without("squared", save_state(state, tmp_path / "state")))
+    assert {name: domain.squared for name, domain in found.domains.items()} == {"general": 6, "bio": 0}
 
 
 def test_shards_keep_the_places_of_examples_without_a_target(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradient_blueprints.theory import best_fraction, gaussian_retained_mass
-from gradient_blueprints.training.profiling.histograms import TOP, MagnitudeHistogram
+from gradient_blueprints.training.profiling.histograms import EDGES, TOP, MagnitudeHistogram
 from gradient_blueprints.training.profiling.tails import (
     best_fraction_of_curve,
     fit_tail,
+    hill_of_counts,
     tail_excess,
     versus_lognormal,
 )
@@ -66,6 +67,18 @@ def test_hill_is_the_mean_excess_of_the_sorted_logarithms(name: str, share: floa
     expected = float((logs[: excess.entries] - math.log(excess.threshold)).mean())
     assert excess.mean == pytest.approx(expected, rel=2e-3)
     assert excess.share == pytest.approx(share, rel=0.25)
+
+
+def test_exponents_of_many_histograms_are_of_the_entries_that_the_fit_takes() -> None:
+    """256 entries, of which 1 % would be three, and 10,000; the two thresholds lie in the same bin."""
+    finite = 2_000  # bins
+    for entries, apart in ((256, 0.06), (10_000, 0.02)):
+        samples = [MagnitudeHistogram.of(sample("pareto", entries, seed)) for seed in range(50)]
+        expected = np.array([excess.mean for each in samples if (excess := tail_excess(each, 0.01))])
+        counts = np.stack([each.counts[:finite] for each in samples]).astype(float)
+        found = hill_of_counts(counts, 0.01, EDGES[: finite + 1])
+        assert found.mean() == pytest.approx(expected.mean(), abs=apart)
+        assert np.abs(found - expected).mean() < apart
 
 
 def test_pareto_gives_its_exponent_at_every_cut_off_and_wins_against_the_lognormal() -> None:

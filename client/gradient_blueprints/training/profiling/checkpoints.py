@@ -13,7 +13,7 @@ from gradient_blueprints.canonical import digest_of
 from gradient_blueprints.client import Client
 from gradient_blueprints.errors import BlueprintsError, ConfigurationError
 from gradient_blueprints.models import BLUEPRINT_FILE, Attachment, Blueprint, Provenance, Publication
-from gradient_blueprints.training.profiling.losses import Batch
+from gradient_blueprints.training.profiling.losses import Batch, evaluating
 from gradient_blueprints.training.profiling.profiler import GradientProfiler
 
 FRACTIONS = (0.5, 0.8, 1.0)
@@ -71,13 +71,10 @@ class CheckpointProfiler:
         work = given if given is not None else data
         if work is None:
             raise ConfigurationError("There is nothing to profile on: give the callback data={domain: batches}.")
-        training = model.training
-        try:
-            with GradientProfiler(model.eval(), tokenizer, **({"seed": seed} | self._options)) as profiler:
-                for domain, batches in work.items():
-                    profiler.run(batches, domain=domain)
-        finally:
-            model.train(training)
+        options = {"seed": seed} | self._options
+        with evaluating(model), GradientProfiler(model, tokenizer, **options) as profiler:
+            for domain, batches in work.items():
+                profiler.run(batches, domain=domain)
         folder.mkdir(parents=True, exist_ok=True)
         blueprint = profiler.blueprint(
             self._model_id, round(fraction, 4), Provenance(notes=f"profiled in {folder.name}")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling.experts import routed_shares
 from gradient_blueprints.training.profiling.losses import Batch
-from gradient_blueprints.training.profiling.profiler import GradientProfiler, Statistics
+from gradient_blueprints.training.profiling.profiler import GradientProfiler
+from gradient_blueprints.training.profiling.state import Statistics
 
 
 @dataclass(frozen=True)

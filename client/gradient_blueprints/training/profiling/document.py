@@ -198,10 +198,10 @@ def first_order_decrease(domain: DomainState, groups: Sequence[Group]) -> Floats
     With s_b the sum of a batch's gradients, the mean of s_b s_b' over pairs of different batches is
     (S^2 - Q) / (n^2 - sum n_b^2), S = sum s_b, Q = sum s_b^2: no half has to be kept apart. And
     v = Q / sum n_b^2 is the second moment of the batch gradient, what Adam divides by. A
-    first Adam step of size lr decreases the loss by lr times this, to first order.
+    first Adam step of size lr decreases the loss by lr times this, to first order. None where Q lacks a batch.
     """
     sizes = np.array([len(domain.records[key].losses) for key in ordered(domain.records)], dtype=np.float64)
-    if len(sizes) < 2 or not domain.squares:
+    if len(sizes) < 2 or not domain.squares or domain.squared < len(sizes):
         return None
     own = float((sizes**2).sum())
     pairs = float(sizes.sum()) ** 2 - own

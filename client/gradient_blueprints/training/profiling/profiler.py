@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -52,12 +53,12 @@ from gradient_blueprints.training.profiling.state import (
     DomainState,
     Key,
     ProfileState,
+    Statistics,
     merge,
     ordered,
+    refuse_mixed_statistics,
 )
 from gradient_blueprints.training.profiling.totals import BatchTotals, Place
-
-Statistics = Literal["examples", "batches", "all"]
 
 
 class GradientProfiler:
@@ -180,8 +181,7 @@ class GradientProfiler:
         number in the whole sequence. A batch with a non-finite loss or gradient is left out and named.
         """
         gradients = self._entered()
-        state = self._state.domains.setdefault(domain, DomainState())
-        key = self._key(state, domain, key)
+        state, key = self._opened(domain, key)
         began = time.perf_counter()
         labelled = gradients.with_labels(on_device_of(self.model, batch), self._pad_token_id)
         with seeded(self._settings.seed, domain, key):
@@ -207,8 +207,7 @@ class GradientProfiler:
         gradients = self._entered()
         if self._privacy is not None:
             raise ConfigurationError("A private profile measures examples one by one; use step(batch).")
-        state = self._state.domains.setdefault(domain, DomainState())
-        key = self._key(state, domain, key)
+        state, key = self._opened(domain, key)
         began = time.perf_counter()
         totals = self._totals(state, domain)
         batch = gradients.awaited
@@ -225,19 +224,23 @@ class GradientProfiler:
             raise ConfigurationError("The private blueprint is released; a new profile costs a new budget.")
         return self._gradients
 
-    @staticmethod
-    def _key(state: DomainState, domain: str, key: Key | None) -> Key:
+    def _opened(self, domain: str, key: Key | None) -> tuple[DomainState, Key]:
+        """The domain, and the key that its next batch has there."""
+        state = self._state.domains.setdefault(domain, DomainState())
+        for record in islice(state.records.values(), 1):  # absorbed ones may be others; all of a domain are alike
+            refuse_mixed_statistics(domain, {record.statistics, self.statistics})
         if key is None:
             key = len(state.records) + len(state.skipped)
         if key in state.records or key in state.skipped:
             raise ConfigurationError(f"Batch {key!r} of domain {domain!r} was measured before.")
-        return key
+        return state, key
 
     def _totals(self, state: DomainState, domain: str) -> BatchTotals | None:
         if self.statistics != "all":
             return None
-        squares = domain in (self._settings.general, "general") or not self._has_general()
-        return BatchTotals(self.layers, self._layer_of, state, self._sums, squares=squares)
+        wanted = domain in (self._settings.general, "general") or not self._has_general()
+        whole = state.squared == len(state.records)  # once a batch is missing, the others' squares are of no use
+        return BatchTotals(self.layers, self._layer_of, state, self._sums, squares=wanted and whole)
 
     def _record(
         self, state: DomainState, key: Key, found: Measurement, totals: BatchTotals | None, batch: Batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling.histograms import Counts, MagnitudeHistogram
 
 Key = int | str
+Statistics = Literal["examples", "batches", "all"]
 
 
 @dataclass(slots=True)
@@ -27,6 +29,11 @@ class BatchRecord:
     counts: list[tuple[int, Counts]] | None  # per layer: first bin and counts
     length: int | None = None  # positions of the batch, padding included
     digest: str | None = None  # of the batch's tensors, hexadecimal
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was measured of the batch."""
+        return "examples" if self.norms is None else "batches" if self.counts is None else "all"
 
     @property
     def loss(self) -> float:
@@ -54,6 +61,7 @@ class DomainState:
     histograms: list[MagnitudeHistogram] = field(default_factory=list)  # per layer
     sums: dict[str, Tensor] = field(default_factory=dict)  # per parameter: sum of the examples' gradients
     squares: dict[str, Tensor] = field(default_factory=dict)  # per parameter: sum of squared batch sums
+    squared: int = 0  # batches that `squares` are of; unless it is all of them, they are of no use
     factors: dict[str, Factors] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)  # batches left out, and why
     halved: dict[Key, int] = field(default_factory=dict)  # the micro-batch of batches whose own ran out of memory
@@ -96,7 +104,7 @@ def ordered(keys: Iterable[Key]) -> list[Key]:
 
 
 def merge(states: Iterable[ProfileState]) -> ProfileState:
-    """The state of all batches together; ConfigurationError when shards overlap or have other layers."""
+    """The state of all batches together; ConfigurationError when shards overlap, have other layers or statistics."""
     shards = list(states)
     if not shards:
         raise ConfigurationError("There is no state to merge.")
@@ -107,6 +115,8 @@ def merge(states: Iterable[ProfileState]) -> ProfileState:
         for domain, part in shard.domains.items():
             whole = merged.domains.get(domain)
             merged.domains[domain] = part if whole is None else _merged_domain(domain, whole, part)
+    for domain, whole in merged.domains.items():
+        refuse_mixed_statistics(domain, {record.statistics for record in whole.records.values()})
     return merged
 
 
@@ -123,6 +133,7 @@ def _merged_domain(domain: str, one: DomainState, two: DomainState) -> DomainSta
         histograms=histograms,
         sums=_added(one.sums, two.sums),
         squares=_added(one.squares, two.squares),
+        squared=one.squared + two.squared,
         factors={
             name: one.factors[name].merged(two.factors[name])
             if name in one.factors and name in two.factors
@@ -133,6 +144,16 @@ def _merged_domain(domain: str, one: DomainState, two: DomainState) -> DomainSta
         halved=one.halved | two.halved,
         silent=one.silent | two.silent,
     )
+
+
+def refuse_mixed_statistics(domain: str, statistics: set[Statistics]) -> None:
+    """ConfigurationError unless all batches of a domain were measured alike: else sums are of some of them only."""
+    if len(statistics) > 1:
+        found = " and ".join(sorted(statistics))
+        raise ConfigurationError(
+            f"Batches of domain {domain!r} were measured with different statistics, {found}; sums would be of some of "
+            "them only. Measure all batches of a domain with the same `statistics`."
+        )
 
 
 def _added(one: dict[str, Tensor], two: dict[str, Tensor]) -> dict[str, Tensor]:

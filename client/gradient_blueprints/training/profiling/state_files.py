@@ -9,6 +9,7 @@ A file read back is the state that was written, to the bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def _write_domain(domain: DomainState) -> tuple[dict[str, Any], dict[str, Tensor
         "halved": list(domain.halved.items()),
         "silent": list(domain.silent.items()),
         "histograms": bool(domain.histograms),
+        "squared": domain.squared,
     }
     tensors = {f"sums/{name}": tensor for name, tensor in domain.sums.items()}
     tensors |= {f"squares/{name}": tensor for name, tensor in domain.squares.items()}
@@ -134,7 +136,7 @@ def _put(tensors: dict[str, Tensor], name: str, arrays: list[NDArray[Any]], axis
 
 def _read_domain(described: Mapping[str, Any], tensors: _Tensors) -> DomainState:
     columns = tensors.below("column/")
-    return DomainState(
+    domain = DomainState(
         records=_read_records(described["batches"], tensors) if described["batches"] else {},
         histograms=_read_histograms(tensors) if described["histograms"] else [],
         sums=tensors.below("sums/"),
@@ -144,6 +146,15 @@ def _read_domain(described: Mapping[str, Any], tensors: _Tensors) -> DomainState
         halved=dict(described["halved"]),
         silent={key: tuple(map(int, found)) for key, found in described.get("silent", ())},  # older files have none
     )
+    domain.squared = described["squared"] if "squared" in described else _squared(domain)
+    return domain
+
+
+def _squared(domain: DomainState) -> int:
+    """Of how many batches the squares of an older file are: of all if they add up to the factors, which always are."""
+    total = sum(float(squares.sum(dtype=torch.float64)) for squares in domain.squares.values())
+    expected = sum(float(factors.row.sum()) for factors in domain.factors.values())
+    return len(domain.records) if math.isclose(total, expected, rel_tol=1e-4) else 0
 
 
 def _read_records(batches: list[list[Any]], tensors: _Tensors) -> dict[int | str, BatchRecord]:

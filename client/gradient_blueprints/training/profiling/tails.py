@@ -123,17 +123,18 @@ def tail_excess(histogram: MagnitudeHistogram, share: float) -> Excess | None:
 def hill_of_counts(counts: Floats, share: float, edges: Floats) -> Floats:
     """Hill exponents of many histograms over the same bins, (resamples, bins); nan where there is no tail.
 
-    For bootstrap intervals: the rows are weighted sums of the batches' histograms. The first bin
-    holds everything below the second edge.
+    Each is of about the entries that `tail_excess` takes, to the nearest bin, at least 10. For bootstrap intervals: the
+    rows are weighted sums of the batches' histograms. The first bin holds everything below the second edge.
     """
     lower = np.maximum(edges[:-1], 1e-45)
     logs = np.log((lower + edges[1:]) / 2) - _WITHIN / 2
     above = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # entries in this bin and higher
     sums = np.cumsum((counts * logs)[:, ::-1], axis=1)[:, ::-1]
-    first = np.abs(above[:, 1:] - share * above[:, :1]).argmin(axis=1) + 1  # the bin at which the tail starts
+    missing = np.abs(above[:, 1:] - np.maximum(_FEWEST, share * above[:, :1]))
+    first = np.where(above[:, 1:] < _FEWEST, np.inf, missing).argmin(axis=1) + 1  # the bin at which the tail starts
     rows = np.arange(len(counts))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        alphas: Floats = sums[rows, first] / above[rows, first] - np.log(lower[first])
+    held = above[rows, first]
+    alphas: Floats = sums[rows, first] / np.where(held < _FEWEST, np.nan, held) - np.log(lower[first])
     return alphas
 
 
