@@ -64,6 +64,21 @@ def test_a_trainer_reports_its_curve_and_its_end(make_client: MakeClient, tmp_pa
     assert [point.psi for point in client.list_points(run.id)] == [point.psi for point in callback.run.points]
 
 
+def test_a_callback_reports_a_second_training_as_a_run_of_its_own(make_client: MakeClient, tmp_path: Path) -> None:
+    client = make_client("lab-a", Scope.PUBLISH)
+    callback = CapabilityCallback(gamma="tokens", client=client, report=REPORT)
+    runs = []
+    for _ in range(2):
+        make_trainer(tmp_path, callback, 4, eval_steps=2).train()
+        run = reporter_of(callback).run
+        assert run is not None
+        assert [point.psi for point in client.list_points(run.id)] == [point.psi for point in callback.run.points]
+        assert run.final is not None
+        assert run.final.gamma[Resource.TOKENS] == 4 * TOKENS_A_STEP
+        runs.append(run.id)
+    assert len(set(runs)) == 2
+
+
 def test_an_encoder_decoder_model_bears_no_mark(make_client: MakeClient, tmp_path: Path) -> None:
     callback = CapabilityCallback(client=make_client("lab-a", Scope.PUBLISH), report=REPORT)
     make_trainer(tmp_path, callback, 2, t5(), eval_steps=2).train()

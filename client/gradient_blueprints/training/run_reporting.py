@@ -67,6 +67,10 @@ class RunReporter:
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def afresh(self) -> RunReporter:
+        """Another for another run; the thread of this one may still be sending its own."""
+        return RunReporter(self._client, self.fields, metric=self.fields["metric"], rule=None)
+
     def begin(
         self,
         journal: Path,
