@@ -110,7 +110,7 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     if any(getattr(model.config, f"{kind}_config", None) is not None for kind in ("vision", "audio")):
         raise ConfigurationError(
             "LLaMA-Factory keeps parts of models of images or sound frozen whatever is named, so what it would train "
-            "cannot be told: select(unit='layer', model=model) and to_axolotl."
+            "cannot be told; take select(unit='layer', model=model) and to_axolotl instead."
         )
     config = getattr(model.config, "text_config", model.config)
     blocks = next(
