@@ -104,8 +104,8 @@ def chinchilla_65b() -> list[Check]:
 def show(name: str, curve: list[Check]) -> None:
     start = next(index for index, check in enumerate(curve) if check.gamma >= 0.15 * curve[-1].gamma)
     ratios = sorted(returns(curve[start:]))
-    eta = [ratios[int(share * (len(ratios) - 1))] for share in (0.1, 0.25, 0.5, 0.75)]
-    eta = [value for value in eta if value > 0]
+    some = [ratios[int(share * (len(ratios) - 1))] for share in (0.1, 0.25, 0.5, 0.75)]
+    eta = [float(f"{ratio:.3g}") for ratio in some if ratio > 0]  # as they are printed
     last = next(check for check in curve if check.gamma >= 0.85 * curve[-1].gamma)
     print(f"\n{name}: the last 15 % of Γ bring {last.psi - curve[-1].psi:.4f}")
     rows = [*replay(curve, eta, patience=(1, 3)), *replay_early_stopping(curve)]

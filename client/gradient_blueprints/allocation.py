@@ -51,6 +51,8 @@ class Budget:
     measure: Literal["fraction", "parameters", "bytes"] | BudgetMeasure = "fraction"
 
     def __post_init__(self) -> None:
+        if self.measure not in list(BudgetMeasure):
+            raise ConfigurationError(f"a budget is in {', '.join(BudgetMeasure)}; not in {self.measure!r}")
         amount: object = self.amount
         if not isinstance(amount, Real):
             raise ConfigurationError(f"a budget is a number, a tenth 0.1; got {amount!r}")

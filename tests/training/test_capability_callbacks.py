@@ -17,17 +17,18 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainerCallback, get_scheduler
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Instrument, Resource, RunPoint
-from gradient_blueprints.training.flops import FlopRate
+from gradient_blueprints.training.flops import FlopRate, flops_by_formula
 from gradient_blueprints.training.lightning_callback import CapabilityCallback as LightningCapability
 from gradient_blueprints.training.metered_run import DecayGuard
 from gradient_blueprints.training.resources import ResourceMeter
 from gradient_blueprints.training.stopping import MarginalReturn, Reason
 from gradient_blueprints.training.trainer_callback import CapabilityCallback
 from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
+from tests.training.profiling.small_models import llama
 
 TOKENS_A_STEP = ROWS * LENGTH
 
@@ -102,7 +103,7 @@ def test_a_gamma_that_this_machine_cannot_read_is_refused_before_the_training(tm
     )
     with pytest.raises(ConfigurationError, match="energy_kwh cannot be read here"):
         train(tmp_path, callback)
-    callback.run.meter.stop()
+    assert not callback.run.meter.running
 
 
 def test_an_unknown_resource_is_refused() -> None:
@@ -189,6 +190,49 @@ def test_a_training_that_was_killed_goes_on_and_what_the_kill_lost_was_still_spe
     assert end["tally"]["seconds"] > spent["seconds"]
 
 
+def test_a_callback_begins_a_second_training_afresh(tmp_path: Path) -> None:
+    callback = CapabilityCallback(MarginalReturn(eta=-1e9, patience=1, window=2), "tokens", meter={"region": "France"})
+    train(tmp_path / "first", callback, eval_steps=2)
+    first = callback.run
+    larger = llama(hidden_size=32)
+    train(tmp_path / "second", callback, model=larger, eval_steps=2)
+    second = callback.run
+    for run in (first, second):
+        assert [point.step for point in run.points] == [2, 4, 6]
+        assert run.points[-1].gamma[Resource.TOKENS] == 6 * TOKENS_A_STEP
+        assert [decision.reason for decision in run.decisions] == [Reason.FILLING, Reason.FILLING, Reason.PAYS]
+    assert second.points[0].psi != first.points[0].psi
+    assert second.meter.tally().region == "France"
+    assert second.meter.tally().flops == 6 * TOKENS_A_STEP * flops_by_formula(larger).per_token
+
+
+def test_a_training_after_one_that_broke_off_is_metered_on_its_own_model(tmp_path: Path) -> None:
+    class BreaksOff(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step == 5:
+                raise KeyError("the power went")
+
+    callback = CapabilityCallback(MarginalReturn(eta=-1e9, patience=1, window=1), "tokens")
+    trainer = make_trainer(tmp_path, callback, 6, eval_steps=1, save_steps=4)
+    trainer.add_callback(BreaksOff())
+    with pytest.raises(KeyError):
+        trainer.train()
+    broken = callback.run.meter
+    make_trainer(tmp_path, callback, 6, eval_steps=1, save_steps=9).train(resume_from_checkpoint=True)
+    assert callback.run.meter is broken
+    assert broken.tally().tokens == (5 + 6 - 4) * TOKENS_A_STEP
+    assert [point.step for point in callback.run.points] == [1, 2, 3, 4, 5, 6]
+    assert len(callback.run.decisions) == 2
+    trainer = make_trainer(tmp_path / "anew", callback, 6, eval_steps=1)
+    trainer.add_callback(BreaksOff())
+    with pytest.raises(KeyError):
+        trainer.train()
+    broken = callback.run.meter
+    train(tmp_path / "last", callback)
+    assert callback.run.meter.tally().tokens == 6 * TOKENS_A_STEP
+    assert not broken.running
+
+
 class Module(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -241,6 +285,28 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
     assert trainer.current_epoch == 3  # the two checks of before fill the window
     assert second.run.meter.tally().tokens == 6 * TOKENS_A_STEP
     assert [point.step for point in second.run.points] == [2, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_lightning_too_begins_a_second_training_afresh(tmp_path: Path) -> None:
+    callback = LightningCapability(MarginalReturn(eta=-1e9, patience=1, window=1), "tokens")
+    fit(tmp_path, callback, epochs=2)
+    first = callback.run
+    fit(tmp_path, callback, epochs=2)
+    for run in (first, callback.run):
+        assert [point.gamma[Resource.TOKENS] for point in run.points] == [2 * TOKENS_A_STEP, 4 * TOKENS_A_STEP]
+        assert [decision.reason for decision in run.decisions] == [Reason.FILLING, Reason.PAYS]
+    assert callback.run is not first
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+def test_lightning_leaves_no_meter_running_where_gamma_cannot_be_read(tmp_path: Path) -> None:
+    meter = ResourceMeter(powercap=tmp_path / "no counters")
+    with pytest.raises(ConfigurationError, match="energy_kwh cannot be read here"):
+        fit(tmp_path, LightningCapability(MarginalReturn(eta=1), "energy_kwh", meter=meter), epochs=1)
+    assert not meter.running
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")

@@ -40,6 +40,13 @@ def test_a_table_without_interaction_looks_low_rank_and_is_found_to_have_no_mode
     assert found.centred.effective_rank == pytest.approx(found.shuffled.effective_rank, rel=0.05)
 
 
+def test_rounding_errors_of_a_product_are_no_interaction() -> None:
+    rng = np.random.default_rng(1)
+    for scale in (1.0, 1e-6):
+        found = structure(np.exp(scale * rng.normal(size=(20, 1))) * np.exp(scale * rng.normal(size=(1, 30))))
+        assert (found.modes, found.interaction, found.centred.effective_rank) == (0, 0, 1)
+
+
 def test_one_planted_interaction_is_one_mode() -> None:
     table = product_table()
     table[:20, :15] *= 1.8
@@ -129,6 +136,11 @@ def test_a_budget_in_parameters_is_kept() -> None:
 def test_impossible_budgets_are_refused(k: float, q: float) -> None:
     with pytest.raises(ConfigurationError):
         co_select(np.ones((3, 4)), k, q)
+
+
+def test_a_share_that_pays_for_no_layer_is_refused_with_the_smallest() -> None:
+    with pytest.raises(ConfigurationError, match=r"pays for 18 of 180 parameters.* smallest layer has 40: raise k"):
+        co_select(np.ones((3, 4)), 0.1, 1.0, sizes=[100, 40, 40])
 
 
 def test_the_tail_exponent_of_a_power_law_is_found() -> None:

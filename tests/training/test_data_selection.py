@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import (
@@ -68,6 +68,12 @@ def test_the_index_keeps_the_best_in_the_order_of_the_data() -> None:
     assert keep_top(scores, 0.5).tolist() == [0, 3, 4]
     assert keep_top(scores, 1.0).tolist() == [0, 1, 3, 4, 5]
     assert keep_top(scores, 0.34, guard=0.17).tolist() == [3, 4]
+    assert keep_top(scores.tolist(), 0.5).tolist() == [0, 3, 4]
+
+
+def test_scores_that_are_not_one_for_each_example_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"shape \(3, 1\)"):
+        keep_top(np.ones((3, 1)), 0.5)
 
 
 @pytest.mark.parametrize(("fraction", "guard"), [(0, 0), (1.1, 0), (0.5, 1)])
@@ -122,6 +128,23 @@ def test_the_index_works_with_datasets_and_with_a_data_loader(model: nn.Module) 
     chosen = dataset.select(index)["input_ids"][:]
     again = [batch["input_ids"] for batch in DataLoader(Subset(dataset, index.tolist()), batch_size=3)]
     assert torch.equal(torch.as_tensor(chosen), again[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"batch_size": 4, "shuffle": True}, "shuffle=False"),
+        ({"batch_sampler": BatchSampler(RandomSampler(range(10)), 4, drop_last=False)}, "shuffle=False"),
+        ({"batch_size": 4, "drop_last": True}, "the last 2 examples"),
+    ],
+)
+def test_a_loader_whose_positions_are_not_the_data_sets_is_refused(
+    model: nn.Module, options: dict[str, Any], what: str
+) -> None:
+    rows: Any = [{"input_ids": row} for row in padded((6,) * 10)["input_ids"]]
+    with pytest.raises(ConfigurationError, match=what):
+        select_data(model, DataLoader(rows, **options), 0.3, Loss())
+    assert len(select_data(model, DataLoader(rows, batch_size=5, drop_last=True), 0.3, Loss())) == 3
 
 
 # --- exact influences and rivals, against the obvious

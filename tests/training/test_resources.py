@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from torch import nn
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Basis, Instrument, Resource
 from gradient_blueprints.training.flops import flops_by_counting, flops_by_formula
+from gradient_blueprints.training.profiling.losses import IGNORED
 from gradient_blueprints.training.resources import JOULES_PER_KWH, ResourceMeter
 from gradient_blueprints.training.sensors import NvidiaDevice, rapl_domains, usable_cores
-from tests.training.profiling.small_models import batch, llama, mixtral
+from tests.training.profiling.small_models import VOCABULARY, bart, batch, llama, mixtral, t5
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
@@ -121,6 +123,26 @@ def test_experts_are_found_in_a_list_too_and_a_mixture_that_tells_nothing_is_ref
         flops_by_formula(model)
     model.config = SimpleNamespace(num_experts=8, num_experts_per_tok=2)  # type: ignore[assignment]  # as transformers
     assert flops_by_formula(model).per_token == 6 * 200
+
+
+@pytest.mark.parametrize("lengths", [(24, 4), (4, 24)])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_encoder_and_decoder_count_each_for_what_it_reads(
+    make: Callable[..., nn.Module], lengths: tuple[int, int]
+) -> None:
+    model = make(d_model=128)
+    source, labels = (torch.randint(3, VOCABULARY, (2, length)) for length in lengths)
+    with ResourceMeter(model) as meter:
+        step = flops_by_counting(lambda: model(input_ids=source, labels=labels).loss.backward(), 1)
+    assert meter.tally().tokens == 2 * sum(lengths)
+    assert meter.tally().flops == pytest.approx(step.per_token, rel=0.05)
+    labels[0, 2:] = IGNORED
+    classes = torch.zeros(2, dtype=torch.long)
+    with ResourceMeter(model) as meter:
+        model(input_ids=source, labels=labels)
+        model(input_ids=source, decoder_input_ids=source[:, :3])
+        meter._see_batch(model, (source,), {"labels": classes})  # a classifier's
+    assert meter.tally().tokens == (2 * sum(lengths) - (lengths[1] - 2)) + 2 * (lengths[0] + 3) + 4 * lengths[0]
 
 
 # --- energy

@@ -28,7 +28,7 @@ from gradient_blueprints.training.stopping import MarginalReturn
 from gradient_blueprints.training.trainer_callback import CapabilityCallback
 from tests.conftest import Server
 from tests.training.metered_training import LENGTH, ROWS, Rows, make_model, make_trainer
-from tests.training.profiling.small_models import mixtral
+from tests.training.profiling.small_models import mixtral, t5
 from tests.training.reported_training import REPORT
 from tests.training.test_capability_callbacks import Module
 
@@ -62,6 +62,29 @@ def test_a_trainer_reports_its_curve_and_its_end(make_client: MakeClient, tmp_pa
     assert run.marks == ()
     assert "tokens_beyond_flops" not in run.unchecked
     assert [point.psi for point in client.list_points(run.id)] == [point.psi for point in callback.run.points]
+
+
+def test_a_callback_reports_a_second_training_as_a_run_of_its_own(make_client: MakeClient, tmp_path: Path) -> None:
+    client = make_client("lab-a", Scope.PUBLISH)
+    callback = CapabilityCallback(gamma="tokens", client=client, report=REPORT)
+    runs = []
+    for _ in range(2):
+        make_trainer(tmp_path, callback, 4, eval_steps=2).train()
+        run = reporter_of(callback).run
+        assert run is not None
+        assert [point.psi for point in client.list_points(run.id)] == [point.psi for point in callback.run.points]
+        assert run.final is not None
+        assert run.final.gamma[Resource.TOKENS] == 4 * TOKENS_A_STEP
+        runs.append(run.id)
+    assert len(set(runs)) == 2
+
+
+def test_an_encoder_decoder_model_bears_no_mark(make_client: MakeClient, tmp_path: Path) -> None:
+    callback = CapabilityCallback(client=make_client("lab-a", Scope.PUBLISH), report=REPORT)
+    make_trainer(tmp_path, callback, 2, t5(), eval_steps=2).train()
+    run = reporter_of(callback).run
+    assert run is not None
+    assert (run.parameters, run.marks) == (None, ())
 
 
 @pytest.mark.parametrize("counted", [True, False])

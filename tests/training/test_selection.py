@@ -107,6 +107,11 @@ def test_a_budget_is_spent_and_not_exceeded(budget: float | Budget, coordinates:
     assert select(PUBLISHED, budget=budget).selected == coordinates
 
 
+def test_a_budget_in_an_unknown_measure_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="fraction, parameters, bytes; not in 'params'"):
+        Budget(1e6, "params")  # type: ignore[arg-type]
+
+
 def test_a_budget_has_to_be_positive_and_a_fraction_at_most_one() -> None:
     for bad in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ConfigurationError):

@@ -6,6 +6,7 @@ import doctest
 import json
 import math
 import random
+import re
 import statistics
 
 import pytest
@@ -155,6 +156,24 @@ def test_the_last_fifteen_percent_of_the_papers_shape_bring_less_than_a_hundredt
     assert eta > 0
     assert 0.05 < row.saved < 0.15
     assert row.lost < 0.01
+
+
+@pytest.mark.parametrize("curve", [*map(marginal_return.read_curve, marginal_return.SCHEDULES), None])
+def test_a_row_of_the_page_comes_out_again_with_the_eta_that_it_prints(
+    curve: list[Check] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = curve or marginal_return.chinchilla_65b()
+    marginal_return.show("a curve", curve)
+    printed = capsys.readouterr().out
+    rules = re.findall(r"^\| eta (\S+), patience (\d), window 5 \|", printed, re.MULTILINE)
+    assert len(rules) == 8
+    for eta, patience in rules:
+        assert table(replay(curve, [float(eta)], [int(patience)])).splitlines()[-1] in printed
+
+
+def test_an_eta_is_printed_as_it_is() -> None:
+    (row,) = replay(falling(20), [0.12345678], [1])
+    assert row.rule == "eta 0.12345678, patience 1, window 5"
 
 
 @pytest.mark.parametrize("schedule", marginal_return.SCHEDULES)

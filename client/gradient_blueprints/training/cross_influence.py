@@ -26,6 +26,7 @@ Vector = npt.NDArray[np.float64]
 _STARTS = 8
 _ROUNDS = 50
 _FEWEST = 10
+_ROUNDING = 1e-12
 
 
 def block_table(profiler: GradientProfiler, domain: str = "general") -> Table:
@@ -120,8 +121,8 @@ class Structure:
 def structure(table: Table, *, draws: int = 20, seed: int = 0) -> Structure:
     """How much of T is more than "this layer is large and that example is loud".
 
-    Layers and examples with a zero are left out: they have no logarithm. Raises ConfigurationError when fewer than two
-    of either are left.
+    Layers and examples with a zero are left out: they have no logarithm. What is left of log T is no interaction where
+    it is of the size of rounding errors. Raises ConfigurationError when fewer than two layers or examples are left.
     """
     _checked(table)
     positive = table[(table > 0).any(1)][:, (table > 0).any(0)]
@@ -130,6 +131,8 @@ def structure(table: Table, *, draws: int = 20, seed: int = 0) -> Structure:
         raise ConfigurationError("The table has fewer than two layers or examples without a zero.")
     logs = np.log(positive)
     residuals = double_centred(logs)
+    if np.sqrt((residuals**2).mean()) < _ROUNDING * max(1.0, float(np.abs(logs).max())):
+        residuals = np.zeros_like(residuals)
     rng = np.random.default_rng(seed)
     shuffled = [_shuffled(residuals, rng) for _ in range(draws)]
     normal = [np.abs(rng.standard_normal(positive.shape)) for _ in range(draws)]
@@ -212,7 +215,8 @@ def co_select(
     that neither side can better alone. Both together are NP-hard (the densest bipartite subgraph): several starts are
     tried, and `bound` says how far off the optimum it can be at most.
 
-    `sizes`: parameters of each row; without them each row counts as one.
+    `sizes`: parameters of each row; without them each row counts as one. Raises ConfigurationError where k or q are too
+    small for one layer or one example.
     """
     _checked(table)
     if not (0 < k <= 1 and 0 < q <= 1):
@@ -234,6 +238,12 @@ def co_select(
     rng = np.random.default_rng(seed)
     everything = np.arange(table.shape[1])
     by_layers, by_examples = best_layers(everything), best_examples(np.arange(table.shape[0]))
+    if not table[by_layers].any():
+        smallest = min(weight for weight, row in zip(weights, table, strict=True) if row.any())
+        raise ConfigurationError(
+            f"k = {k} pays for {capacity:,} of {sum(weights):,} parameters, and the smallest layer has {smallest:,}: "
+            "raise k"
+        )
     tried = [everything, by_examples, *(rng.choice(table.shape[1], count, replace=False) for _ in range(starts))]
     best: tuple[float, npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
     for examples in tried:

@@ -14,7 +14,7 @@ stream, 8 bytes an example. A large gradient may be noise: compare with `Random`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -23,6 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from gradient_blueprints.allocation import spearman
 from gradient_blueprints.errors import ConfigurationError
@@ -62,18 +70,24 @@ def select_data(
     """Positions of the `fraction` of the examples that the strategy scores highest, ascending (Algorithm 2, step 4).
 
     `guard`: leave out this share with the very highest scores first. Broken text has large gradients.
+    Raises ConfigurationError for a DataLoader whose batches are not the whole data set in its order.
     """
+    if isinstance(batches, DataLoader):
+        _check_order(batches)
     return keep_top(strategy(model, batches), fraction, guard=guard)
 
 
-def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
+def keep_top(scores: npt.ArrayLike, fraction: float, *, guard: float = 0.0) -> Index:
     """The index for scores that are there already.
 
     >>> keep_top(np.array([0.1, 9.0, 0.3, np.nan, 0.2]), 0.4, guard=0.2)
     array([2, 4])
 
-    Raises ConfigurationError when nothing would be kept.
+    Raises ConfigurationError when nothing would be kept, and for scores that are not one for each example.
     """
+    scores = np.asarray(scores, np.float64)
+    if scores.ndim != 1:
+        raise ConfigurationError(f"scores have the shape {scores.shape}: give one for each example, (examples,)")
     if not 0 < fraction <= 1 or not 0 <= guard < 1:
         raise ConfigurationError(f"fraction = {fraction} is a share in (0, 1], guard = {guard} one in [0, 1)")
     known = np.flatnonzero(np.isfinite(scores))
@@ -86,6 +100,19 @@ def keep_top(scores: Scores, fraction: float, *, guard: float = 0.0) -> Index:
             f"{len(known)} with a finite score: raise the fraction, lower the guard, or give more examples with targets"
         )
     return np.sort(kept)
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler | DistributedSampler):
+        raise ConfigurationError(
+            f"the index holds positions in the data set, and {type(sampler).__name__} draws others: shuffle=False"
+        )
+    batches = loader.batch_sampler
+    if isinstance(batches, BatchSampler) and batches.drop_last and isinstance(sampler, Sized):  # not of a stream
+        dropped = len(sampler) % batches.batch_size
+        if dropped:
+            raise ConfigurationError(f"the last {dropped} examples would not be scored: drop_last=False")
 
 
 # --- exact influences

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Instrument
 from gradient_blueprints.training.profiling.experts import routed_shares
 
+CROSS_ATTENTION = re.compile(r"(EncDecAttention|encoder_attn|cross_?att(n|ention))\..*\b(k|v|key|value)(_proj)?(\.|$)")
+"""Keys and values of a decoder's attention to what the encoder read, as transformers names them."""
+
 
 @dataclass(frozen=True)
 class FlopRate:
@@ -22,6 +26,13 @@ class FlopRate:
 
     per_token: float
     instrument: Instrument
+    per_source_token: float | None = None
+    """On each position that an encoder reads, where that is another; `per_token` is then of the decoder's."""
+
+    def flops(self, positions: int, source: int = 0) -> float:
+        """Of so many positions, and of those that an encoder reads beside a decoder."""
+        per_source = self.per_token if self.per_source_token is None else self.per_source_token
+        return self.per_token * positions + per_source * source
 
 
 def flops_by_formula(model: nn.Module) -> FlopRate:
@@ -32,10 +43,38 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
     are looked up, unless they are the output head too, and of a mixture's experts those that a token is not routed to.
     Attention scores are left out (of the order of length/(6·width) of the rest), as is the recomputation of
     checkpointed activations. Raises ConfigurationError as `multiplied_parameters` does.
+
+    Of an encoder-decoder model the parameters that multiply what the encoder reads are told apart: the encoder's, and
+    those of the keys and values of cross-attention.
     """
     counted = multiplied_parameters(model)
+    if not encodes_and_decodes(model):
+        return FlopRate(_rate(counted), Instrument.FLOP_FORMULA)
+    source = _source_parameters(model)
+    of_encoder = {parameter: entries for parameter, entries in counted.items() if parameter in source}
+    of_decoder = {parameter: entries for parameter, entries in counted.items() if parameter not in source}
+    return FlopRate(_rate(of_decoder), Instrument.FLOP_FORMULA, _rate(of_encoder))
+
+
+def _rate(counted: Mapping[nn.Parameter, float]) -> float:
     trained = sum(entries for parameter, entries in counted.items() if parameter.requires_grad)
-    return FlopRate(4 * sum(counted.values()) + 2 * trained, Instrument.FLOP_FORMULA)
+    return 4 * sum(counted.values()) + 2 * trained
+
+
+def encodes_and_decodes(model: nn.Module) -> bool:
+    """Whether it reads one text and writes another, so that no parameter multiplies for the tokens of both."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
+def _source_parameters(model: nn.Module) -> set[nn.Parameter]:
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]  # of transformers
+    cross = (module for name, module in model.named_modules() if CROSS_ATTENTION.search(name))
+    return {
+        parameter
+        for module in (*encoder.modules(), *cross)
+        if not isinstance(module, nn.Embedding)  # whose weight may be the head's too
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def multiplied_parameters(model: nn.Module) -> dict[nn.Parameter, float]:
@@ -62,6 +101,9 @@ def multiplied_parameters(model: nn.Module) -> dict[nn.Parameter, float]:
 
 def flops_by_counting(step: Callable[[], object], tokens: int) -> FlopRate:
     """Run one step, forward and backward, under torch.utils.flop_counter and divide by its `tokens`.
+
+    `tokens` are all positions, padding too, and of an encoder-decoder model those of both. (The rate holds as long as
+    the two keep their proportion; the formula tells them apart.)
 
     It counts matrix products, those of experts as transformers groups them too, convolutions and attention as they are
     run, recomputation too, and nothing else; operators from other packages only if they registered a formula.

@@ -41,7 +41,8 @@ class CapabilityCallback(Callback):
     Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
     attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
     EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
-    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Raises ConfigurationError where
+    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Each training from step 0 on has a
+    `run` of its own, as there. Raises ConfigurationError where
     Lightning would clip the gradients of a `SelectedAdamW`, which it cannot, and where a module has no `model` and
     `network` was not given.
     """
@@ -70,14 +71,13 @@ class CapabilityCallback(Callback):
                 "gradient_clip_val does nothing to SelectedAdamW, whose gradients Lightning cannot see: "
                 "leave it away and give the optimizer max_norm"
             )
-        meter = self.run.meter
-        meter.model = self._network(pl_module)
-        meter.optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        meter.start()
-        self.run.check_gamma()
+        resumed = trainer.global_step > 0
+        if self.run.begun and not resumed:
+            self.run, self.guard = self.run.afresh(), DecayGuard(self.guard.share)
+        self.run.begin(self._network(pl_module), trainer.optimizers[0] if trainer.optimizers else None)
         if self.run.reporter is not None and trainer.is_global_zero:
             journal = Path(trainer.default_root_dir) / "run.jsonl"
-            self.run.begin_report(journal, seed=None, resumed=trainer.global_step > 0)
+            self.run.begin_report(journal, seed=None, resumed=resumed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         self._decay_ahead(trainer)  # to have seen the highest rate

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradient_blueprints.errors import ConfigurationError
@@ -46,12 +47,13 @@ class DecayGuard:
 
 
 class MeteredRun:
-    """Meter, rule and curve. Γ is one resource, or a price for each of several."""
+    """Meter, rule and curve of one training. Γ is one resource, or a price for each of several."""
 
     def __init__(
         self, meter: ResourceMeter, rule: MarginalReturn | None, gamma: str | Mapping[str, float] = "seconds"
     ) -> None:
         self.meter, self.rule = meter, rule
+        self.begun = False
         prices = {gamma: 1.0} if isinstance(gamma, str) else dict(gamma)
         unknown = sorted(name for name in prices if name not in list(Resource))
         if unknown or not prices:
@@ -62,6 +64,27 @@ class MeteredRun:
         self.stopped: Decision | None = None
         self.reporter: RunReporter | None = None
         self._of_ranks: Tally | None = None  # at the last check, where there are several
+
+    def afresh(self) -> MeteredRun:
+        """Another with the same settings, of a training that has spent nothing yet. This one is over."""
+        self.meter.stop()  # where the training broke off
+        rule = None if self.rule is None else type(self.rule)(**self.rule.settings())
+        prices = {str(name): price for name, price in self.prices.items()}
+        run = MeteredRun(ResourceMeter(**self.meter.arguments()), rule, prices)
+        run.reporter = None if self.reporter is None else self.reporter.afresh()
+        return run
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Meter from here on. ConfigurationError now, and not at the first evaluation, where Γ cannot be read here."""
+        self.begun = True
+        self.meter.stop()  # of a training that broke off: its hook is on that one's model
+        self.meter.model, self.meter.optimizer = model, optimizer
+        self.meter.start()
+        try:
+            self._check_gamma()
+        except ConfigurationError:
+            self.meter.stop()
+            raise
 
     def begin_report(self, journal: Path, *, seed: int | None, resumed: bool) -> None:
         """Report from here on. What a killed process had told as spent is counted, whether or not it was saved."""
@@ -80,8 +103,7 @@ class MeteredRun:
         stopped = None if ended is None or ended.ratio is None else f"MarginalReturn: ratio {ended.ratio:.6g} below eta"
         self.reporter.finish(tally, stopped)
 
-    def check_gamma(self) -> None:
-        """Raise ConfigurationError now, and not at the first evaluation, where this machine cannot read Γ."""
+    def _check_gamma(self) -> None:
         if self.rule is not None:
             counted = dict.fromkeys((Resource.TOKENS, Resource.FLOPS), 0.0)  # read once a batch has come
             priced({**counted, **self.meter.tally().amounts()}, self.prices)
@@ -130,3 +152,4 @@ class MeteredRun:
         if self.rule is not None and state["rule"] is not None:
             self.rule.load_state_dict(state["rule"])
         self.points = [RunPoint.model_validate(point) for point in state["points"]]
+        self.decisions, self.stopped = [], None

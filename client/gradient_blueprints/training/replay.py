@@ -55,7 +55,7 @@ def replay(
         def stops(check: Check, rule: MarginalReturn = rule) -> bool:
             return rule.update(check.psi, check.gamma, decay_ahead=check.decay_ahead).stop
 
-        rows.append(_outcome(f"eta {threshold:.3g}, patience {times}, window {width}", curve, stops, goal))
+        rows.append(_outcome(f"eta {threshold}, patience {times}, window {width}", curve, stops, goal))
     return rows
 
 

@@ -28,7 +28,8 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, Span, Tally
 from gradient_blueprints.tallies import merge_tallies, settle
 from gradient_blueprints.training.finetuning import optimizer_bytes
-from gradient_blueprints.training.flops import FlopRate, flops_by_formula
+from gradient_blueprints.training.flops import FlopRate, encodes_and_decodes, flops_by_formula
+from gradient_blueprints.training.profiling.losses import IGNORED
 from gradient_blueprints.training.sensors import (
     POWERCAP,
     EnergyCounter,
@@ -56,8 +57,8 @@ class ResourceMeter:
     """Counts time, energy, carbon, memory over time, FLOPs and tokens from `start` to `stop`, pauses left out.
 
     `model`: its accelerators are watched, and a hook counts the tokens of every training forward pass (attention
-    masks respected) and their FLOPs, by `flop_rate`, which may be a mapping of its fields, or else 6·N·(2/3 + k/3).
-    Without it, call `count`.
+    masks respected; of an encoder-decoder model those of the labels, or of `decoder_input_ids`, too) and their FLOPs,
+    by `flop_rate`, which may be a mapping of its fields, or else 6·N·(2/3 + k/3). Without it, call `count`.
     `optimizer`: the memory of its state is told apart.
     `carbon_intensity`: g CO2e per kWh where the power is drawn, data-centre overhead folded in; `region` is its name.
     `processor_watts`, `memory_watts`: what all processors draw under full load, and the memory always, for machines
@@ -90,8 +91,9 @@ class ResourceMeter:
         self.region, self.carbon_intensity = region, carbon_intensity
         self.processor_watts, self.memory_watts = processor_watts, memory_watts
         if isinstance(flop_rate, Mapping):
-            flop_rate = FlopRate(flop_rate["per_token"], Instrument(flop_rate["instrument"]))
+            flop_rate = FlopRate(**{**flop_rate, "instrument": Instrument(flop_rate["instrument"])})
         self.flop_rate = flop_rate
+        self._by_formula: FlopRate | None = None
         self.interval = interval
         self._given = [torch.device(device) for device in devices]
         self._devices: list[torch.device] = []
@@ -132,7 +134,8 @@ class ResourceMeter:
             for counter in list(self._counters):
                 self._read(counter, 0)  # what was drawn during the pause does not count
         if self.model is not None:
-            self.flop_rate = self.flop_rate or flops_by_formula(self.model)
+            if self.flop_rate is None:
+                self._by_formula = flops_by_formula(self.model)
             self._hook = self.model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         self._last_time, self._last_processor = time.perf_counter(), processor_seconds()
         self._last_memory, self._last_state = self._memory()
@@ -193,13 +196,16 @@ class ResourceMeter:
     # --- what is counted by call
 
     def count(self, tokens: int = 0, flops: float | None = None) -> None:
-        """Tell of work that the hook does not see; FLOPs default to the tokens at `flop_rate`, where that is known."""
+        """Tell of work that the hook does not see; FLOPs default to the tokens at `flop_rate`, where that is known.
+
+        (Of an encoder-decoder model to tokens of the decoder.)
+        """
         self._tokens_by.add(Instrument.GIVEN)
         self._add(Resource.TOKENS, tokens)
         if flops is not None:
             self._flops_by.add(Instrument.GIVEN)
             self._add(Resource.FLOPS, flops)
-        elif self.flop_rate is not None:
+        elif self.flop_rate is not None or self._by_formula is not None:
             self._count_flops(tokens)
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,8 +215,15 @@ class ResourceMeter:
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() > 2:
             return  # not a language model's batch: its tokens stay not read, unless `count` tells
         self._tokens_by.add(Instrument.COUNT)
-        self._count_flops(ids.numel())
-        mask = kwargs.get("attention_mask")
+        self._count_tokens(ids, kwargs.get("attention_mask"))
+        if not encodes_and_decodes(module):
+            self._count_flops(ids.numel())
+            return
+        written, counted = _written(ids, kwargs)
+        self._count_tokens(written, counted)
+        self._count_flops(written.numel(), source=ids.numel())
+
+    def _count_tokens(self, ids: torch.Tensor, mask: Any) -> None:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             self._add(Resource.TOKENS, ids.numel())
         elif mask.device.type == "cpu":
@@ -219,10 +232,11 @@ class ResourceMeter:
             counted = mask.detach().count_nonzero()  # without waiting for the device
             self._waiting = counted if self._waiting is None else self._waiting.to(counted.device) + counted
 
-    def _count_flops(self, positions: int) -> None:
-        assert self.flop_rate is not None
-        self._flops_by.add(self.flop_rate.instrument)
-        self._add(Resource.FLOPS, self.flop_rate.per_token * positions)
+    def _count_flops(self, positions: int, source: int = 0) -> None:
+        rate = self.flop_rate or self._by_formula
+        assert rate is not None
+        self._flops_by.add(rate.instrument)
+        self._add(Resource.FLOPS, rate.flops(positions, source))
 
     def _add(self, resource: Resource, amount: float) -> None:
         self._sums[self._process, resource] += amount
@@ -428,3 +442,17 @@ class ResourceMeter:
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
         self.load_state_dict(json.loads(path.read_text()))
+
+
+def _written(ids: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
+    """What the decoder is given, (examples, positions), and the mask of what counts of it; None: all."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:  # classes, or none
+        labels = None
+    mask = batch.get("decoder_attention_mask")
+    if mask is None and labels is not None:
+        mask = labels != IGNORED
+    for given in (batch.get("decoder_input_ids"), labels):
+        if given is not None:
+            return given, mask
+    return ids, batch.get("attention_mask") if mask is None else mask  # the encoder's, as BART does it

@@ -28,7 +28,7 @@ from gradient_blueprints.record_models import ChosenPart, NewRun, ReportedPoint,
 from gradient_blueprints.run_journal import begin_journal, find_journal, journal_end, journal_point
 from gradient_blueprints.run_models import RunPoint, Tally
 from gradient_blueprints.training.finetuning import SelectedAdamW
-from gradient_blueprints.training.flops import multiplied_parameters
+from gradient_blueprints.training.flops import encodes_and_decodes, multiplied_parameters
 from gradient_blueprints.training.stopping import MarginalReturn
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts at a registry that does not answer
@@ -67,6 +67,10 @@ class RunReporter:
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def afresh(self) -> RunReporter:
+        """Another for another run; the thread of this one may still be sending its own."""
+        return RunReporter(self._client, self.fields, metric=self.fields["metric"], rule=None)
+
     def begin(
         self,
         journal: Path,
@@ -99,10 +103,14 @@ class RunReporter:
         return tally
 
     def _described(self, model: nn.Module, optimizer: Optimizer | None, seed: int | None) -> NewRun:
-        """The run, with what the two tell: what multiplies for each token, and how much of all is trained."""
+        """The run, with what the two tell: what multiplies for each token, and how much of all is trained.
+
+        Of an encoder and a decoder neither multiplies for each token: `parameters` is absent.
+        """
         fields: dict[str, Any] = {"seed": seed}
         with suppress(ConfigurationError):  # a mixture that does not tell: absent
-            fields["parameters"] = round(sum(multiplied_parameters(model).values())) or None
+            if not encodes_and_decodes(model):
+                fields["parameters"] = round(sum(multiplied_parameters(model).values())) or None
         parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate and Lightning wrap it
         if isinstance(optimizer, SelectedAdamW):

@@ -49,6 +49,9 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     Trainer restored uses. It is kept in `output_dir/run.jsonl`, see RunReporter.
 
     Several processes: Γ is that of all of them, and they all decide alike.
+
+    Each `train()` that does not go on from a checkpoint has a `run` of its own, with a meter and a rule like those that
+    were given: keep `callback.run` of the first before the second.
     """
 
     def __init__(
@@ -75,20 +78,21 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     # --- the trainer's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        meter = self.run.meter
-        meter.model, meter.optimizer = rest.get("model"), rest.get("optimizer")
-        if state.global_step > 0:
+        resumed = state.global_step > 0
+        if self.run.begun and not resumed:
+            self.run, self.guard = self.run.afresh(), DecayGuard(self.guard.share)
+            self._other_metrics, self._settled = set(), False
+        if resumed:
             saved = state.stateful_callbacks.get(type(self).__name__)
             saved = saved[0] if isinstance(saved, list) else saved
             if saved is not None:
                 self.saved_state = saved["attributes"]["saved_state"]
             if self._journal(args).is_file():
-                meter.load(self._journal(args))
-        meter.start()
-        self.run.check_gamma()
+                self.run.meter.load(self._journal(args))
+        self.run.begin(rest["model"], rest.get("optimizer"))
         if self.run.reporter is not None and state.is_world_process_zero:
             journal = Path(args.output_dir) / "run.jsonl"
-            self.run.begin_report(journal, seed=args.seed, resumed=state.global_step > 0)
+            self.run.begin_report(journal, seed=args.seed, resumed=resumed)
 
     def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if self.run.meter.running and time.monotonic() - self._journalled > JOURNAL_SECONDS:

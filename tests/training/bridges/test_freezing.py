@@ -6,16 +6,19 @@ import re
 from collections.abc import Callable
 
 import pytest
+import transformers as hf
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.models import Blueprint
+from gradient_blueprints.training.bridges import freezing
 from gradient_blueprints.training.bridges.freezing import axolotl_matches, to_axolotl, to_llama_factory
 from gradient_blueprints.training.finetuning import apply_selection
 from gradient_blueprints.training.profiling.layers import Granularity
 from gradient_blueprints.training.selection import Budget, select
 from tests.training.bridges.test_adapters import blueprint_of
 from tests.training.profiling.small_models import gpt2, llama
+from tests.training.test_data_selection import qwen2_vl
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -141,6 +144,55 @@ def test_a_norm_outside_the_blocks_drags_the_norms_inside_along_and_they_are_cou
     assert "model.norm.weight" in found.parameters
     assert "model.layers.0.input_layernorm.weight" in found.parameters  # its name contains "norm"
     assert found.trained >= 5 * 16
+
+
+def gemma3n() -> nn.Module:
+    """With 17 names of modules: 2^17 combinations, of up to 30 blocks."""
+    model: nn.Module = hf.Gemma3nForCausalLM(
+        hf.Gemma3nTextConfig(
+            vocab_size=32,
+            vocab_size_per_layer_input=32,
+            hidden_size=16,
+            hidden_size_per_layer_input=8,
+            intermediate_size=24,
+            num_hidden_layers=30,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_kv_shared_layers=0,
+            activation_sparsity_pattern=[0.0] * 30,
+            layer_types=["full_attention"] * 30,
+        )
+    )
+    return model
+
+
+@pytest.mark.timeout(30)
+def test_llama_factory_is_told_of_a_model_with_many_modules_too() -> None:
+    model = gemma3n()
+    found = to_llama_factory(blueprint_of(model), model, 0.3)
+    assert llama_factorys_rule(model, found.arguments, 30) == set(found.parameters)
+    assert found.trained <= 0.3 * sum(parameter.numel() for parameter in model.parameters())
+    assert found.share > 0.3
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 1.0])
+def test_the_greedy_search_comes_near_the_best(
+    make: Callable[[], nn.Module], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    best = to_llama_factory(blueprint_of(model), model, share)
+    monkeypatch.setattr(freezing, "EXHAUSTIVE", 0)
+    greedy = to_llama_factory(blueprint_of(model), model, share)
+    assert 0.9 * best.share <= greedy.share <= best.share + 1e-12
+    assert llama_factorys_rule(model, greedy.arguments, 2) == set(greedy.parameters)
+
+
+def test_llama_factory_is_not_told_of_towers_that_it_keeps_frozen() -> None:
+    model = qwen2_vl()
+    with pytest.raises(ConfigurationError, match="to_axolotl"):
+        to_llama_factory(blueprint_of(llama()), model, 0.3)
 
 
 def test_a_budget_below_every_module_is_refused() -> None:

@@ -57,6 +57,12 @@ def test_the_choice_is_spectrums_own_the_best_of_each_type(imported: Blueprint) 
     assert len(spectrum_choice(imported, 1.0)) == 5
 
 
+@pytest.mark.parametrize("fraction", [25, 0, -0.25, math.nan])
+def test_a_percentage_is_no_fraction(imported: Blueprint, fraction: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"a quarter 0\.25"):
+        spectrum_choice(imported, fraction)
+
+
 def test_the_sorted_form_is_read_too() -> None:
     data = {"mlp.down_proj": {"model.layers.3.mlp.down_proj": 1.08, "model.layers.2.mlp.down_proj": 1.07}}
     blueprint = from_spectrum(data, "m")

@@ -64,42 +64,48 @@ def bert() -> nn.Module:
     return model
 
 
-def t5() -> nn.Module:
+def t5(**changes: Any) -> nn.Module:
     model: nn.Module = hf.T5ForConditionalGeneration(
         hf.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=True,
+            **{
+                "vocab_size": VOCABULARY,
+                "d_model": 16,
+                "d_kv": 8,
+                "d_ff": 24,
+                "num_layers": 2,
+                "num_heads": 2,
+                "decoder_start_token_id": 0,
+                "pad_token_id": 0,
+                "feed_forward_proj": "gated-gelu",
+                "tie_word_embeddings": True,
+                **changes,
+            }
         )
     )
     return model
 
 
-def bart() -> nn.Module:
+def bart(**changes: Any) -> nn.Module:
     """Falls back to its shifted input where the decoder is given neither ids nor labels."""
     model: nn.Module = hf.BartForConditionalGeneration(
         hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=64,
-            init_std=0.2,
-            pad_token_id=1,
-            bos_token_id=0,
-            eos_token_id=2,
-            decoder_start_token_id=2,
+            **{
+                "vocab_size": VOCABULARY,
+                "d_model": 16,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "encoder_ffn_dim": 24,
+                "decoder_ffn_dim": 24,
+                "max_position_embeddings": 64,
+                "init_std": 0.2,
+                "pad_token_id": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 2,
+                **changes,
+            }
         )
     )
     return model

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
@@ -20,6 +20,11 @@ from gradient_blueprints.models import Blueprint
 from gradient_blueprints.training.bridges.tensors import tensor_shares
 from gradient_blueprints.training.selection import BYTES_PER_DENSE_PARAMETER, Budget, Selection
 from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
+
+EXHAUSTIVE = 10
+"""Names of modules, within the blocks and outside, of which to_llama_factory tries all combinations: 1024."""
+
+Masks = npt.NDArray[np.bool_]
 
 
 def to_axolotl(selection: Selection, model: nn.Module) -> list[str]:
@@ -96,9 +101,17 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     It trains the first or last n blocks, in each the same modules, and modules outside the blocks; a parameter is
     trained when its name contains `.INDEX.MODULE` or the name of such a module
     (hiyouga/LLaMA-Factory, src/llamafactory/model/adapter.py, `_setup_freeze_tuning`, and hparams/finetuning_args.py).
-    All combinations are tried; the one with the largest sum of gradient-norm shares wins, the smaller one in a tie.
-    A layer's share is spread over its tensors by size. `select(unit="layer")` is not bound to such shapes: compare.
+    All combinations are tried, of more than EXHAUSTIVE module names those that a greedy search finds; the one with the
+    largest sum of gradient-norm shares wins, the smaller one in a tie. A layer's share is spread over its tensors by
+    size. `select(unit="layer")` is not bound to such shapes: compare.
+    Raises ConfigurationError for models of images or sound: it keeps their towers frozen, by names of its own for each
+    kind of model (model_utils/visual.py, `get_forbidden_modules`).
     """
+    if any(getattr(model.config, f"{kind}_config", None) is not None for kind in ("vision", "audio")):
+        raise ConfigurationError(
+            "LLaMA-Factory keeps parts of models of images or sound frozen whatever is named, so what it would train "
+            "cannot be told; take select(unit='layer', model=model) and to_axolotl instead."
+        )
     config = getattr(model.config, "text_config", model.config)
     blocks = next(
         (n for key in ("num_hidden_layers", "num_layers", "n_layer") if (n := getattr(config, key, None))), None
@@ -115,22 +128,34 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     order = list(sizes)
     worth = np.array([[values[name], sizes[name]] for name in order])  # (parameters, 2)
 
-    def holds(fragments: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        return np.array([any(fragment in name for fragment in fragments) for name in order])
+    def holds(fragment: str) -> list[bool]:
+        return [fragment in name for name in order]
 
-    extras = {names: holds(names) for names in _subsets(outside)}
+    of_blocks = [np.array([holds(f".{i}.{module}") for i in range(blocks)]) for module in inside]
+    of_outside = [np.array([holds(module)] * blocks) for module in outside]
+    reached = {  # by the first blocks, by the last blocks: (modules, count - 1, parameters)
+        sign: np.array([*(np.logical_or.accumulate(held[::-sign]) for held in of_blocks), *of_outside])
+        for sign in (-1, 1)
+    }
+    if len(inside) + len(outside) <= EXHAUSTIVE:
+        tried = _subsets(len(inside) + len(outside))
+    else:
+        starts = itertools.product(reached.values(), range(blocks), range(len(inside)))
+        tried = sorted({_greedy(masks[:, count], first, worth, capacity) for masks, count, first in starts})
     best: tuple[float, float] | None = None
-    for modules in _subsets(inside)[1:]:
-        of_block = np.stack([holds([f".{i}.{module}" for module in modules]) for i in range(blocks)])
-        for sign, by_block in ((-1, of_block), (1, of_block[::-1])):  # the first blocks, the last blocks
-            trained = np.logical_or.accumulate(by_block)  # (count - 1, parameters)
-            for extra, more in extras.items():
-                for count, (value, size) in enumerate((trained | more) @ worth, start=1):
-                    if size <= capacity and (best is None or (value, -size) > best):
-                        best, chosen = (value, -size), (sign * count, modules, extra, trained[count - 1] | more)
+    for names in tried:
+        if not any(name < len(inside) for name in names):  # it wants a module of the blocks
+            continue
+        for sign, masks in reached.items():
+            trained = np.logical_or.reduce(masks[list(names)])  # (count - 1, parameters)
+            for count, (value, size) in enumerate(trained @ worth, start=1):
+                if size <= capacity and (best is None or (value, -size) > best):
+                    best, chosen = (value, -size), (sign * count, names, trained[count - 1])
     if best is None:
         raise ConfigurationError(f"{capacity:,} parameters pay for no module of one block: raise the budget.")
-    layers, modules, extra, mask = chosen
+    layers, names, mask = chosen
+    modules = [inside[name] for name in names if name < len(inside)]
+    extra = [outside[name - len(inside)] for name in names if name >= len(inside)]
     arguments: dict[str, str | int] = {
         "finetuning_type": "freeze",
         "freeze_trainable_layers": layers,
@@ -138,10 +163,24 @@ def to_llama_factory(blueprint: Blueprint, model: nn.Module, budget: float | Bud
     }
     if extra:
         arguments["freeze_extra_modules"] = ",".join(extra)
-    names = tuple(name for name, held in zip(order, mask, strict=True) if held)
-    share = min(1.0, sum(values[name] for name in names))
-    return FreezeTuning(arguments, names, sum(sizes[name] for name in names), share)
+    parameters = tuple(name for name, held in zip(order, mask, strict=True) if held)
+    share = min(1.0, sum(values[name] for name in parameters))
+    return FreezeTuning(arguments, parameters, sum(sizes[name] for name in parameters), share)
 
 
-def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
-    return [subset for count in range(len(names) + 1) for subset in itertools.combinations(names, count)]
+def _subsets(count: int) -> list[tuple[int, ...]]:
+    return [chosen for size in range(count + 1) for chosen in itertools.combinations(range(count), size)]
+
+
+def _greedy(masks: Masks, first: int, worth: npt.NDArray[np.float64], capacity: int) -> tuple[int, ...]:
+    """`first`, then whichever adds the most worth for its size, while one fits. `masks`: (modules, parameters)."""
+    chosen, held = [first], masks[first]
+    while True:
+        gains = (masks & ~held) @ worth  # (modules, 2)
+        left = capacity - held @ worth[:, 1]
+        fitting = np.flatnonzero((gains[:, 0] > 0) & (gains[:, 1] <= left))
+        if not len(fitting):
+            return tuple(sorted(chosen))
+        best = int(fitting[np.argmax(gains[fitting, 0] / gains[fitting, 1])])
+        chosen.append(best)
+        held = held | masks[best]

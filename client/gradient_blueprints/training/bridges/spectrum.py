@@ -63,6 +63,8 @@ def spectrum_choice(blueprint: Blueprint, fraction: float) -> list[str]:
 
     Its YAML file adds embedding and head to them, whatever their ratio. For `unfrozen_parameters` as they are.
     """
+    if not 0 < fraction <= 1:
+        raise ConfigurationError(f"fraction = {fraction} is a share in (0, 1], a quarter 0.25")
     ratios, types = spectrum_ratios(blueprint), _spectrum(blueprint)["type"]
     by_type: dict[str, list[str]] = {}
     for name in ratios:
