@@ -119,8 +119,11 @@ def empirical_bayes(
         published, alpha = own, 0.0
         if known:
             published = Moment(factors[name], name, shape, mean.device).over_its_mean()
-            weights = [validity * each for each in ((0.0, 0.5, 1.0) if trust is None else (trust,))]
-            alpha = _likeliest(mean, variance, published, own, signal, parameters, weights)
+            alpha = (
+                _likeliest((0.0, 0.5 * validity, validity), mean, variance, published, own, signal, parameters)
+                if trust is None
+                else trust * validity
+            )
         scale = signal / max((1 - alpha) * own.mean + alpha * published.mean, TINY)
         flat = mean.reshape(-1)
 
@@ -138,15 +141,15 @@ def empirical_bayes(
 
 
 def _likeliest(
+    weights: Sequence[float],
     mean: Tensor,
     variance: Moment,
     published: Moment,
     own: Moment,
     signal: float,
     parameters: int,
-    weights: Sequence[float],
 ) -> float:
-    """The α under which the local mean is likeliest, with the prior α·published + (1 − α)·own.
+    """The α of these under which the local mean is likeliest, with the prior α·published + (1 − α)·own.
 
     The own factors' number of parameters counts against all but α = 1 (Akaike). Of a large tensor a million coordinates
     drawn once stand for all.
