@@ -90,9 +90,10 @@ class WideEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(200_000, 64)
+        self.nothing = nn.Parameter(torch.empty(0, 64))  # as a table of no added tokens
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> object:
-        return type("Output", (), {"loss": self.embedding(input_ids).square().mean()})()
+        return type("Output", (), {"loss": self.embedding(input_ids).square().mean() + self.nothing.sum()})()
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 1.0), (torch.bfloat16, 0.5)])

@@ -301,6 +301,7 @@ def test_coordinates_are_not_taken_for_those_of_a_transposed_tensor(
     again = Selection.load(chosen.save(tmp_path / "selection.safetensors"))
     assert len(chosen.parts["w"]) == count(0.1, math.prod(shape)) > 0
     grown = (shape[0] + 4, *shape[1:])
+    assert again.indices("w", math.prod(shape)) is again.parts["w"]  # the size alone will do
     assert again.units("w", grown).indices is again.parts["w"]  # new tokens stand at the end
     with pytest.raises(ConfigurationError, match=rf"{re.escape(str(other))}, and rows of .* Make a selection"):
         again.units("w", other)

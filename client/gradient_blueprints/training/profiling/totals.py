@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradient_blueprints.training.blocks import blocks, square_sums
 from gradient_blueprints.training.profiling.histograms import Counts, MagnitudeHistogram
 from gradient_blueprints.training.profiling.layers import Group
 from gradient_blueprints.training.profiling.state import DomainState, Factors
@@ -87,32 +88,22 @@ class BatchTotals:
         if self._squares and name not in squares:
             squares[name] = placed(torch.zeros_like(total), self.place)
         if self._squares:
-            for squared, block in _blocks(squares[name], total):
+            for squared, block in _beside(squares[name], total):
                 squared.addcmul_(block, block)
         if name in sums:
-            for held, block in _blocks(sums[name], total):
+            for held, block in _beside(sums[name], total):
                 held.add_(block)
         else:
             sums[name] = total
 
 
-def _blocks(one: Tensor, two: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(torch.split(one.view(-1), _BLOCK), torch.split(two.reshape(-1), _BLOCK), strict=True)
+def _beside(one: Tensor, two: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    return zip(blocks(one, _BLOCK), blocks(two.contiguous(), _BLOCK), strict=True)
 
 
 def factors_of(matrix: Tensor) -> Factors:
     """Row and column sums of the squares, by blocks that fit the cache."""
     if matrix.dim() < 2:
         return Factors(matrix.square().double().cpu(), None)
-    lead, (rows, columns) = matrix.shape[:-2], matrix.shape[-2:]
-    step = max(1, _BLOCK // columns)
-    row_sums, column_sums = [], []
-    for one in matrix.reshape(-1, rows, columns):
-        total = torch.zeros(columns, dtype=torch.float64, device=matrix.device)
-        for block in torch.split(one, step):
-            squared = block.square()
-            row_sums.append(squared.sum(1))
-            total += squared.sum(0)
-        column_sums.append(total)
-    row = torch.cat(row_sums).double().view(*lead, rows)
-    return Factors(row.cpu(), torch.stack(column_sums).view(*lead, columns).cpu())
+    row, column = square_sums(matrix, _BLOCK)
+    return Factors(row.double().cpu(), column.cpu())

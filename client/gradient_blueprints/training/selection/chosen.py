@@ -113,7 +113,7 @@ class Selection:
         parts = math.prod(shape) // width if width else 0
         if ranked is not None:
             columns = width_of("row", shape)
-            if len(ranked) and self.columns.get(parameter, columns) != columns:
+            if len(ranked) and len(shape) > 1 and self.columns.get(parameter, columns) != columns:
                 raise ConfigurationError(
                     f"{parameter} has the shape {shape}, and rows of {self.columns[parameter]} entries in the model "
                     "that the selection was made for: its coordinates are others. Make a selection for this model"

@@ -60,13 +60,13 @@ def _drawn_of(tied: npt.NDArray[np.bool_], count: int, name: str, seed: int) -> 
     share = count / (among := np.count_nonzero(tied))
     if share == 1:
         return np.flatnonzero(tied)
-    for limit in (share + 6 * math.sqrt(share / among), 1.0):  # below the first are enough of them, but for one in 10⁹
+    for limit in (share + 6 * math.sqrt(share / among), 1.0):  # below the first are nearly always enough of them
         found, lots = [], []
         for first in range(0, len(tied), _CHUNK):
             indices = np.flatnonzero(tied[first : first + _CHUNK]) + first
-            drawn = _lots(name, indices, seed)
-            found.append(indices[drawn < limit])
-            lots.append(drawn[drawn < limit])
+            theirs = _lots(name, indices, seed)
+            found.append(indices[theirs < limit])
+            lots.append(theirs[theirs < limit])
         if sum(map(len, found)) >= count:
             break
     return np.concatenate(found)[lowest(np.concatenate(lots), count)]

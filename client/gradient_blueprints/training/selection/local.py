@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.blocks import blocks, square_sums
 from gradient_blueprints.training.gradient_hooks import unread
 from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.profiling.losses import LossReader, evaluating, examples_in, on_device_of
@@ -75,7 +76,8 @@ class LocalStatistics:
             assert parameter.grad is not None
             gradient = parameter.grad.detach().to(device or parameter.device, torch.float32)
             parameter.grad = None
-            found._add(name, gradient, keep, dtype, len(batches), lots)
+            if gradient.numel() > 0:
+                found._add(name, gradient, keep, dtype, len(batches), lots)
 
         reader = LossReader(model)
         with gradients_taken(model, take):
@@ -101,7 +103,8 @@ class LocalStatistics:
         held = self.mean if keep == "mean" else self.square
         if name not in held:
             held[name] = torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)
-        for part, of_batch in zip(blocks(held[name]), blocks(gradient), strict=True):
+        step = block_of(gradient.device)
+        for part, of_batch in zip(blocks(held[name], step), blocks(gradient.contiguous(), step), strict=True):
             value = (of_batch if keep == "mean" else of_batch.square()) / batches
             if dtype == torch.float32:
                 part += value
@@ -158,29 +161,16 @@ def squared_means(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     matrix = as_matrix(tensor)
     if matrix.dim() < 2:
         return matrix.float().square(), None
-    rows, columns = matrix.shape[-2:]
-    row, column = matrix.new_empty(matrix.shape[:-1], dtype=torch.float32), []
-    for of_row, each in zip(row.view(-1, rows), matrix.reshape(-1, rows, columns), strict=True):
-        total = torch.zeros(columns, device=tensor.device)
-        for first in range(0, rows, step := max(1, block_of(tensor.device) // max(1, columns))):
-            squares = each[first : first + step].float().square()
-            of_row[first : first + step] = squares.mean(-1)
-            total += squares.sum(0)
-        column.append(total / rows)
-    return row, torch.stack(column).view(*matrix.shape[:-2], columns)
+    row, column = square_sums(matrix, block_of(tensor.device))
+    return row / matrix.shape[-1], (column / matrix.shape[-2]).float()
 
 
 def block_of(device: torch.device) -> int:
-    """Entries of a tensor to work on at a time: beside an embedding's gradient there is no room for more of its size.
+    """Entries of a tensor to work on at a time, a multiple of 4 (`_rounded`).
 
-    On a CPU what stays in its cache; elsewhere a call costs more than the work on so few. A multiple of 4 (`_rounded`).
+    On a CPU what stays in its cache; elsewhere a call costs more than the work on so few.
     """
     return 1 << (15 if device.type == "cpu" else 22)
-
-
-def blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of a tensor's entries, a block at a time, flat and in order."""
-    return torch.split(tensor.reshape(-1), block_of(tensor.device))
 
 
 def _rounded(value: Tensor, lots: _Generators) -> Tensor:

@@ -46,10 +46,16 @@ class Moment:
         if self._column is None:
             return self._row[first:last]
         width = self._column.shape[-1]
-        rows = torch.arange(first // width, -(-last // width), device=self._row.device)
+        row, last_row = first // width, (last - 1) // width
+        if row == last_row:  # of a wide matrix a part of one row, or of two
+            start = row * width
+            return self._row[row] * self._column[row // self._rows, first - start : last - start]
+        if row + 1 == last_row:
+            middle = last_row * width
+            return torch.cat([self.between(first, middle), self.between(middle, last)])
+        rows = torch.arange(row, last_row + 1, device=self._row.device)
         column = self._column if len(self._column) == 1 else self._column[rows // self._rows]
-        start = first // width * width
-        return (self._row[rows, None] * column).flatten()[first - start : last - start]
+        return (self._row[rows, None] * column).flatten()[first - row * width : last - row * width]
 
     def at(self, entries: Tensor) -> Tensor:
         """Of flat entries, (n,) integers."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.training.blocks import blocks
 from gradient_blueprints.training.selection.indices import Scores, random_scores
-from gradient_blueprints.training.selection.local import LocalStatistics, block_of, blocks
+from gradient_blueprints.training.selection.local import LocalStatistics, block_of
 from gradient_blueprints.training.selection.moments import TINY, Moment, Shape
 
 Score = Callable[[str, Shape], Scores | None]
@@ -79,7 +80,8 @@ def blended(*parts: tuple[float, Score]) -> Score:
             return next((found for _, found in telling or known), None)
         total = np.zeros_like(telling[0][1])
         for scale, found in telling:
-            total += np.float32(scale) * found
+            for first in range(0, len(total), _PART):
+                total[first : first + _PART] += np.float32(scale) * found[first : first + _PART]
         return total
 
     return score
@@ -186,7 +188,8 @@ def _own_prior(statistics: LocalStatistics, name: str, mean: Tensor) -> tuple[Mo
 
 def _signal(mean: Tensor, variance: Moment) -> float:
     """τ², of a prior whose mean is 1."""
-    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in blocks(mean)) / mean.numel()
+    parts = blocks(mean.contiguous(), block_of(mean.device))
+    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts) / mean.numel()
     return max(squares - variance.mean, LEAST_SIGNAL * squares)
 
 
@@ -196,6 +199,7 @@ def weight_of_published(validity: float, trust: float | None) -> float:
 
 
 _JUDGED_BY = 1 << 20
+_PART = 1 << 18
 _LEAST_VARIANCE = 1e-6
 """Of τ²: a coordinate that a prior holds for unused and is not says no more than this against it."""
 
