@@ -45,9 +45,7 @@ def blueprint_of(*layers: str, sizes: dict[str, int] | None = None) -> Blueprint
         {
             "model_id": "m",
             "training_checkpoint": 1.0,
-            "layers": [
-                {"id": name, "gradient_norm": 1.0, "parameters": (sizes or {}).get(name, 72)} for name in layers
-            ],
+            "layers": [{"id": name, "gradient_norm": 1.0, "parameters": (sizes or {}).get(name)} for name in layers],
         }
     )
 
@@ -64,6 +62,15 @@ def test_layers_that_the_model_does_not_have_get_nothing_of_the_budget(unit: Uni
     assert [layer.id for layer in selection.layers] == ["0", "1"]
     assert selection.parameters == 144
     assert selection.selected == sum(trained(model, selection).values()) >= 64
+
+
+def test_a_blueprint_of_a_model_of_another_size_is_warned_of() -> None:
+    sizes = {"block": 72, "score": 27}
+    with pytest.warns(UserWarning, match=r"other parameters than this model has in block \(144, here 72\)\. Unless"):
+        select(blueprint_of("block", "score", sizes=sizes | {"block": 144}), budget=0.5, model=Classifier())
+    model = Classifier()
+    model.block.requires_grad_(False)
+    select(blueprint_of("block", "score", sizes=sizes), budget=0.5, model=model)  # frozen or not, it is this one
 
 
 def test_a_blueprint_of_another_model_is_refused() -> None:
@@ -114,7 +121,7 @@ def test_numbers_that_have_no_gradient_are_not_selected() -> None:
 def test_a_selection_made_without_the_model_leaves_frozen_tensors_and_says_so() -> None:
     model = Tied()
     model.embedding.weight.requires_grad_(False)
-    selection = select(blueprint_of("embedding", "block", sizes={"embedding": 160}), budget=0.5)
+    selection = select(blueprint_of("embedding", "block", sizes={"embedding": 160, "block": 72}), budget=0.5)
     with pytest.warns(UserWarning, match=r"frozen before and left so: embedding\.weight"):
         assert "embedding.weight" not in trained(model, selection)
     assert not model.embedding.weight.requires_grad

@@ -9,6 +9,7 @@ import pickle
 import re
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -756,16 +757,22 @@ def test_bytes_that_pay_for_a_full_update_buy_every_coordinate() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "unit", "least"),
-    [(0.0005, "coordinate", 3), (Budget.bytes(15), "coordinate", 3), (0.01, "row", 44), (0.05, "layer", 200)],
+    [
+        (0.0005, "coordinate", Budget.parameters(3)),
+        (Budget.bytes(15), "coordinate", Budget.bytes(48)),
+        (0.01, "row", Budget.parameters(44)),
+        (0.05, "layer", Budget.parameters(200)),
+    ],
 )
 def test_a_budget_that_pays_for_nothing_is_refused_with_the_least_that_does(
-    budget: float | Budget, unit: Unit, least: int
+    budget: float | Budget, unit: Unit, least: Budget
 ) -> None:
-    with pytest.raises(ConfigurationError, match=rf"for one {unit} anywhere: .* Budget\.parameters\({least}\)"):
+    told = rf"Budget\.{least.measure}\({least.amount}\)$"
+    with pytest.raises(ConfigurationError, match=rf"for one {unit} anywhere, .* {told}"):
         select(PUBLISHED, budget=budget, unit=unit, gradients=gradients_of())
-    assert select(PUBLISHED, budget=Budget.parameters(least), unit=unit, gradients=gradients_of()).selected > 0
+    assert select(PUBLISHED, budget=least, unit=unit, gradients=gradients_of()).selected > 0
     with pytest.raises(ConfigurationError, match="the least"):
-        select(PUBLISHED, budget=Budget.parameters(least - 1), unit=unit, gradients=gradients_of())
+        select(PUBLISHED, budget=replace(least, amount=least.amount - 1), unit=unit, gradients=gradients_of())
 
 
 def test_options_that_mean_nothing_are_refused() -> None:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
+from gradient_blueprints.models import Layer
 from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.selection.indices import prefixes
 
@@ -76,6 +77,27 @@ def tensors_of(model: nn.Module, layers: Set[str], also_train: Sequence[str] = (
             stacklevel=3,
         )
     return ModelTensors(listed, tuple(fixed), also, copies)
+
+
+def warn_of_other_sizes(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Warn where the blueprint counts other parameters in its layers than the model has: it is of another model."""
+    ids = {layer.id for layer in layers}
+    counted: dict[str, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = listing([name], ids)
+        if found is not None and parameter.is_floating_point():  # others are packed: their sizes tell nothing
+            counted[found[1]] = counted.get(found[1], 0) + parameter.numel()
+    others = [
+        f"{layer.id} ({layer.parameters:,}, here {counted[layer.id]:,})"
+        for layer in layers
+        if layer.parameters and counted.get(layer.id, layer.parameters) != layer.parameters
+    ]
+    if others:
+        warnings.warn(
+            f"the blueprint counts other parameters than this model has in {some(others)}. Unless the vocabulary or a "
+            "head was changed, it is of another model, and its norms say nothing of this one",
+            stacklevel=3,
+        )
 
 
 def tied_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

@@ -18,7 +18,14 @@ from gradient_blueprints.selection_models import Criterion, SelectionUnit
 from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.selection.chosen import SelectedLayer, Selection, parts_of, width_of
 from gradient_blueprints.training.selection.indices import Indices, best, drawn
-from gradient_blueprints.training.selection.listed_tensors import ListedTensor, ModelTensors, listing, some, tensors_of
+from gradient_blueprints.training.selection.listed_tensors import (
+    ListedTensor,
+    ModelTensors,
+    listing,
+    some,
+    tensors_of,
+    warn_of_other_sizes,
+)
 from gradient_blueprints.training.selection.local import LocalStatistics
 from gradient_blueprints.training.selection.moments import Shape
 from gradient_blueprints.training.selection.scores import (
@@ -90,8 +97,8 @@ def select(
         staleness: of `client.check_staleness`. Stale: the published side has no say, not even its factors; where a
             coarser level holds, its norms have one between the groups of that level.
         model: what it has of the blueprint's layers and may be trained is chosen from: no layer that it lacks (with a
-            warning), no tied tensor twice, nothing that you froze (`requires_grad`, see `apply_selection`), no
-            integers. It knows the tensors' shapes and precision; needed for a score of your own.
+            warning, as where its layers are of other sizes), no tied tensor twice, nothing that you froze
+            (`requires_grad`, see `apply_selection`), no integers. It knows the tensors' shapes and precision; needed for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another. A member stands
             for the layers below it too; layers outside every group make up one more.
@@ -129,7 +136,11 @@ def select(
     if staleness is not None and groups is None:
         groups = staleness.groups
     ids = {layer.id for layer in blueprint.layers}
-    held = tensors_of(model, ids, also_train) if model is not None else known.tensors(ids)
+    if model is None:
+        held = known.tensors(ids)
+    else:
+        held = tensors_of(model, ids, also_train)
+        warn_of_other_sizes(model, blueprint.layers)
     tensors = held.listed
     layers = list(blueprint.layers)
     if model is not None:
@@ -160,10 +171,12 @@ def select(
     spent = spend(budget)
     trained = _trained(layers, sizes, spent.fractions, tensors, unit)
     if not any(count != 0 for count in trained):
-        least = _least_budget(layers, sizes, tensors, unit, spend)
+        least = f"parameters({(parameters := _least_budget(layers, sizes, tensors, unit, spend))})"
+        if budget.measure == "bytes":
+            least = f"bytes({parameters * allocation.bytes_each(unit, copies=held.copies)})"
         raise ConfigurationError(
-            f"the budget of {budget.amount:g} ({budget.measure}) does not pay for one {unit} anywhere: "
-            f"the least that does is Budget.parameters({least})"
+            f"the budget of {budget.amount:g} ({budget.measure}) does not pay for one {unit} anywhere, each layer's "
+            f"part being rounded down: the least that does is Budget.{least}"
         )
     fractions = {layer.id: part for layer, part in zip(layers, spent.fractions, strict=True)}
     partial = {name: tensor for name, tensor in sorted(tensors.items()) if 0 < fractions[tensor.layer] < 1}
