@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -23,6 +24,7 @@ from app.registry.grouping import COARSER, groups, parts
 from gradient_blueprints.canonical import canonical_bytes, digest_of
 from gradient_blueprints.errors import InvalidRequest, Unauthenticated
 from gradient_blueprints.statistics_models import (
+    GENERAL,
     STALENESS_METHOD_VERSION,
     Advice,
     Level,
@@ -65,17 +67,22 @@ async def check(
         raise Unauthenticated("Keeping a check needs a key, so that each has one voice; without keep none is needed.")
     found = await resolve(session, model_id, checkpoint, lab=request.lab, version=request.version)
     rows = await _rows(session, found.document_id)
+    norms = await _norms_of(session, found.document_id, request.domain)
     if request.local is not None:
         statistic = request.local.statistic
+        if statistic != "gradient_norm":
+            norms = None
         other_digest = digest_of(canonical_bytes(plain(request.local)))
         local = side_of_sample(request.local)
     else:
         assert request.digest is not None, "the request holds one of the two"
         other = await resolve_digest(session, request.digest)
         other_rows = await _rows(session, other.document_id)
-        statistic = "signal" if all(row.signal is not None for row in (*rows, *other_rows)) else "gradient_norm"
-        other_digest, local = request.digest, side_of_rows(other_rows, statistic)
-    published = side_of_rows(rows, statistic)
+        other_norms = None if norms is None else await _norms_of(session, other.document_id, request.domain)
+        both_signal = all(row.signal is not None for row in (*rows, *other_rows))
+        statistic = "signal" if both_signal and norms is None else "gradient_norm"
+        other_digest, local = request.digest, side_of_rows(other_rows, statistic, other_norms)
+    published = side_of_rows(rows, statistic, norms)
     if not published.ids:
         raise InvalidRequest(
             f"The published blueprint holds no {statistic}; send the statistic gradient_norm, which all hold."
@@ -83,9 +90,10 @@ async def check(
     checked = await anyio.to_thread.run_sync(
         judge, found, published, local, request, statistic, other_digest, abandon_on_cancel=True
     )
+    checked = checked.model_copy(update={"published_domain": GENERAL if norms is None else request.domain})
     if request.keep and caller is not None:
-        norms = _norms(local) if request.offer_norms else None
-        kept = await evidence.keep(session, caller, found, checked, norms)
+        offered = _norms(local) if request.offer_norms else None
+        kept = await evidence.keep(session, caller, found, checked, offered)
         checked = checked.model_copy(update={"kept": kept, "not_kept": None if kept else evidence.ALREADY_TODAY})
     return checked
 
@@ -115,8 +123,24 @@ async def _rows(session: AsyncSession, document_id: int) -> Sequence[Any]:
     ).all()
 
 
-def side_of_rows(rows: Sequence[Any], statistic: str) -> Side:
-    """A stored blueprint, by the statistic; layers that lack it are left out. Intervals are those of gradient_norm."""
+async def _norms_of(session: AsyncSession, document_id: int, domain: str) -> dict[str, float] | None:
+    """The norms of a domain by layer; None unless the document holds them for each, and for the general one."""
+    if domain == GENERAL:
+        return None
+    body: bytes = await session.scalar(select(tables.Document.body).where(tables.Document.id == document_id)) or b""
+    layers = (await anyio.to_thread.run_sync(lambda: json.loads(body)))["layers"]
+    norms: dict[str, Any] = {layer["id"]: (layer.get("domain_norms") or {}).get(domain) for layer in layers}
+    return norms if all(norm is not None for norm in norms.values()) else None
+
+
+def side_of_rows(rows: Sequence[Any], statistic: str, norms: Mapping[str, float] | None = None) -> Side:
+    """A stored blueprint, by the statistic; layers that lack it are left out. Intervals are those of gradient_norm.
+
+    With `norms`, those of a domain by layer, these stand in its place; they have no intervals.
+    """
+    if norms is not None:
+        held = sorted(rows, key=lambda row: str(row.layer_id))
+        return _side_of(held, Sample(np.array([norms[row.layer_id] for row in held], np.float64)))
     held = sorted((row for row in rows if getattr(row, statistic) is not None), key=lambda row: str(row.layer_id))
     errors = None
     if statistic == "gradient_norm" and held:
@@ -124,9 +148,13 @@ def side_of_rows(rows: Sequence[Any], statistic: str) -> Side:
             [math.nan if row.gradient_norm_low is None else row.gradient_norm_low for row in held],
             [math.nan if row.gradient_norm_high is None else row.gradient_norm_high for row in held],
         )
+    return _side_of(held, Sample(np.array([getattr(row, statistic) for row in held], np.float64), log_error=errors))
+
+
+def _side_of(held: Sequence[Any], sample: Sample) -> Side:
     return Side(
         ids=[row.layer_id for row in held],
-        sample=Sample(np.array([getattr(row, statistic) for row in held], np.float64), log_error=errors),
+        sample=sample,
         parameters={row.layer_id: row.parameters for row in held},
         kinds=[row.kind for row in held],
         depths=[row.depth for row in held],

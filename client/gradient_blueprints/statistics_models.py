@@ -31,6 +31,8 @@ from gradient_blueprints.models import (
 CONSENSUS_METHOD = "weighted-median-of-centred-logs"
 CONSENSUS_METHOD_VERSION = 1
 STALENESS_METHOD_VERSION = 1
+GENERAL = "general"
+"""The domain of a blueprint's own statistics, beside its `domain_norms`."""
 DEFAULT_THRESHOLD = 0.95
 """A blueprint holds while its ranks follow the local ones at least this well, measurement noise taken out."""
 MAX_BATCHES = 1_024
@@ -274,7 +276,11 @@ class StalenessRequest(Wire):
     top: Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)] | None = Field(
         None, description="size of the top in use; else a tenth of the matched layers"
     )
-    domain: Tag = Field("general", description="what the local data are; evidence is counted per domain")
+    domain: Tag = Field(
+        GENERAL,
+        description="what the local data are: the published norms of that domain are compared, where the blueprint "
+        "holds them for every layer; evidence is counted per domain",
+    )
     keep: bool = Field(
         False, strict=True, description="consent: keep this check, in coarse numbers, as evidence (needs a key)"
     )
@@ -319,6 +325,9 @@ class Staleness(Wire):
     other_digest: Digest = Field(description="of the other blueprint, or of the canonical bytes of the local sample")
     statistic: str
     domain: Tag
+    published_domain: Tag = Field(
+        GENERAL, description="of which the published values are: `domain`, or general for the blueprint's own statistic"
+    )
     verdict: Verdict
     advice: Advice
     level: Level | None = Field(None, description="the finest level at which it holds; absent when none does")

@@ -48,6 +48,29 @@ def check(http: httpx2.Client, sample: dict[str, Any] | None = None, **options: 
     return dict(http.post(PATH, json=body).raise_for_status().json())
 
 
+def test_a_sample_of_a_domain_is_held_against_the_published_norms_of_that_domain(publisher: httpx2.Client) -> None:
+    of_code = other_norms()
+    document = published()
+    for layer in document["layers"]:
+        layer["domain_norms"] = {"code": of_code[layer["id"]], "general": layer["gradient_norm"]}
+    del document["layers"][3]["domain_norms"]["general"]
+    document["layers"][3]["domain_norms"]["prose"] = 1.0
+    digest = publisher.post("/v1/blueprints", json=document).json()["digest"]
+    told = {}
+    for domain in ("code", "general", "prose", "cod"):
+        answer = check(publisher, local(of_code), domain=domain)
+        told[domain] = answer["published_domain"], answer["verdict"]
+    assert told["code"] == ("code", "fresh")
+    assert told["general"] == told["prose"] == told["cod"] == ("general", "stale")  # not of every layer, not at all
+    assert check(publisher, local(), domain="general")["verdict"] == "fresh"
+    itself = check(publisher, digest=digest, domain="code")
+    assert (itself["published_domain"], itself["statistic"], itself["levels"][0]["spearman"]) == (
+        "code",
+        "gradient_norm",
+        1.0,
+    )
+
+
 def test_a_blueprint_is_fresh_where_the_local_batches_follow_it(publisher: httpx2.Client) -> None:
     digest = publisher.post("/v1/blueprints", json=published()).json()["digest"]
     answer = check(publisher, local(), top=3)

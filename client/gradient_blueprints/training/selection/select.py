@@ -98,7 +98,8 @@ def select(
             coarser level holds, its norms have one between the groups of that level.
         model: what it has of the blueprint's layers and may be trained is chosen from: no layer that it lacks (with a
             warning, as where its layers are of other sizes), no tied tensor twice, nothing that you froze
-            (`requires_grad`, see `apply_selection`), no integers. It knows the tensors' shapes and precision; needed for a score of your own.
+            (`requires_grad`, see `apply_selection`), no integers. It knows the tensors' shapes and precision; needed
+            for a score of your own.
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another. A member stands
             for the layers below it too; layers outside every group make up one more.
