@@ -39,7 +39,11 @@ class SelectionBudget(Wire):
     @model_validator(mode="after")
     def _is_a_share(self) -> Self:
         if self.measure is BudgetMeasure.FRACTION and self.amount > 1:
-            raise PydanticCustomError("fraction", "a fraction is at most 1")
+            raise PydanticCustomError(
+                "fraction",
+                "a fraction is at most 1, got {amount}; 10 % is 0.1, and parameters or bytes are another measure",
+                {"amount": f"{self.amount:g}"},
+            )
         return self
 
 
