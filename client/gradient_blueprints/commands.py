@@ -601,9 +601,12 @@ def _budget(text: str) -> tuple[float, BudgetMeasure]:
     ending = next((unit for unit in units if text.upper().endswith(unit)), "")
     scale, measure = units.get(ending, (1.0, BudgetMeasure.PARAMETERS))
     try:
-        return float(text[: len(text) - len(ending)]) * scale, measure
+        amount = float(text[: len(text) - len(ending)]) * scale
     except ValueError:
         raise ConfigurationError(f"{text!r} is no budget: give 10%, 3e6 (parameters) or 2GB.") from None
+    if measure is BudgetMeasure.PARAMETERS and 0 < amount < 1:
+        raise ConfigurationError(f"{text} would be less than one parameter: a share of them is {100 * amount:g}%.")
+    return amount, measure
 
 
 def _local_values(path: Path) -> Any:
