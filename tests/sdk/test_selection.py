@@ -70,7 +70,9 @@ def test_the_command_selects_within_shares_parameters_and_bytes(
         client.publish_blueprint(published())
     local = tmp_path / "local.json"
     local.write_text(json.dumps(NORMS))
-    assert "15 of 150 parameters (10.0%), trust 0.50" in blueprints("select", "tiny", "0.8", "10%", local).stdout
+    shown = blueprints("select", "tiny", "0.8", "10%", local).stdout
+    assert "15 of 150 parameters (10.0%), trust 0.50" in shown
+    assert "training memory 240 B, a full AdamW update 1.8 kB" in shown
     for budget in ("100", "1.2KB"):
         answer = json.loads(blueprints("select", "tiny", "0.8", budget, "--whole", "--json").stdout)
         assert answer["selected"] == 100
