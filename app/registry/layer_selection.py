@@ -16,6 +16,7 @@ from app.registry import tables
 from app.registry.blueprints import Found, resolve
 from gradient_blueprints.allocation import (
     BYTES_PER_DENSE_PARAMETER,
+    Allocation,
     Budget,
     allocate,
     bytes_each,
@@ -25,7 +26,13 @@ from gradient_blueprints.allocation import (
 )
 from gradient_blueprints.errors import ConfigurationError, InvalidRequest
 from gradient_blueprints.models import Layer
-from gradient_blueprints.selection_models import Criterion, LayerSelection, LayerShare, SelectionRequest
+from gradient_blueprints.selection_models import (
+    Criterion,
+    LayerSelection,
+    LayerShare,
+    SelectionRequest,
+    SelectionUnit,
+)
 from gradient_blueprints.statistics_models import LocalLayer, LocalSample
 
 _MOST_WORK = 2_000_000
@@ -85,8 +92,9 @@ def _choose(found: Found, published: Sequence[Layer], request: SelectionRequest)
         sizes.append(size)
     value = criterion_value(request.criterion, dict(zip((layer.id for layer in published), sizes, strict=True)))
     budget = Budget(request.budget.amount, request.budget.measure)
-    try:
-        allocation = allocate(
+
+    def spend(budget: Budget) -> Allocation:
+        return allocate(
             published,
             local,
             sizes,
@@ -98,12 +106,23 @@ def _choose(found: Found, published: Sequence[Layer], request: SelectionRequest)
             groups=request.groups,
             most_work=_MOST_WORK,
         )
+
+    try:
+        allocation = spend(budget)
     except ConfigurationError as unfit:
         raise InvalidRequest(f"{unfit}.") from unfit
     layers = tuple(
         LayerShare(id=layer.id, parameters=size, fraction=fraction, share=share, selected=count(fraction, size))
         for layer, size, fraction, share in zip(published, sizes, allocation.fractions, allocation.shares, strict=True)
     )
+    selected = sum(layer.selected for layer in layers)
+    if not selected:
+        what = "layer" if request.unit == "layer" else "coordinate"  # how long rows are, no blueprint says
+        least = _least(spend(Budget.parameters(1)), sizes, request.unit)
+        raise InvalidRequest(
+            f"The budget of {budget.amount:g} ({budget.measure}) does not pay for one {what} anywhere: "
+            + ("the layers hold no parameters." if least is None else f"the least that does is {least} (parameters).")
+        )
     return LayerSelection(
         model_id=found.model_id,
         training_checkpoint=float(found.checkpoint),
@@ -115,7 +134,7 @@ def _choose(found: Found, published: Sequence[Layer], request: SelectionRequest)
         trust=allocation.trust,
         exact=allocation.exact,
         parameters=sum(sizes),
-        selected=sum(layer.selected for layer in layers),
+        selected=selected,
         training_bytes=sum(
             layer.selected * bytes_each("layer" if layer.fraction == 1 else request.unit, copies=False)
             for layer in layers
@@ -123,6 +142,14 @@ def _choose(found: Found, published: Sequence[Layer], request: SelectionRequest)
         full_bytes=sum(sizes) * BYTES_PER_DENSE_PARAMETER,
         layers=layers,
     )
+
+
+def _least(of_one: Allocation, sizes: Sequence[int], unit: SelectionUnit) -> int | None:
+    """The fewest parameters with which something is chosen, from what a budget of one does; None where none are."""
+    if unit == "layer":
+        return min((size for size, share in zip(sizes, of_one.shares, strict=True) if size and share > 0), default=None)
+    most = max(fraction * size for fraction, size in zip(of_one.fractions, sizes, strict=True))
+    return math.ceil((1 - 1e-6) / most) if most else None  # 1e-6: as `count` rounds
 
 
 def _local_layers(local: LocalSample, criterion: Criterion) -> list[Layer]:

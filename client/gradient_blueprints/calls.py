@@ -194,9 +194,12 @@ def built(kind: type[Built], **values: Any) -> Built:
     try:
         return kind(**values)
     except ValidationError as invalid:
+        found = invalid.errors(include_url=False, include_context=False, include_input=False)
+        # A tuple whose only member is faulty counts as empty too.
+        within = {fault["loc"][:end] for fault in found for end in range(len(fault["loc"]))}
         faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-            for fault in invalid.errors(include_url=False, include_context=False, include_input=False)[:5]
+            ": ".join((*filter(None, [".".join(map(str, fault["loc"]))]), fault["msg"]))
+            for fault in [fault for fault in found if fault["loc"] not in within][:5]
         )
         raise ConfigurationError(f"These arguments do not make a {kind.__name__}: {faults}.") from None
 

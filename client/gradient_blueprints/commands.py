@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ from gradient_blueprints.models import (
     format_checkpoint,
 )
 from gradient_blueprints.run_models import Resource
-from gradient_blueprints.selection_models import BudgetMeasure, Criterion
+from gradient_blueprints.selection_models import BudgetMeasure, Criterion, format_bytes
 from gradient_blueprints.statistics_models import (
     DEFAULT_THRESHOLD,
     AggregateResult,
@@ -523,7 +524,13 @@ def stale(
         )
     if as_json:
         _print_json(checked)
-    else:
+    other = "local" if digest is None else "other"
+    if not checked.matched:
+        raise ConfigurationError(
+            f"The {other} side has no layer of the published one ({_some(checked.only_local)} against "
+            f"{_some(checked.only_published)}): measure it by the same layers."
+        )
+    if not as_json:
         _say(f"{checked.verdict}: {checked.advice}" + (f" at level {checked.level}" if checked.level else ""))
         rows = [
             (
@@ -541,10 +548,17 @@ def stale(
         columns = ("level", "n", "Spearman", "ceiling", "corrected", "95 %", "verdict", "because")
         _print_table(columns, rows)
         _say(f"top {checked.top}: {_number(checked.top_overlap)} in common, {_number(checked.top_by_chance)} by chance")
+        for side, unmatched in (("published", checked.only_published), (other, checked.only_local)):
+            if unmatched:
+                _say(f"{len(unmatched)} layers on the {side} side alone, such as {_some(unmatched)}")
         if checked.not_kept:
             _say(f"not kept: {checked.not_kept}")
     if checked.level is None:
         raise typer.Exit(1)
+
+
+def _some(layers: Sequence[str]) -> str:
+    return repr(layers[0]) if layers else "none"
 
 
 @app.command("select")
@@ -584,7 +598,7 @@ def select_layers(
     share = chosen.selected / max(1, chosen.parameters)
     _say(f"{chosen.selected:,} of {chosen.parameters:,} parameters ({share:.1%}), trust {chosen.trust:.2f}")
     _say(
-        f"training memory {chosen.training_bytes / 1e6:,.1f} MB, a full AdamW update {chosen.full_bytes / 1e6:,.1f} MB"
+        f"training memory {format_bytes(chosen.training_bytes)}, a full AdamW update {format_bytes(chosen.full_bytes)}"
     )
     if not chosen.exact:
         _say("the search for the best whole layers was cut short: a better choice may exist")
@@ -601,9 +615,12 @@ def _budget(text: str) -> tuple[float, BudgetMeasure]:
     ending = next((unit for unit in units if text.upper().endswith(unit)), "")
     scale, measure = units.get(ending, (1.0, BudgetMeasure.PARAMETERS))
     try:
-        return float(text[: len(text) - len(ending)]) * scale, measure
+        amount = float(text[: len(text) - len(ending)]) * scale
     except ValueError:
         raise ConfigurationError(f"{text!r} is no budget: give 10%, 3e6 (parameters) or 2GB.") from None
+    if measure is BudgetMeasure.PARAMETERS and 0 < amount < 1:
+        raise ConfigurationError(f"{text} would be less than one parameter: a share of them is {100 * amount:g}%.")
+    return amount, measure
 
 
 def _local_values(path: Path) -> Any:
@@ -745,15 +762,20 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
 
 def _draw(events: Iterable[JobEvent]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    events = iter(events)
+    first = list(islice(events, 1))  # an unknown job is refused here, before there is a bar
     with Progress(*columns, console=_out()) as bar:
         task = bar.add_task("queued", total=None)
-        for event in events:
+        for event in chain(first, events):
             progress = event.progress
             phase = f" {progress.phase}" if progress else ""
             parts = ", ".join(f"{number} {state}" for state, number in (event.parts or {}).items())
             bar.update(task, description=f"{event.state}{phase}" + (f" ({parts})" if parts else ""))
             if progress:
                 bar.update(task, completed=progress.done, total=progress.total)
+            if event.state is JobState.SUCCEEDED:  # the last of its steps may have gone unreported
+                whole = bar.tasks[task].total or 1
+                bar.update(task, completed=whole, total=whole)
 
 
 def _ending(job: Job) -> str:
@@ -804,6 +826,9 @@ def leaderboard(
         ]
         columns = ("rank", "lab", "model", "value", "95 %", "seeds", "area", "front", "settings", "cannot be right")
         _print_table(columns, rows)
+    if not board.groups and not board.left_out:
+        _say(f"no runs of {task}: `blueprints runs` lists what there is, with its tasks")
+        return
     reasons = Counter(row.reason for row in board.left_out)
     _say(f"left out: {', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items())) or 'none'}")
 
@@ -903,7 +928,7 @@ def _print_changed(version: VersionSummary, as_json: bool) -> None:
         _print_json(version)
         return
     checkpoint = format_checkpoint(version.training_checkpoint)
-    state = f"is yanked: {_yanked(version)}" if version.yanked else "is not yanked"
+    state = f"is yanked: {_yanked(version)}" if version.yanked else "is no longer yanked"
     _say(f"{version.model_id} at {checkpoint} version {version.version} {state}")
 
 

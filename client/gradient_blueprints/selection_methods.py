@@ -46,6 +46,7 @@ class SelectionMethods(Connected):
 
         `local` is a number a layer, its batches, a Blueprint of the local data or its file, as for `check_staleness`,
         whose answer goes in `staleness`. Which coordinates within the layers is for `training.selection.select`.
+        InvalidRequest tells the least budget that pays, where this one pays for nothing.
 
             chosen = client.select_layers("foundation-7b", 0.8, 2e9, {"attn.0": [0.05, 0.06], ...}, measure="bytes")
             [(layer.id, layer.fraction) for layer in chosen.layers]

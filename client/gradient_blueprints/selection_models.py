@@ -39,8 +39,23 @@ class SelectionBudget(Wire):
     @model_validator(mode="after")
     def _is_a_share(self) -> Self:
         if self.measure is BudgetMeasure.FRACTION and self.amount > 1:
-            raise PydanticCustomError("fraction", "a fraction is at most 1")
+            raise PydanticCustomError(
+                "fraction",
+                "a fraction is at most 1, got {amount}; 10 % is 0.1, and parameters or bytes are another measure",
+                {"amount": f"{self.amount:g}"},
+            )
         return self
+
+
+def format_bytes(size: int) -> str:
+    """A size for people, in powers of 1000.
+
+    >>> format_bytes(640), format_bytes(124_560), format_bytes(12_345_678)
+    ('640 B', '124.6 kB', '12.3 MB')
+    """
+    if abs(size) < 1e3:
+        return f"{size} B"
+    return f"{size / 1e3:,.1f} kB" if abs(size) < 1e6 else f"{size / 1e6:,.1f} MB"
 
 
 class SelectionRequest(Wire):

@@ -151,6 +151,38 @@ def test_what_cannot_be_answered_is_refused(publisher: httpx2.Client, body: dict
     assert publisher.post(PATH, json=body).status_code == 422
 
 
+@pytest.mark.parametrize(
+    ("amount", "measure", "options", "least"),
+    [
+        (1e-6, "fraction", {}, 2),  # 2 of 150 parameters, 90 of them in the head: 1.2
+        (0.1, "parameters", {}, 2),
+        (3, "bytes", {}, 2),
+        (0.5, "parameters", {"unit": "layer"}, 10),
+        (9, "parameters", {"unit": "layer"}, 10),
+        (0.1, "parameters", {"criterion": "first_order", "unit": "layer"}, 90),  # y is worth nothing
+    ],
+)
+def test_a_budget_that_pays_for_nothing_is_refused_with_the_least_that_does(
+    publisher: httpx2.Client, amount: float, measure: str, options: dict[str, str], least: int
+) -> None:
+    publish(publisher, first_order={"head": 1.0, "x": 0.0, "y": -1.0})
+    refused = publisher.post(PATH, json={"budget": {"amount": amount, "measure": measure}} | options)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    what = options.get("unit", "coordinate")
+    assert f"does not pay for one {what} anywhere: the least that does is {least} " in refused.json()["detail"]
+    assert ask(publisher, least, **options)["selected"] > 0
+    below = {"budget": {"amount": least - 1, "measure": "parameters"}} | options
+    assert publisher.post(PATH, json=below).status_code == 422
+
+
+def test_layers_without_parameters_are_refused(publisher: httpx2.Client) -> None:
+    layers = [{"id": "x", "gradient_norm": 1.0, "parameters": 0}]
+    publisher.post("/v1/blueprints", json=blueprint_document() | {"layers": layers}).raise_for_status()
+    for unit in ("coordinate", "layer"):
+        refused = publisher.post(PATH, json={"budget": {"amount": 0.1}, "unit": unit})
+        assert (refused.status_code, "hold no parameters" in refused.json()["detail"]) == (422, True)
+
+
 def test_unknown_sizes_are_taken_from_the_local_side_or_asked_for(publisher: httpx2.Client) -> None:
     publisher.post("/v1/blueprints", json=blueprint_document(layers=1)).raise_for_status()
     (name,) = (layer["id"] for layer in blueprint_document(layers=1)["layers"])

@@ -93,6 +93,7 @@ def test_what_there_is_is_listed_for_people_and_for_programs(blueprints: Run, tm
     digests = [row["digest"] for row in json.loads(blueprints("versions", "tiny", "0.8", "--json").stdout)]
     assert "wrong data" in table
     assert all(digest in table for digest in digests)
+    assert "is no longer yanked" in blueprints("unyank", "tiny", "0.8", "2").stdout
     assert not json.loads(blueprints("unyank", "tiny", "0.8", "2", "--json").stdout)["yanked"]
     assert "Spearman" in blueprints("compare", "tiny", "0.8@1", "0.8@2").stdout
     assert json.loads(blueprints("compare", "tiny", "0.8@1", "0.8@2", "--json").stdout)["matched"] == 3
@@ -116,14 +117,16 @@ def test_a_job_is_submitted_watched_listed_and_cancelled(blueprints: Run, server
     def work() -> None:
         with Client(server.url, api_key=server.key("worker", Scope.WORK), cache=False) as worker:
             token = worker.claim_job(job["id"]).lease_token
-            for done in range(3):
+            for done in range(2):
                 worker.heartbeat_job(job["id"], token, Progress(phase="profiling", done=done, total=2))
                 time.sleep(0.2)
             worker.finish_job(job["id"], token, Blueprint.from_dict(blueprint_document()))
 
     worker = threading.Thread(target=work)
     worker.start()
-    assert "succeeded: tiny at 0.8 version 1" in blueprints("watch", job["id"]).stdout
+    watched = blueprints("watch", job["id"]).stdout
+    assert "succeeded: tiny at 0.8 version 1" in watched
+    assert "2/2" in watched
     worker.join()
     events = [json.loads(line) for line in blueprints("watch", job["id"], "--json").stdout.splitlines()]
     assert events[-1]["state"] == "succeeded"
@@ -150,6 +153,7 @@ def test_a_failed_job_says_why(blueprints: Run, server: Server) -> None:
 
 def test_errors_go_to_stderr_and_tell_what_to_do(blueprints: Run, tmp_path: Path) -> None:
     assert "no" in blueprints("fetch", "nothing", "0.8", code=1).stderr.lower()
+    assert blueprints("watch", "nope", code=1).stdout == ""
     assert "BLUEPRINTS_API_KEY" in blueprints("jobs", code=1, BLUEPRINTS_API_KEY="").stderr
     assert "BLUEPRINTS_OFFLINE" in blueprints("list", code=1, BLUEPRINTS_OFFLINE="1").stderr
     away = blueprints("--timeout", "0.5", "--url", "http://127.0.0.1:9", "list", code=1)

@@ -93,6 +93,14 @@ async def test_what_is_no_document_at_all_is_refused_before_anything_is_sent(lab
         await lab_a.publish_blueprint("no-such-file.json")
 
 
+async def test_a_faulty_member_is_the_only_fault_of_its_argument(lab_a: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"make a NewWebhook: events\.0: Input should be") as refused:
+        await lab_a.create_webhook("https://example.org/hook", ["job.finish"])
+    assert "at least 1 item" not in str(refused.value)
+    with pytest.raises(ConfigurationError, match=r"events: .*at least 1 item"):
+        await lab_a.create_webhook("https://example.org/hook", [])
+
+
 async def test_the_nearest_checkpoint_says_which_it_is(lab_a: Any) -> None:
     for checkpoint in (0.2, 0.5):
         await lab_a.publish_blueprint(blueprint_document("org/tiny", checkpoint))

@@ -202,3 +202,5 @@ def test_the_commands_rank_list_and_send(blueprints: Run, server: Server, tmp_pa
     board = json.loads(blueprints("leaderboard", "t", "--resource", "seconds", "--json").stdout)
     assert board["groups"][0]["entries"][0]["value"] == 7.0
     assert "left out: 1 not_read" in blueprints("leaderboard", "t").stdout
+    nothing = blueprints("leaderboard", "nope/loss").stdout
+    assert nothing == "no runs of nope/loss: `blueprints runs` lists what there is, with its tasks\n"

@@ -55,6 +55,10 @@ async def test_what_does_not_fit_is_refused(lab_a: Any) -> None:
     for unfit in ({"budget": 2.0}, {"budget": 0.1, "trust": 2}, {"budget": 0.1, "criterion": "absolute"}):
         with pytest.raises(ConfigurationError):
             await lab_a.select_layers("tiny", 0.8, **unfit)
+    with pytest.raises(ConfigurationError, match=r"SelectionBudget: a fraction is at most 1, got 10; 10 % is 0\.1"):
+        await lab_a.select_layers("tiny", 0.8, 10)
+    with pytest.raises(InvalidRequest, match=r"does not pay for one coordinate anywhere: the least that does is 2 "):
+        await lab_a.select_layers("tiny", 0.8, 0.1, measure="parameters")
     with pytest.raises(InvalidRequest, match="take 'norm'"):
         await lab_a.select_layers("tiny", 0.8, 0.1, criterion="signal")
 
@@ -66,8 +70,11 @@ def test_the_command_selects_within_shares_parameters_and_bytes(
         client.publish_blueprint(published())
     local = tmp_path / "local.json"
     local.write_text(json.dumps(NORMS))
-    assert "15 of 150 parameters (10.0%), trust 0.50" in blueprints("select", "tiny", "0.8", "10%", local).stdout
+    shown = blueprints("select", "tiny", "0.8", "10%", local).stdout
+    assert "15 of 150 parameters (10.0%), trust 0.50" in shown
+    assert "training memory 240 B, a full AdamW update 1.8 kB" in shown
     for budget in ("100", "1.2KB"):
         answer = json.loads(blueprints("select", "tiny", "0.8", budget, "--whole", "--json").stdout)
         assert answer["selected"] == 100
     blueprints("select", "tiny", "0.8", "much", code=2)
+    assert "a share of them is 10%" in blueprints("select", "tiny", "0.8", "0.1", local, code=2).stderr

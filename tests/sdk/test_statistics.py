@@ -240,10 +240,31 @@ def test_the_command_exits_1_when_a_blueprint_is_stale(blueprints: Run, server: 
         client.publish_blueprint(published())
     sample = tmp_path / "local.json"
     sample.write_text(json.dumps(batches(NORMS)))
-    assert blueprints("stale", "tiny", "0.8", sample).stdout.startswith("fresh: use at level layer")
+    shown = blueprints("stale", "tiny", "0.8", sample).stdout
+    assert shown.startswith("fresh: use at level layer")
+    assert "alone" not in shown
     sample.write_text(json.dumps(batches(dict(zip(NORMS, sorted(NORMS.values()), strict=True)))))
     answer = json.loads(blueprints("stale", "tiny", "0.8", sample, "--json", code=1).stdout)
     assert (answer["verdict"], answer["advice"]) == ("stale", "refresh")
+
+
+def test_the_command_says_which_layers_a_check_could_not_compare(
+    blueprints: Run, server: Server, tmp_path: Path
+) -> None:
+    with Client(server.url, api_key=server.key("lab-a"), cache=False) as client:
+        client.publish_blueprint(published())
+    sample = tmp_path / "local.json"
+    first, *others = sorted(NORMS)
+    sample.write_text(json.dumps(batches({name: NORMS[name] for name in others} | {"a": 1.0, "b": 2.0})))
+    shown = blueprints("stale", "tiny", "0.8", sample).stdout
+    assert f"1 layers on the published side alone, such as {first!r}\n" in shown
+    assert "2 layers on the local side alone, such as 'a'\n" in shown
+    sample.write_text('{"a": [1, 2, 3]}')
+    refused = blueprints("stale", "tiny", "0.8", sample, code=2)
+    assert refused.stdout == ""
+    assert f"The local side has no layer of the published one ('a' against {first!r})" in refused.stderr
+    told = blueprints("stale", "tiny", "0.8", sample, "--json", code=2)
+    assert (json.loads(told.stdout)["matched"], told.stderr) == (0, refused.stderr)
 
 
 @pytest.mark.parametrize("content", ['{"attn.0": null}', '{"attn.0": "12"}', "null", "[" * 100_000, '{"\\ud800": 1}'])

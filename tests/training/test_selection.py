@@ -334,7 +334,7 @@ def test_the_summary_says_what_is_trained_and_what_it_takes() -> None:
         "m at 1, by coordinate",
         "40 of 3,000 parameters (1.3%)",
         f"in 2 of 3 layers by norm, within them by {within}; trust in the published side 1.00",
-        "training memory 0.0 MB, full AdamW 0.0 MB: 0.0 MB saved",
+        "training memory 640 B, full AdamW 36.0 kB: 35.4 kB saved",
         "layer                                         parameters  fraction   share  gradient kept         saved",
         "a                                                  1,000      2.0%   75.0%          78.7%      11,680 B",
         "b                                                  1,000      2.0%   25.0%              –      11,680 B",

@@ -1,5 +1,7 @@
 """The estimate before a run, against the products that torch counts in the run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,9 @@ def test_the_probe_finds_seconds_and_memory_and_leaves_the_model_alone() -> None
     assert doubled.activation_bytes == pytest.approx(2 * found.activation_bytes, rel=0.05)
     assert doubled.flops == 2 * found.flops
     assert "10 batches" in str(found)
+    held = found.weight_bytes + found.sum_bytes + found.activation_bytes
+    assert str(found).endswith(f", {held / 2**20:.2f} MiB")
+    assert str(replace(found, weight_bytes=2**30, sum_bytes=0, activation_bytes=0)).endswith(", 1.00 GiB")
 
 
 def test_what_cannot_be_estimated_is_told() -> None:

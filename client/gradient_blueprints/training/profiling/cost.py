@@ -38,10 +38,11 @@ class CostEstimate:
 
     def __str__(self) -> str:
         gib = (self.weight_bytes + self.sum_bytes + (self.activation_bytes or 0)) / 2**30
+        memory = f"{gib:.2f} GiB" if gib >= 0.1 else f"{2**10 * gib:.2f} MiB"
         time_needed = "" if self.seconds is None else f", about {self.seconds:,.0f} s"
         return (
             f"{self.batches:,} batches: {self.flops:.3g} FLOPs, {self.over_training:.2f} times training on them and "
-            f"{self.over_validation:.1f} times validating{time_needed}, {gib:.2f} GiB"
+            f"{self.over_validation:.1f} times validating{time_needed}, {memory}"
         )
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gradient_blueprints.allocation import BYTES_PER_DENSE_PARAMETER, bytes_each, count
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.selection_models import SelectionUnit
+from gradient_blueprints.selection_models import SelectionUnit, format_bytes
 from gradient_blueprints.training.selection.indices import Indices, best, pack, prefixes, random_scores, unpack
 
 SELECTION_FORMAT = 2
@@ -172,7 +172,7 @@ class Selection:
         chosen = sorted((layer for layer in self.layers if layer.selected), key=lambda layer: -layer.selected)
         share = _percent(self.selected / max(1, self.parameters))
         saved = self.full_bytes - self.training_bytes
-        sizes = f"training memory {self.training_bytes / 1e6:,.1f} MB, full AdamW {self.full_bytes / 1e6:,.1f} MB"
+        sizes = f"training memory {format_bytes(self.training_bytes)}, full AdamW {format_bytes(self.full_bytes)}"
         by = f"by {self.criterion}, within them by {self._within()}; trust in the published side {self.trust:.2f}"
         worthless = [layer.id for layer in self.layers if not layer.share and not layer.fraction and layer.parameters]
         empty = [layer.id for layer in self.layers if layer.fraction and layer.parameters and not layer.selected]
@@ -180,7 +180,7 @@ class Selection:
             f"{self.model_id} at {self.training_checkpoint:g}, by {self.unit}",
             f"{self.selected:,} of {self.parameters:,} parameters ({share})",
             f"in {len(chosen)} of {len(self.layers)} layers {by}",
-            f"{sizes}: {saved / 1e6:,.1f} MB saved",
+            f"{sizes}: {format_bytes(saved)} saved",
             f"{'layer':<44}{'parameters':>12}{'fraction':>10}{'share':>8}{self.retained_of + ' kept':>15}{'saved':>14}",
         ]
         for layer in chosen[:top]:
