@@ -504,7 +504,9 @@ def stale(
     lab: LabOption = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="correlation to be reached")] = DEFAULT_THRESHOLD,
     top: Annotated[int | None, typer.Option(min=1, help="size of the top in use")] = None,
-    domain: Annotated[str, typer.Option(help="what the local data are")] = "general",
+    domain: Annotated[
+        str, typer.Option(help="what the local data are; its published norms are compared, if any")
+    ] = "general",
     keep: Annotated[bool, typer.Option("--keep", help="let the registry keep the verdict (coarse numbers)")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -551,6 +553,8 @@ def stale(
         for side, unmatched in (("published", checked.only_published), (other, checked.only_local)):
             if unmatched:
                 _say(f"{len(unmatched)} layers on the {side} side alone, such as {_some(unmatched)}")
+        if checked.domain != checked.published_domain:
+            _say(f"held against its general norms: it publishes none of {checked.domain!r} for every layer")
         if checked.not_kept:
             _say(f"not kept: {checked.not_kept}")
     if checked.level is None:

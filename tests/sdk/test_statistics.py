@@ -240,7 +240,10 @@ def test_the_command_exits_1_when_a_blueprint_is_stale(blueprints: Run, server: 
         client.publish_blueprint(published())
     sample = tmp_path / "local.json"
     sample.write_text(json.dumps(batches(NORMS)))
+    shown = blueprints("stale", "tiny", "0.8", sample, "--domain", "cod").stdout
+    assert "held against its general norms: it publishes none of 'cod'" in shown
     shown = blueprints("stale", "tiny", "0.8", sample).stdout
+    assert "general norms" not in shown
     assert shown.startswith("fresh: use at level layer")
     assert "alone" not in shown
     sample.write_text(json.dumps(batches(dict(zip(NORMS, sorted(NORMS.values()), strict=True)))))
