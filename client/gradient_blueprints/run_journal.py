@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gradient_blueprints.run_models import Tally
 class RunJournal:
     """What a file holds."""
 
+    path: Path
     run: NewRun
     points: tuple[ReportedPoint, ...]
     tally: Tally | None
@@ -33,9 +35,14 @@ def begin_journal(path: Path, run: NewRun) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = find_journal(path)
     if earlier is not None:
-        path.replace(path.with_name(f"run-{earlier.run.id}.jsonl"))
+        path.replace(aside(path, earlier.run.id))
     path.unlink(missing_ok=True)
     _add(path, {"run": run.model_dump(mode="json", exclude_none=True)})
+
+
+def aside(path: Path, run_id: uuid.UUID) -> Path:
+    """Where a run is kept once another has begun in its file."""
+    return path.with_name(f"run-{run_id}.jsonl")
 
 
 def journal_point(path: Path, point: ReportedPoint, tally: Tally | None) -> None:
@@ -49,16 +56,28 @@ def journal_end(path: Path, end: RunEnd) -> None:
 
 def find_journal(path: Path) -> RunJournal | None:
     """What the file holds; None where there is none, or none that got as far as its first line."""
-    if not path.is_file() or not _whole_lines(path):
+    try:
+        lines = _whole_lines(path)
+    except FileNotFoundError:
         return None
-    return read_journal(path)
+    return _journal(path, lines) if lines else None
+
+
+def journal_of(path: Path, run_id: uuid.UUID) -> RunJournal:
+    """That of a run that began in `path`, whether or not another has begun there since, or does at this moment."""
+    kept = find_journal(path)
+    return kept if kept is not None and kept.run.id == run_id else read_journal(aside(path, run_id))
 
 
 def read_journal(path: Path) -> RunJournal:
     """Raises ConfigurationError for a file that is no journal."""
+    return _journal(path, _whole_lines(path))
+
+
+def _journal(path: Path, lines: bytes) -> RunJournal:
     run, points, tally, end = None, [], None, None
     try:
-        for line in _whole_lines(path).splitlines():
+        for line in lines.splitlines():
             entry = json.loads(line)
             if "run" in entry:
                 run = NewRun.model_validate(entry["run"])
@@ -71,7 +90,7 @@ def read_journal(path: Path) -> RunJournal:
         raise ConfigurationError(f"{path} is no journal of a run: {error}") from None
     if run is None:
         raise ConfigurationError(f"{path} is no journal of a run: it does not begin with one")
-    return RunJournal(run, tuple(points), tally, end)
+    return RunJournal(path, run, tuple(points), tally, end)
 
 
 def _whole_lines(path: Path) -> bytes:

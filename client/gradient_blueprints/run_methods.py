@@ -31,7 +31,7 @@ from gradient_blueprints.record_models import (
     RunPage,
     RunPointPage,
 )
-from gradient_blueprints.run_journal import read_journal
+from gradient_blueprints.run_journal import RunJournal, read_journal
 from gradient_blueprints.run_models import Resource, Tally
 from gradient_blueprints.transport import Request, Steps, Stream, Work
 
@@ -141,12 +141,14 @@ class RunMethods(Connected):
         return RunHandle(self, (yield from self._begin(new)))
 
     @method
-    def send_run(self, journal: str | PathLike[str]) -> Steps[Run]:
+    def send_run(self, journal: str | PathLike[str] | RunJournal) -> Steps[Run]:
         """Send what the registry does not have yet of a run that a callback has kept on disk; safe to repeat."""
-        kept = yield Work(lambda: read_journal(Path(journal)))
+        kept = journal if isinstance(journal, RunJournal) else (yield Work(lambda: read_journal(Path(journal))))
         handle = RunHandle(self, (yield from self._begin(kept.run)))
         if handle.run.points > len(kept.points):
-            raise ConfigurationError(f"The registry has more points of run {kept.run.id} than {journal}: an old copy?")
+            raise ConfigurationError(
+                f"The registry has more points of run {kept.run.id} than {kept.path}: an old copy?"
+            )
         yield from self._send_points(handle, list(kept.points[handle.run.points :]), kept.tally)
         if kept.end is not None:
             return (yield from self._end(kept.run.id, kept.end.tally, kept.end.stopped))

@@ -206,6 +206,17 @@ def test_a_callback_begins_a_second_training_afresh(tmp_path: Path) -> None:
     assert second.meter.tally().flops == 6 * TOKENS_A_STEP * flops_by_formula(larger).per_token
 
 
+def test_a_callback_that_goes_on_with_another_training_counts_nothing_of_its_first(tmp_path: Path) -> None:
+    train(tmp_path / "other", CapabilityCallback(gamma="tokens"), steps=4, eval_steps=2, save_steps=4)
+    callback = CapabilityCallback(gamma="tokens")
+    train(tmp_path / "first", callback, eval_steps=2)
+    first = callback.run
+    trainer = make_trainer(tmp_path / "other", callback, 6, eval_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-4"))
+    for run in (first, callback.run):
+        assert [point.gamma[Resource.TOKENS] / TOKENS_A_STEP for point in run.points] == [2, 4, 6]
+
+
 def test_a_training_after_one_that_broke_off_is_metered_on_its_own_model(tmp_path: Path) -> None:
     class BreaksOff(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -291,13 +302,24 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
 def test_lightning_too_begins_a_second_training_afresh(tmp_path: Path) -> None:
     callback = LightningCapability(MarginalReturn(eta=-1e9, patience=1, window=1), "tokens")
-    fit(tmp_path, callback, epochs=2)
+    saved = tmp_path / "half.ckpt"
+    fit(tmp_path, callback, epochs=2).save_checkpoint(saved)
     first = callback.run
     fit(tmp_path, callback, epochs=2)
     for run in (first, callback.run):
         assert [point.gamma[Resource.TOKENS] for point in run.points] == [2 * TOKENS_A_STEP, 4 * TOKENS_A_STEP]
         assert [decision.reason for decision in run.decisions] == [Reason.FILLING, Reason.PAYS]
     assert callback.run is not first
+    first = callback.run
+    trainer = fit(tmp_path, callback, epochs=3, checkpoint=saved)
+    assert [point.gamma[Resource.TOKENS] / TOKENS_A_STEP for point in callback.run.points] == [2, 4, 6]
+    assert len(first.points) == 2
+    third = callback.run
+    assert trainer.fit_loop.max_epochs is not None
+    trainer.fit_loop.max_epochs += 1
+    trainer.fit(Module(), *(2 * (DataLoader(Rows(2 * ROWS), batch_size=ROWS),)))
+    assert callback.run is third  # the same trainer goes on
+    assert third.points[-1].gamma[Resource.TOKENS] == 8 * TOKENS_A_STEP
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")

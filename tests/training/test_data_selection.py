@@ -12,7 +12,8 @@ import torch
 import transformers as hf
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Subset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.data_selection import (
@@ -135,6 +136,10 @@ def test_the_index_works_with_datasets_and_with_a_data_loader(model: nn.Module) 
     [
         ({"batch_size": 4, "shuffle": True}, "shuffle=False"),
         ({"batch_sampler": BatchSampler(RandomSampler(range(10)), 4, drop_last=False)}, "shuffle=False"),
+        ({"batch_sampler": [[9, 8], [7, 6]]}, "list may draw others: .* without a sampler"),
+        ({"batch_size": 4, "sampler": range(9, -1, -1)}, "range may draw others: .* without a sampler"),
+        ({"batch_size": 4, "sampler": LengthGroupedSampler(4, lengths=[6] * 10)}, "LengthGroupedSampler may draw"),
+        ({"batch_size": 4, "sampler": DistributedSampler(range(10), 2, 0)}, "in one process"),  # type: ignore[arg-type]
         ({"batch_size": 4, "drop_last": True}, "the last 2 examples"),
     ],
 )
@@ -145,6 +150,18 @@ def test_a_loader_whose_positions_are_not_the_data_sets_is_refused(
     with pytest.raises(ConfigurationError, match=what):
         select_data(model, DataLoader(rows, **options), 0.3, Loss())
     assert len(select_data(model, DataLoader(rows, batch_size=5, drop_last=True), 0.3, Loss())) == 3
+
+
+def test_a_stream_is_scored_whole_and_in_its_order_or_refused(model: nn.Module) -> None:
+    class Rows(IterableDataset[dict[str, torch.Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return ({"input_ids": row} for row in padded((6,) * 10)["input_ids"])
+
+    assert len(select_data(model, DataLoader(Rows(), batch_size=4), 0.3, Loss())) == 3
+    for options, what in (({"drop_last": True}, "drop_last=False"), ({"num_workers": 2}, "at most 1")):
+        loader: DataLoader[Any] = DataLoader(Rows(), batch_size=4, **options)
+        with pytest.raises(ConfigurationError, match=what):
+            select_data(model, loader, 0.3, Loss())
 
 
 # --- exact influences and rivals, against the obvious

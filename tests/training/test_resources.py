@@ -14,10 +14,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import BartForSequenceClassification
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.run_models import Basis, Instrument, Resource
-from gradient_blueprints.training.flops import flops_by_counting, flops_by_formula
+from gradient_blueprints.training.flops import FlopRate, flops_by_counting, flops_by_formula
 from gradient_blueprints.training.profiling.losses import IGNORED
 from gradient_blueprints.training.resources import JOULES_PER_KWH, ResourceMeter
 from gradient_blueprints.training.sensors import NvidiaDevice, rapl_domains, usable_cores
@@ -143,6 +144,46 @@ def test_encoder_and_decoder_count_each_for_what_it_reads(
         model(input_ids=source, decoder_input_ids=source[:, :3])
         meter._see_batch(model, (source,), {"labels": classes})  # a classifier's
     assert meter.tally().tokens == (2 * sum(lengths) - (lengths[1] - 2)) + 2 * (lengths[0] + 3) + 4 * lengths[0]
+
+
+def test_what_a_decoder_is_given_counts_however_it_is_given() -> None:
+    source, mask = torch.randint(3, VOCABULARY, (2, 24)), torch.ones(2, 24, dtype=torch.long)
+    mask[0, 4:] = 0
+    model = t5()
+    for args, given, tokens in (
+        ((), {"input_ids": source, "decoder_inputs_embeds": torch.randn(2, 5, 16)}, 48 + 10),
+        ((source, None, source[:, :5]), {}, 48 + 10),
+        ((source, mask), {"labels": source[:, :5].clone()}, 28 + 10),
+    ):
+        with ResourceMeter(model) as meter:
+            model(*args, **given)
+        assert meter.tally().tokens == tokens
+    config: Any = bart().config
+    config.update({"num_labels": 3, "problem_type": "multi_label_classification"})
+    classifier = BartForSequenceClassification(config).train()
+    source[:, -1] = config.eos_token_id
+    with ResourceMeter(classifier) as meter:
+        classifier(input_ids=source, labels=torch.rand(2, 3))
+    assert meter.tally().tokens == 2 * 48  # the decoder reads the source again
+
+
+def test_an_encoder_that_nothing_tells_from_its_decoder_is_refused_until_a_rate_is_given() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = t5()
+            self.config = self.inner.config
+
+        def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = self.inner(**batch).loss
+            return loss
+
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    with pytest.raises(ConfigurationError, match=r"get_encoder.*flop_rate"):
+        flops_by_formula(Own())
+    with ResourceMeter(model := Own(), flop_rate=FlopRate(2.0, Instrument.GIVEN)) as meter:
+        model(input_ids=ids, labels=ids)
+    assert (meter.tally().tokens, meter.tally().flops) == (24, 48)
 
 
 # --- energy

@@ -79,6 +79,27 @@ def test_a_callback_reports_a_second_training_as_a_run_of_its_own(make_client: M
     assert len(set(runs)) == 2
 
 
+def test_a_run_that_waits_for_the_registry_is_sent_though_another_has_begun_in_its_folder(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_reporting, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_reporting, "FIRST_PAUSE", 0.05)
+    here, away = make_client("lab-a", Scope.PUBLISH), Client("http://127.0.0.1:9", cache=False, timeout=0.05)
+    callback = CapabilityCallback(client=away, report=REPORT)
+    reporters, ids = [], []
+    for steps in (2, 4):
+        make_trainer(tmp_path, callback, steps, eval_steps=2).train()
+        reporters.append(reporter_of(callback))
+        ids.append(read_journal(tmp_path / "run.jsonl").run.id)
+    for each in reporters:
+        each._client = here  # the registry is back
+        assert each._thread is not None
+        each._thread.join(20)
+    assert [each.run and each.run.id for each in reporters] == ids
+    assert [each.run and each.run.points for each in reporters] == [1, 2]
+    assert read_journal(tmp_path / f"run-{ids[0]}.jsonl").end is not None  # as the warning says
+
+
 def test_an_encoder_decoder_model_bears_no_mark(make_client: MakeClient, tmp_path: Path) -> None:
     callback = CapabilityCallback(client=make_client("lab-a", Scope.PUBLISH), report=REPORT)
     make_trainer(tmp_path, callback, 2, t5(), eval_steps=2).train()

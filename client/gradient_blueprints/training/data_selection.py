@@ -14,7 +14,7 @@ stream, 8 bytes an example. A large gradient may be noise: compare with `Random`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -27,9 +27,8 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
+    IterableDataset,
+    SequentialSampler,
 )
 
 from gradient_blueprints.allocation import spearman
@@ -103,14 +102,23 @@ def keep_top(scores: npt.ArrayLike, fraction: float, *, guard: float = 0.0) -> I
 
 
 def _check_order(loader: DataLoader[Any]) -> None:
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler | DistributedSampler):
+    batches, stream = loader.batch_sampler, isinstance(loader.dataset, IterableDataset)
+    drawn: Any = getattr(batches, "sampler", loader.sampler)
+    if isinstance(drawn, DistributedSampler):
         raise ConfigurationError(
-            f"the index holds positions in the data set, and {type(sampler).__name__} draws others: shuffle=False"
+            "a DistributedSampler gives each process a part, whose positions are not the data set's: score the whole "
+            "data set in one process, by a DataLoader without a sampler"
         )
-    batches = loader.batch_sampler
-    if isinstance(batches, BatchSampler) and batches.drop_last and isinstance(sampler, Sized):  # not of a stream
-        dropped = len(sampler) % batches.batch_size
+    for each, plain in ((drawn, SequentialSampler), (batches, BatchSampler)):
+        if each is not None and type(each) is not plain and not (stream and each is drawn):
+            raise ConfigurationError(
+                f"the index holds positions in the data set, and {type(each).__name__} may draw others: give a "
+                "DataLoader with shuffle=False and without a sampler"
+            )
+    if stream and loader.num_workers > 1:
+        raise ConfigurationError("several workers mix the order of a stream: num_workers of at most 1")
+    if isinstance(batches, BatchSampler) and batches.drop_last:
+        dropped = "ones of the stream" if stream else len(drawn) % batches.batch_size
         if dropped:
             raise ConfigurationError(f"the last {dropped} examples would not be scored: drop_last=False")
 

@@ -45,7 +45,7 @@ def flops_by_formula(model: nn.Module) -> FlopRate:
     checkpointed activations. Raises ConfigurationError as `multiplied_parameters` does.
 
     Of an encoder-decoder model the parameters that multiply what the encoder reads are told apart: the encoder's, and
-    those of the keys and values of cross-attention.
+    those of the keys and values of cross-attention. ConfigurationError where it does not tell which its encoder is.
     """
     counted = multiplied_parameters(model)
     if not encodes_and_decodes(model):
@@ -67,6 +67,11 @@ def encodes_and_decodes(model: nn.Module) -> bool:
 
 
 def _source_parameters(model: nn.Module) -> set[nn.Parameter]:
+    if not hasattr(model, "get_encoder"):
+        raise ConfigurationError(
+            f"{type(model).__name__} has an encoder and a decoder, and no get_encoder() that tells them apart: count a "
+            "step with flops_by_counting, and give the meter what it answers as flop_rate"
+        )
     encoder: nn.Module = model.get_encoder()  # type: ignore[operator]  # of transformers
     cross = (module for name, module in model.named_modules() if CROSS_ATTENTION.search(name))
     return {

@@ -19,6 +19,7 @@ from gradient_blueprints.training.stopping import MarginalReturn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.trainer.states import TrainerFn
 except ModuleNotFoundError as missing:
     if missing.name not in ("lightning", "lightning.pytorch"):
         raise
@@ -41,10 +42,10 @@ class CapabilityCallback(Callback):
     Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
     attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
     EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
-    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Each training from step 0 on has a
-    `run` of its own, as there. Raises ConfigurationError where
-    Lightning would clip the gradients of a `SelectedAdamW`, which it cannot, and where a module has no `model` and
-    `network` was not given.
+    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Each training has a
+    `run` of its own, as there; a further `fit` of the same trainer without `ckpt_path` goes on with its run. Raises
+    ConfigurationError where Lightning would clip the gradients of a `SelectedAdamW`, which it cannot, and where a
+    module has no `model` and `network` was not given.
     """
 
     def __init__(
@@ -65,6 +66,10 @@ class CapabilityCallback(Callback):
         if client is not None or report is not None:
             self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=rule)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.run.ended:  # the state is loaded next
+            self._begin_afresh()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.gradient_clip_val and any(isinstance(each, SelectedAdamW) for each in trainer.optimizers):
             raise ConfigurationError(
@@ -73,7 +78,7 @@ class CapabilityCallback(Callback):
             )
         resumed = trainer.global_step > 0
         if self.run.begun and not resumed:
-            self.run, self.guard = self.run.afresh(), DecayGuard(self.guard.share)
+            self._begin_afresh()
         self.run.begin(self._network(pl_module), trainer.optimizers[0] if trainer.optimizers else None)
         if self.run.reporter is not None and trainer.is_global_zero:
             journal = Path(trainer.default_root_dir) / "run.jsonl"
@@ -95,11 +100,14 @@ class CapabilityCallback(Callback):
         trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(stop, all=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.run.meter.stop()
+        self.run.end()
         if self.run.reporter is not None:
             tally = self.run.meter.tally_of_ranks()
             if trainer.is_global_zero:
                 self.run.end_report(tally)
+
+    def _begin_afresh(self) -> None:
+        self.run, self.guard = self.run.afresh(), DecayGuard(self.guard.share)
 
     def _decay_ahead(self, trainer: Trainer) -> bool:
         if not trainer.optimizers or not trainer.lr_scheduler_configs:

@@ -53,7 +53,7 @@ class MeteredRun:
         self, meter: ResourceMeter, rule: MarginalReturn | None, gamma: str | Mapping[str, float] = "seconds"
     ) -> None:
         self.meter, self.rule = meter, rule
-        self.begun = False
+        self.begun = self.ended = False
         prices = {gamma: 1.0} if isinstance(gamma, str) else dict(gamma)
         unknown = sorted(name for name in prices if name not in list(Resource))
         if unknown or not prices:
@@ -76,7 +76,7 @@ class MeteredRun:
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Meter from here on. ConfigurationError now, and not at the first evaluation, where Γ cannot be read here."""
-        self.begun = True
+        self.begun, self.ended = True, False
         self.meter.stop()  # of a training that broke off: its hook is on that one's model
         self.meter.model, self.meter.optimizer = model, optimizer
         self.meter.start()
@@ -96,6 +96,11 @@ class MeteredRun:
         )
         if spent is not None:
             meter.add_earlier(spent)
+
+    def end(self) -> None:
+        """The training is over; what begins after it is another, though it may go on from a checkpoint."""
+        self.ended = True
+        self.meter.stop()
 
     def end_report(self, tally: Tally) -> None:
         assert self.reporter is not None

@@ -9,6 +9,7 @@ What cannot be read is absent from the tally and its method says not_read; nothi
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import threading
@@ -29,6 +30,7 @@ from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, 
 from gradient_blueprints.tallies import merge_tallies, settle
 from gradient_blueprints.training.finetuning import optimizer_bytes
 from gradient_blueprints.training.flops import FlopRate, encodes_and_decodes, flops_by_formula
+from gradient_blueprints.training.profiling.distributed import unwrapped
 from gradient_blueprints.training.profiling.losses import IGNORED
 from gradient_blueprints.training.sensors import (
     POWERCAP,
@@ -57,7 +59,7 @@ class ResourceMeter:
     """Counts time, energy, carbon, memory over time, FLOPs and tokens from `start` to `stop`, pauses left out.
 
     `model`: its accelerators are watched, and a hook counts the tokens of every training forward pass (attention
-    masks respected; of an encoder-decoder model those of the labels, or of `decoder_input_ids`, too) and their FLOPs,
+    masks respected; of an encoder-decoder model those that the decoder is given too) and their FLOPs,
     by `flop_rate`, which may be a mapping of its fields, or else 6·N·(2/3 + k/3). Without it, call `count`.
     `optimizer`: the memory of its state is told apart.
     `carbon_intensity`: g CO2e per kWh where the power is drawn, data-centre overhead folded in; `region` is its name.
@@ -211,15 +213,16 @@ class ResourceMeter:
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        batch = _named(module, args, kwargs)
+        ids = batch.get("input_ids", args[0] if args else None)
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() > 2:
             return  # not a language model's batch: its tokens stay not read, unless `count` tells
         self._tokens_by.add(Instrument.COUNT)
-        self._count_tokens(ids, kwargs.get("attention_mask"))
+        self._count_tokens(ids, batch.get("attention_mask"))
         if not encodes_and_decodes(module):
             self._count_flops(ids.numel())
             return
-        written, counted = _written(ids, kwargs)
+        written, counted = _written(ids, batch)
         self._count_tokens(written, counted)
         self._count_flops(written.numel(), source=ids.numel())
 
@@ -444,15 +447,22 @@ class ResourceMeter:
         self.load_state_dict(json.loads(path.read_text()))
 
 
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """A call's arguments by the names that `forward` has for them."""
+    if len(args) < 2:  # the first is the ids, whatever its name
+        return kwargs
+    return dict(zip(inspect.signature(unwrapped(module).forward).parameters, args, strict=False)) | kwargs
+
+
 def _written(ids: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
     """What the decoder is given, (examples, positions), and the mask of what counts of it; None: all."""
-    labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:  # classes, or none
+    labels, embedded = batch.get("labels"), batch.get("decoder_inputs_embeds")  # (examples, positions, width)
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():  # classes, or none
         labels = None
     mask = batch.get("decoder_attention_mask")
     if mask is None and labels is not None:
         mask = labels != IGNORED
-    for given in (batch.get("decoder_input_ids"), labels):
+    for given in (batch.get("decoder_input_ids"), None if embedded is None else embedded[..., 0], labels):
         if given is not None:
             return given, mask
     return ids, batch.get("attention_mask") if mask is None else mask  # the encoder's, as BART does it

@@ -25,7 +25,7 @@ from gradient_blueprints.errors import (
     ServiceUnavailable,
 )
 from gradient_blueprints.record_models import ChosenPart, NewRun, ReportedPoint, Run, RunEnd
-from gradient_blueprints.run_journal import begin_journal, find_journal, journal_end, journal_point
+from gradient_blueprints.run_journal import aside, begin_journal, find_journal, journal_end, journal_of, journal_point
 from gradient_blueprints.run_models import RunPoint, Tally
 from gradient_blueprints.training.finetuning import SelectedAdamW
 from gradient_blueprints.training.flops import encodes_and_decodes, multiplied_parameters
@@ -62,13 +62,14 @@ class RunReporter:
         self.refused: Exception | None = None
         """Why the registry does not take the run."""
         self._client = client if client is not None else Client()
-        self._journal: Path | None = None
+        self._journal: tuple[Path, uuid.UUID] | None = None
+        """Where the run began, and its id: a later one may begin there while this one is still being sent."""
         self._last_step = -1
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
     def afresh(self) -> RunReporter:
-        """Another for another run; the thread of this one may still be sending its own."""
+        """Another for another run; the thread of this one goes on sending its own, which is then kept aside."""
         return RunReporter(self._client, self.fields, metric=self.fields["metric"], rule=None)
 
     def begin(
@@ -87,13 +88,15 @@ class RunReporter:
         """
         new = self._described(model, optimizer, seed)
         kept = find_journal(journal) if resumed else None
-        self._journal, self.run, self.refused, tally = journal, None, None, None
+        self.run, self.refused, tally = None, None, None
         if kept is not None and kept.end is None and kept.run == new.model_copy(update={"id": kept.run.id}):
             self._last_step = kept.points[-1].step if kept.points else -1
             tally = kept.tally
+            self._journal = journal, kept.run.id
         else:
             begin_journal(journal, new)
             self._last_step = -1
+            self._journal = journal, new.id
         for point in earlier:
             self.add(point, None)
         self._news.set()
@@ -131,37 +134,45 @@ class RunReporter:
             logger.warning("The point of step %d is not reported: %s", point.step, invalid.errors()[0]["msg"])
             return
         self._last_step = point.step
-        journal_point(self._journal, reported, tally)
+        journal_point(self._journal[0], reported, tally)
         self._news.set()
 
     def finish(self, tally: Tally, stopped: str | None, patience: float | None = None) -> None:
         """The end; waits at most `patience` seconds (PATIENCE) for the registry to have it all."""
         if self._journal is None or self._thread is None:
             return
-        journal_end(self._journal, RunEnd(tally=tally, stopped=stopped))
+        journal, run_id = self._journal
+        journal_end(journal, RunEnd(tally=tally, stopped=stopped))
         self._news.set()
         self._thread.join(PATIENCE if patience is None else patience)
         if self.run is None:
-            logger.warning("The run was not uploaded to its end; later: blueprints send-run %s", self._journal)
+            logger.warning(
+                "Run %s was not uploaded to its end; later: blueprints send-run %s, or %s once another begins there",
+                run_id,
+                journal,
+                aside(journal, run_id).name,
+            )
 
     def _upload(self) -> None:
         pause = FIRST_PAUSE
         while True:
             self._news.wait()
             self._news.clear()
-            journal = self._journal
-            assert journal is not None
+            assert self._journal is not None
+            journal, run_id = self._journal
             try:
-                run = self._client.send_run(journal)
+                run = self._client.send_run(journal_of(journal, run_id))
             except PASSING as passing:
-                logger.info("the run waits in %s: %s", journal, passing)
+                logger.info("run %s waits in %s: %s", run_id, journal.parent, passing)
                 self._news.wait(pause)
                 self._news.set()
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             except (BlueprintsError, OSError) as error:
                 self.refused = error
-                logger.error("The registry does not take the run, which stays in %s: %s", journal, error)
+                logger.error(
+                    "The registry does not take the run %s, which stays in %s: %s", run_id, journal.parent, error
+                )
                 return
             pause = FIRST_PAUSE
             if run.finished_at is not None:

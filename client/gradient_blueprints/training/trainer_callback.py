@@ -50,8 +50,8 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     Several processes: Γ is that of all of them, and they all decide alike.
 
-    Each `train()` that does not go on from a checkpoint has a `run` of its own, with a meter and a rule like those that
-    were given: keep `callback.run` of the first before the second.
+    Each `train()` has a `run` of its own, with a meter and a rule like those that were given: keep `callback.run` of
+    the first before the second. Only one that goes on from a checkpoint after one that broke off goes on with its run.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         resumed = state.global_step > 0
-        if self.run.begun and not resumed:
+        if self.run.ended or (self.run.begun and not resumed):
             self.run, self.guard = self.run.afresh(), DecayGuard(self.guard.share)
             self._other_metrics, self._settled = set(), False
         if resumed:
@@ -119,7 +119,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.run.meter.stop()
+        self.run.end()
         self._save(args)
         never_asked = self.run.rule is not None and not self.run.points and not self.run.decisions
         if never_asked or (self._other_metrics and not self._settled):

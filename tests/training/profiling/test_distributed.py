@@ -42,6 +42,11 @@ def rank(number: int, folder: Path, connection: Any) -> None:
     wrapped(**BATCHES[number]).loss.backward()  # trains on
     found["ddp trains"] = all(parameter.grad is not None for parameter in wrapped.parameters())
 
+    mine_alone = profiler.state()
+    if number:
+        mine_alone.domains["general"].squares, mine_alone.domains["general"].squared = {}, 0
+    found["squares of some"] = gather_states(mine_alone).domains["general"].squares
+
     mesh = init_device_mesh("cpu", (WORLD,))
     for architecture in SHARDED:
         model: Any = build(architecture)
@@ -106,6 +111,8 @@ def test_ranks_with_a_model_each_gather_the_document_of_one_process(ranks: list[
     for found in ranks:
         assert_document_of_one_process(found["ddp"], "llama")
         assert found["ddp trains"]
+        assert found["ddp"].domains["general"].squares
+        assert found["squares of some"] == {}
 
 
 @pytest.mark.parametrize("architecture", SHARDED)

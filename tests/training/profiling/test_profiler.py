@@ -491,6 +491,20 @@ def test_a_general_domain_that_is_named_afterwards_has_first_order_of_all_its_ba
     assert first_order(measured(["code", "code"]), measured(["bio"] * 2 + ["code"], general="bio")) == unknown
 
 
+def test_squares_of_some_batches_are_not_kept() -> None:
+    states = []
+    for start, domains in enumerate((["code", "general", "code"], ["code"])):
+        with GradientProfiler(build("llama")) as profiler:
+            for index, domain in enumerate(domains):
+                profiler.step(batch(2, padded=False, seed=index), domain, key=f"{start} {index}")
+        states.append(profiler.state())
+    for state in (states[0], merge(states), merge(reversed(states))):
+        assert (state.domains["code"].squared, state.domains["code"].squares) == (0, {})
+        assert state.domains["general"].squared == 1
+        assert state.domains["general"].squares.keys() == state.domains["general"].sums.keys()
+    assert states[1].domains["code"].squares
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_first_example_without_targets_changes_nothing_of_the_others(verify: bool) -> None:
     model, values = build("bert"), batch(4)

@@ -35,6 +35,8 @@ def gather_states(state: ProfileState) -> ProfileState:
     merged.domains = {name: replace(part, sums={}, squares={}) for name, part in merged.domains.items()}
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     for (domain, kind, name), (shape, dtype) in sorted({k: v for _, each in gathered for k, v in each.items()}.items()):
+        if kind == "squares" and not merged.domains[domain].squared:  # some process has none
+            continue
         held: Tensor | None = getattr(state.domains.get(domain), kind, {}).get(name)
         total = torch.zeros(shape, dtype=dtype, device=device) if held is None else held.to(device, copy=True)
         dist.all_reduce(total)

@@ -201,7 +201,7 @@ def first_order_decrease(domain: DomainState, groups: Sequence[Group]) -> Floats
     first Adam step of size lr decreases the loss by lr times this, to first order. None where Q lacks a batch.
     """
     sizes = np.array([len(domain.records[key].losses) for key in ordered(domain.records)], dtype=np.float64)
-    if len(sizes) < 2 or not domain.squares or domain.squared < len(sizes):
+    if len(sizes) < 2 or not domain.squares:
         return None
     own = float((sizes**2).sum())
     pairs = float(sizes.sum()) ** 2 - own

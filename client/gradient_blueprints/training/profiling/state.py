@@ -61,7 +61,7 @@ class DomainState:
     histograms: list[MagnitudeHistogram] = field(default_factory=list)  # per layer
     sums: dict[str, Tensor] = field(default_factory=dict)  # per parameter: sum of the examples' gradients
     squares: dict[str, Tensor] = field(default_factory=dict)  # per parameter: sum of squared batch sums
-    squared: int = 0  # batches that `squares` are of; unless it is all of them, they are of no use
+    squared: int = 0  # batches that `squares` are of: all, or none, since those of some are of no use
     factors: dict[str, Factors] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)  # batches left out, and why
     halved: dict[Key, int] = field(default_factory=dict)  # the micro-batch of batches whose own ran out of memory
@@ -128,12 +128,13 @@ def _merged_domain(domain: str, one: DomainState, two: DomainState) -> DomainSta
         histograms = [a.merged(b) for a, b in zip(one.histograms, two.histograms, strict=True)]
     else:
         histograms = one.histograms or two.histograms
+    squared = all(part.squared == len(part.records) for part in (one, two))
     return DomainState(
         records=one.records | two.records,
         histograms=histograms,
         sums=_added(one.sums, two.sums),
-        squares=_added(one.squares, two.squares),
-        squared=one.squared + two.squared,
+        squares=_added(one.squares, two.squares) if squared else {},
+        squared=one.squared + two.squared if squared else 0,
         factors={
             name: one.factors[name].merged(two.factors[name])
             if name in one.factors and name in two.factors

@@ -147,6 +147,8 @@ def _read_domain(described: Mapping[str, Any], tensors: _Tensors) -> DomainState
         silent={key: tuple(map(int, found)) for key, found in described.get("silent", ())},  # older files have none
     )
     domain.squared = described["squared"] if "squared" in described else _squared(domain)
+    if domain.squared < len(domain.records):  # of older files: they are of no use
+        domain.squared, domain.squares = 0, {}
     return domain
 
 

@@ -77,7 +77,10 @@ class BatchTotals:
             found.append((int(held[0]), histogram.counts[held[0] : held[-1] + 1].astype(np.int64)))
         for name, factors in self._factors.items():
             domain.factors[name] = factors if name not in domain.factors else domain.factors[name].merged(factors)
-        domain.squared += self._squares
+        if self._squares:
+            domain.squared += 1
+        else:
+            domain.squared, domain.squares = 0, {}
         while self._totals:
             self._add(*self._totals.popitem())
         self.clear()
