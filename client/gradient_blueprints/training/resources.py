@@ -207,7 +207,7 @@ class ResourceMeter:
         if flops is not None:
             self._flops_by.add(Instrument.GIVEN)
             self._add(Resource.FLOPS, flops)
-        elif self.flop_rate is not None or self._by_formula is not None:
+        elif self._rate is not None:
             self._count_flops(tokens)
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,11 +235,15 @@ class ResourceMeter:
             counted = mask.detach().count_nonzero()  # without waiting for the device
             self._waiting = counted if self._waiting is None else self._waiting.to(counted.device) + counted
 
+    @property
+    def _rate(self) -> FlopRate | None:
+        """The one that was given, else the model's by formula."""
+        return self.flop_rate or self._by_formula
+
     def _count_flops(self, positions: int, source: int = 0) -> None:
-        rate = self.flop_rate or self._by_formula
-        assert rate is not None
-        self._flops_by.add(rate.instrument)
-        self._add(Resource.FLOPS, rate.flops(positions, source))
+        assert self._rate is not None
+        self._flops_by.add(self._rate.instrument)
+        self._add(Resource.FLOPS, self._rate.flops(positions, source))
 
     def _add(self, resource: Resource, amount: float) -> None:
         self._sums[self._process, resource] += amount
