@@ -17,13 +17,14 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from app import database_errors
+from app.registry.documents import places_of
 from gradient_blueprints.errors import (
     ERRORS_BY_STATUS,
     PROBLEM_MEDIA_TYPE,
     ApiError,
-    ErrorPlace,
     InternalError,
     InvalidRequest,
+    MalformedRequest,
     ServiceUnavailable,
     Unauthenticated,
 )
@@ -111,13 +112,17 @@ def _possible_methods(request: Request) -> Iterator[str]:
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     """Locations begin with where the value stood: body (then a JSON pointer), path, query or header."""
     assert isinstance(error, RequestValidationError)
-    places: list[ErrorPlace] = []
-    for fault in error.errors()[:100]:
-        where, *inside = fault["loc"]
-        pointer = "".join(f"/{part}" for part in (inside if where == "body" else fault["loc"]))
-        places.append({"pointer": pointer, "code": fault["type"], "detail": fault["msg"]})
+    faults = [
+        dict(fault) | {"loc": fault["loc"][1:] if fault["loc"][0] == "body" else fault["loc"]}
+        for fault in error.errors()
+    ]
+    for fault in faults:
+        if fault["type"] == "json_invalid":  # its location is a count of characters
+            told = f"The body is not JSON that can be read: {fault['ctx']['error']} at character {fault['loc'][0]}."
+            return render(MalformedRequest(told), _request_id(request))
     return render(
-        InvalidRequest("The request is not valid; errors[] names the places.", errors=places), _request_id(request)
+        InvalidRequest("The request is not valid; errors[] names the places.", errors=places_of(faults)),
+        _request_id(request),
     )
 
 

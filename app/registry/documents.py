@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def parse_json(body: bytes) -> Document:
         blueprint = Blueprint.model_validate_json(body, strict=True)
     except ValidationError as invalid:
         raise InvalidDocument(
-            "The document is not a valid blueprint; errors[] names the places.", errors=list(places_of(invalid))
+            "The document is not a valid blueprint; errors[] names the places.", errors=_places_in(invalid)
         ) from None
     return from_blueprint(blueprint)
 
@@ -67,20 +67,25 @@ def from_blueprint(blueprint: Blueprint) -> Document:
     return Document(blueprint=blueprint, body=body, digest=digest_of(body), warnings=review(blueprint))
 
 
-def places_of(invalid: ValidationError) -> Iterator[ErrorPlace]:
-    """Pydantic's locations as JSON pointers (RFC 6901)."""
+def _places_in(invalid: ValidationError) -> list[ErrorPlace]:
     if (count := invalid.error_count()) > _MOST_FAULTS:
-        yield {"pointer": "", "code": "too_many_faults", "detail": f"{count:,} faults, which are too many to name"}
-        return
-    faults = invalid.errors(include_url=False, include_input=False)
-    in_layers = any(fault["loc"][:1] == ("layers",) and len(fault["loc"]) > 1 for fault in faults)
-    for error in faults[:_MOST_PLACES]:
-        if in_layers and error["loc"] == ("layers",) and error["type"] == "too_short":
-            continue  # only because the faulty layers do not count
-        location = list(error["loc"])
-        pointer = "".join(f"/{escaped_in_pointer(part)}" for part in location)
-        pointer += str(error.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member
-        yield {"pointer": pointer, "code": error["type"], "detail": error["msg"]}
+        return [{"pointer": "", "code": "too_many_faults", "detail": f"{count:,} faults, which are too many to name"}]
+    return places_of(invalid.errors(include_url=False, include_input=False))
+
+
+def places_of(faults: Sequence[Mapping[str, Any]]) -> list[ErrorPlace]:
+    """The first of pydantic's faults, their locations as JSON pointers (RFC 6901)."""
+    within = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+    places: list[ErrorPlace] = []
+    for fault in faults:
+        if fault["type"] == "too_short" and fault["loc"] in within:
+            continue  # only because the faulty members do not count
+        pointer = "".join(f"/{escaped_in_pointer(part)}" for part in fault["loc"])
+        pointer += str(fault.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member
+        places.append({"pointer": pointer, "code": fault["type"], "detail": fault["msg"]})
+        if len(places) == _MOST_PLACES:
+            break
+    return places
 
 
 def _refuse_unstorable(plain: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from gradient_blueprints.cache import Cache, default_folder
 from gradient_blueprints.errors import ConfigurationError, ErrorPlace, InvalidDocument, OfflineMiss
-from gradient_blueprints.models import MODEL_ID_PATTERN, Page, format_checkpoint
+from gradient_blueprints.models import MODEL_ID_PATTERN, Page, escaped_in_pointer, format_checkpoint
 from gradient_blueprints.transport import Answer, Awaiting, Blocking, Emit, Origin, Request, Steps, Stream, exchange
 
 DEFAULT_TIMEOUT = 60.0
@@ -266,7 +266,7 @@ def _not_finite(value: Any, pointer: str) -> Iterator[ErrorPlace]:
         yield {"pointer": pointer, "code": "finite_number", "detail": f"{value} is not a finite number"}
     elif isinstance(value, dict | list):
         for name, member in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _not_finite(member, f"{pointer}/{str(name).replace('~', '~0').replace('/', '~1')}")
+            yield from _not_finite(member, f"{pointer}/{escaped_in_pointer(name)}")
 
 
 def new_idempotency_key() -> str:

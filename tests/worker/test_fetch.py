@@ -174,6 +174,7 @@ def test_a_store_source_that_names_nothing_is_refused(source: str, checkpoint: b
 @pytest.fixture
 def bucket(storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch, roots: Path) -> Any:
     """An operator's environment, and the tiny checkpoint in the bucket."""
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it keeps the credentials that it found first
     for name, value in storage.environment.items():
         monkeypatch.setenv(name, value)
     client = storage.client()

@@ -253,6 +253,7 @@ def test_a_bucket_that_leads_elsewhere_is_not_followed(
     specify: Specify,  # noqa: F811 - the fixture
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it would keep these credentials for the tests that follow
     with leading_to("http://169.254.169.254/latest/meta-data") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
