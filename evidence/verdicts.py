@@ -93,7 +93,7 @@ def _goals(model: str, domain: str, plan: Sequence[Cell], store: Store) -> Itera
 
     mine, factors = of(ours(0.1, domain)), of(by_factors(0.1, domain))
     yield at_least("at 10 % of the coordinates, at least 97 % of full fine-tuning's gain", model, mine, 0.97)
-    yield _memory(model, mine, of(FULL))
+    yield memory(model, mine, of(FULL))
     yield at_least("at 25 %, no worse than full fine-tuning", model, of(ours(0.25, domain)), 1.0)
     yield at_least("at 1 %, at least 75 %", model, of(ours(0.01, domain)), 0.75)
     yield at_least("published factors alone, at 10 %, at least 93 %", model, factors, 0.93)
@@ -181,7 +181,7 @@ def also_alone(verdict: str, later: str) -> str:
     return verdict if verdict in ("undecided", later) else f"{verdict}; the later seeds alone: {later}"
 
 
-def _memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
+def memory(model: str, mine: Finding | None, full: Finding | None) -> Verdict:
     goal = "and at no more than a third of its training memory"
     if mine is None or full is None:
         return Verdict(goal, model, "not run yet", "")

@@ -88,6 +88,12 @@ def test_without_fixed_costs_the_smallest_fraction_gains_most_per_cost_unless_ga
     assert theory.best_gain_per_cost(0, 4, 1) == 0.25
 
 
+def test_a_gain_that_costs_nothing_has_no_ratio() -> None:
+    with pytest.raises(ValueError, match="the cost is 0"):
+        theory.gain_per_cost(0, 0.5, 0, 1)
+    assert theory.gain_per_cost(0, 0.5, 1, 1) == 0
+
+
 def test_gamma_one_over_one_plus_alpha_makes_k_star_the_cost_ratio_over_alpha() -> None:
     assert theory.best_fraction(theory.gain_exponent(1.47), 1, 4).fraction == pytest.approx(0.25 / 1.47)
 

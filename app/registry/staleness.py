@@ -87,10 +87,10 @@ async def check(
         raise InvalidRequest(
             f"The published blueprint holds no {statistic}; send the statistic gradient_norm, which all hold."
         )
+    domain = GENERAL if norms is None else request.domain
     checked = await anyio.to_thread.run_sync(
-        judge, found, published, local, request, statistic, other_digest, abandon_on_cancel=True
+        judge, found, published, local, request, statistic, domain, other_digest, abandon_on_cancel=True
     )
-    checked = checked.model_copy(update={"published_domain": GENERAL if norms is None else request.domain})
     if request.keep and caller is not None:
         offered = _norms(local) if request.offer_norms else None
         kept = await evidence.keep(session, caller, found, checked, offered)
@@ -240,7 +240,13 @@ def match(published: Side, local: Side) -> Matched:
 
 
 def judge(
-    found: Found, published: Side, local: Side, request: StalenessRequest, statistic: str, other_digest: str
+    found: Found,
+    published: Side,
+    local: Side,
+    request: StalenessRequest,
+    statistic: str,
+    published_domain: str,
+    other_digest: str,
 ) -> Staleness:
     """The whole answer; the same blueprint, sample and threshold give the same numbers for ever."""
     matched = match(published, local)
@@ -277,6 +283,7 @@ def judge(
         other_digest=other_digest,
         statistic=statistic,
         domain=request.domain,
+        published_domain=published_domain,
         verdict=at_layers.verdict,
         advice=_advice(at_layers.verdict, holding),
         level=holding,

@@ -120,13 +120,16 @@ def cost(k: float, fixed: float, variable: float) -> float:
 
 
 def gain_per_cost(k: float, gamma: float, fixed: float, variable: float) -> float:
-    """G(k) = k^gamma / (fixed + variable * k), eq. 12.
+    """G(k) = k^gamma / (fixed + variable * k), eq. 12. Raises ValueError where that costs nothing.
 
     >>> round(gain_per_cost(0.375, 0.6, 1, 4), 3), gain_per_cost(1, 0.6, 1, 4)
     (0.222, 0.2)
     """
     _check_share(k)
-    return math.pow(k, gamma) / cost(k, fixed, variable)
+    spent = cost(k, fixed, variable)
+    if not spent > 0:
+        raise ValueError(f"k = {k}, fixed = {fixed}, variable = {variable}: the cost is {spent}; need > 0")
+    return math.pow(k, gamma) / spent
 
 
 def best_fraction(gamma: float, fixed: float, variable: float) -> BestFraction:

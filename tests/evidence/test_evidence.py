@@ -19,7 +19,7 @@ from evidence.hypotheses import judge_hypotheses
 from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, linear_only, of_layers, ours
 from evidence.runs import Choice, Data, Result, Run, Store
 from evidence.training import train
-from evidence.verdicts import better_than_all, judge, never_worse, within
+from evidence.verdicts import better_than_all, judge, memory, never_worse, within
 from gradient_blueprints.training.data_selection import exact_influences
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
@@ -184,6 +184,26 @@ def test_a_rival_that_is_ahead_refutes_and_one_that_is_not_run_leaves_it_open() 
     assert verdict(low, finding(1.0, 1.02, 1.01), planned=2) == "undecided"
     assert verdict(low, high, planned=3) == "does not hold"
     assert verdict(planned=1) == "not run yet"
+
+
+@pytest.mark.parametrize(
+    ("largest", "held", "verdict"),
+    [
+        (20, 1_000, "holds"),  # ranking the largest tensor of 20 beside a float32 sample takes 4,240 of 16,160 bytes
+        (200, 1_000, "holds with the sample in bfloat16, not in float32"),  # 4,400 and 6,400 of 17,600
+        (1_000, 100, "does not hold"),  # 14,000 of 24,000
+        (20, 5_400, "does not hold"),  # the training alone
+    ],
+)
+def test_memory_is_judged_at_the_worst_moment(largest: int, held: int, verdict: str) -> None:
+    """Of a model of 1,000 parameters, and of full fine-tuning's 16 bytes for each."""
+
+    def holding(optimizer: int) -> Finding:
+        result = replace(RESULT, parameters=1_000, optimizer_bytes=optimizer, gradient_bytes=0)
+        return replace(finding(1.0), results={0: replace(result, largest_gradient_bytes=4 * largest)})
+
+    assert memory("tiny", holding(held), holding(16_000)).verdict == verdict
+    assert memory("tiny", None, holding(16_000)).verdict == "not run yet"
 
 
 def test_added_seeds_are_judged_alone_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -37,9 +38,10 @@ class Moment:
 
     def over_its_mean(self) -> Moment:
         """The same, with a mean of 1."""
-        self._row = self._row / max(self.mean, TINY)
-        self.mean = self.mean / max(self.mean, TINY)
-        return self
+        scaled = copy(self)
+        scaled._row = self._row / max(self.mean, TINY)
+        scaled.mean = self.mean / max(self.mean, TINY)
+        return scaled
 
     def between(self, first: int, last: int) -> Tensor:
         """Of the flat entries from `first` on, up to `last`."""
