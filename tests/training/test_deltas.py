@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -171,6 +173,62 @@ def test_a_precision_changed_under_a_delta_is_refused_before_anything_is_lost(tm
         assert torch.equal(found[0], start[0]), "the originals of what the delta touched are still there"
 
 
+def test_a_file_that_is_no_delta_is_named(tmp_path: Path) -> None:
+    base, file = make_model(), tmp_path / "delta.safetensors"
+    save_delta(base, tune_by_hand(base), None, file)
+    whole = file.read_bytes()
+    make_selection().save(tmp_path / "selection")
+    for content in (b"hello world, no safetensors", whole[:-40], whole.replace(b"0.weight/values", b"9.weight/values")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"delta\.safetensors holds no whole delta"):
+            Delta.load(file)
+    with pytest.raises(ConfigurationError, match="selection holds no delta"):
+        Delta.load(tmp_path / "selection")
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_a_base_that_followed_the_training_is_refused(tmp_path: Path, selected: bool) -> None:
+    model, selection = make_model(), make_selection()
+    base = model.state_dict()
+    copied = {name: tensor.clone() for name, tensor in base.items()}
+    train_selected(model, selection, 1)
+    for same in (base, model):
+        with pytest.raises(ConfigurationError, match=r"0\.bias|0\.weight is the same memory .* clone the base"):
+            save_delta(same, model, selection if selected else None, tmp_path / "d")
+    assert Delta.load(save_delta(copied, model, selection if selected else None, tmp_path / "d")).changed
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_tensors_that_were_not_trained_may_be_shared(tmp_path: Path, selected: bool) -> None:
+    base = make_model()
+    tuned = copy.deepcopy(base)
+    tuned[0] = base[0]
+    selection = select(make_blueprint({"2": 1.0, "4": 1.0}), budget=0.5, model=tuned)
+    with torch.no_grad():
+        parts = selection.indices("2.weight", (16, 16))
+        weight_of(tuned).view(-1)[parts] += 1
+    delta = Delta.load(save_delta(base, tuned, selection if selected else None, tmp_path / "d"))
+    assert delta.changes.keys() == {"2.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")])
+def test_base_and_tuned_may_be_on_different_devices(tmp_path: Path, devices: tuple[str, str]) -> None:
+    """Tensors without contents follow devices that are not here, and refuse to mix them, as real ones would."""
+    with FakeTensorMode():
+        base, tuned = ({"weight": torch.zeros(4, 4, device=device)} for device in devices)
+        with pytest.raises(DynamicOutputShapeException):  # they were compared, with a number of differences it has not
+            save_delta(base, tuned, None, tmp_path / "d")
+
+
+def test_weights_that_are_not_loaded_are_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = make_model()
+    for read in (lambda: save_delta(make_model(), model, None, tmp_path / "d"), lambda: DeltaStack(model)):
+        with pytest.raises(ConfigurationError, match=r"0\.weight is on the meta device, 6 tensors"):
+            read()
+
+
 def test_one_shard_of_a_tuned_checkpoint_is_refused(tmp_path: Path) -> None:
     base = make_model()
     shard = {name: value for name, value in tune_by_hand(base).state_dict().items() if name.startswith("2.")}
@@ -239,6 +297,12 @@ def test_a_buffer_that_moved_is_refused(tmp_path: Path) -> None:
             save_delta(left, right, None, tmp_path / "delta.safetensors")
     tuned[1].load_state_dict(base[1].state_dict())
     assert Delta.load(save_delta(base, tuned, None, tmp_path / "delta.safetensors")).changed == 0
+
+
+def test_a_buffer_of_nan_that_stayed_is_no_change(tmp_path: Path) -> None:
+    base = nn.Linear(4, 4)
+    base.register_buffer("quantile", torch.tensor([math.nan]))
+    assert Delta.load(save_delta(base, tune_by_hand(base), None, tmp_path / "d")).changed == 5
 
 
 def test_shards_are_refused_with_how_to_gather_them(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,10 @@ from gradient_blueprints.training.selection.listed_tensors import listing
 DELTA_FORMAT = 1
 _LOAD_MODELS = (
     "If a checkpoint names its tensors otherwise than the model, load it with from_pretrained and give the model"
+)
+_CLONE = (
+    "is the same memory in base and tuned, so that training changed both: clone the base before training, {name: "
+    "tensor.clone() for name, tensor in model.state_dict().items()}, or load it anew"
 )
 Weights = nn.Module | Mapping[str, Tensor]
 
@@ -52,20 +57,23 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Read what `save_delta` wrote."""
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("delta", "{}"))
-            if header.get("format") != DELTA_FORMAT:
-                raise ConfigurationError(f"{path} holds no delta, or one of another version of this package")
-            changes = {
-                name: Change(
-                    torch.from_numpy(unpack(file.get_tensor(f"{name}/indices").numpy())),
-                    file.get_tensor(f"{name}/values").clone(),  # the file may be replaced while it is mapped
-                    base,
-                )
-                for name, base in header["base"].items()
-            }
-        return cls(changes, header["blueprint_digest"])
+        """Read what `save_delta` wrote; ConfigurationError when the file holds no whole delta."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("delta", "{}"))
+                if header.get("format") != DELTA_FORMAT:
+                    raise ConfigurationError(f"{path} holds no delta, or one of another version of this package")
+                changes = {
+                    name: Change(
+                        torch.from_numpy(unpack(file.get_tensor(f"{name}/indices").numpy())),
+                        file.get_tensor(f"{name}/values").clone(),  # the file may be replaced while it is mapped
+                        base,
+                    )
+                    for name, base in header["base"].items()
+                }
+                return cls(changes, header["blueprint_digest"])
+        except (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path} holds no whole delta: {error}") from error
 
     @property
     def changed(self) -> int:
@@ -79,9 +87,11 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     `base` and `tuned` are models, or mappings of tensors by name such as `safetensors.torch.load_file` of a checkpoint.
     A tensor that has several names (a tied head) is saved under its first. Those of `also_train` are saved whole, and
     the base need not have them: a new head is random at each load. Of the base what the selection does not list may be
-    missing in `tuned`: the old head.
+    missing in `tuned`: the old head. The two may be on different devices; they are compared on the CPU.
     With a selection nothing else may have changed: ConfigurationError otherwise, when names or shapes differ, when a
-    buffer that is saved with its model changed, such as a batch norm's mean, and for shards (gather them first).
+    buffer that is saved with its model changed, such as a batch norm's mean (mappings alone do not tell buffers: give
+    a model on one side), for shards (gather them first), and where a tensor that the selection trains, or without a
+    selection every tensor, is the same memory on both sides, as in a `state_dict()` from before training.
     """
     _check_buffers(base, tuned)
     before, after = _tensors(base, tuned), _tensors(tuned, base)
@@ -98,23 +108,29 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     missing = [name for name in _first(names_before) if name not in after and (selection is None or listed[name])]
     if missing:
         raise ConfigurationError(f"{missing[0]} is not in the tuned weights, {len(missing)} tensors in all: one shard?")
+    shared = {name for name, tensor in after.items() if name in before and _same_memory(before[name], tensor)}
+    if selection is None and shared and shared.issuperset(name for name, tensor in after.items() if tensor.numel()):
+        raise ConfigurationError(f"{min(shared)} {_CLONE}")
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     for name in _first(names_after):
-        new = after[name]
+        new = after[name].cpu()
         changed = torch.arange(new.numel()) if name in whole else _changed(name, before[name], new)
         if selection is not None:
             found = listed[name]
             allowed = selection.indices(name if found is None else found[0], tuple(new.shape))
+            if name in shared and name not in whole and (allowed is None or len(allowed)):
+                raise ConfigurationError(f"{name} {_CLONE}")
             outside = np.ones(new.numel(), np.bool_)
             outside[slice(None) if allowed is None else allowed] = False
             if outside[changed.numpy()].any():
                 raise ConfigurationError(
-                    f"{name} changed outside the selection. {_LOAD_MODELS}; else selection=None saves all that changed"
+                    f"{name} changed outside the selection. {_LOAD_MODELS}, as where it is a buffer; else "
+                    "selection=None saves all that changed"
                 )
         if len(changed):
             contents[f"{name}/indices"] = torch.from_numpy(pack(changed.numpy()).copy())
-            contents[f"{name}/values"] = new.flatten().cpu()[changed]
+            contents[f"{name}/values"] = new.flatten()[changed]
             digests[name] = _form(new) if name in whole else digest_of(before[name])
     header = {
         "format": DELTA_FORMAT,
@@ -247,10 +263,14 @@ def _form(tensor: Tensor) -> str:
 
 
 def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
-    """Flat indices of what changed, bit by bit."""
+    """Flat indices of what changed, bit by bit; `new` is on the CPU."""
     if old.shape != new.shape or old.dtype != new.dtype:
         raise ConfigurationError(f"{name} has another shape or precision in the base")
-    return (_bits(old) != _bits(new)).nonzero().flatten().cpu()
+    return (_bits(old.cpu()) != _bits(new)).nonzero().flatten()
+
+
+def _same_memory(left: Tensor, right: Tensor) -> bool:
+    return left.device == right.device and left.data_ptr() == right.data_ptr() != 0
 
 
 def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
@@ -271,7 +291,10 @@ def _check_buffers(base: Weights, tuned: Weights) -> None:
     names = {name for model in models for name, _ in model.named_buffers()}
     held, new = (each.state_dict() if isinstance(each, nn.Module) else each for each in (base, tuned))
     for name in sorted(names & held.keys() & new.keys()):
-        if new[name].is_floating_point() and not torch.equal(held[name].to(new[name]), new[name]):
+        if not new[name].is_floating_point():
+            continue
+        old = held[name].to(new[name])
+        if old.shape != new[name].shape or not torch.equal(_bits(old), _bits(new[name])):
             raise ConfigurationError(
                 f"{name} changed, which is a buffer, and a delta holds parameters alone. Train with its module in "
                 "evaluation mode, or share the whole checkpoint; copy the base's buffers to leave the change away"
@@ -295,12 +318,18 @@ def _first(names: Mapping[str, list[str]]) -> list[str]:
 
 
 def _check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """ConfigurationError for shards."""
+    """ConfigurationError for shards, and for tensors without contents."""
     shards = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
     if shards:
         raise ConfigurationError(
             f"{shards[0]} is sharded (FSDP2), and deltas take whole tensors: gather them first, get_model_state_dict("
             "model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+        )
+    absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if absent:
+        raise ConfigurationError(
+            f"{absent[0]} is on the meta device, {len(absent)} tensors in all: not loaded yet, or kept on disk by "
+            "accelerate. Load the model whole"
         )
 
 
