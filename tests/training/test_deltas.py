@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.training.deltas import Delta, DeltaStack, Weights, save_delta
+from gradient_blueprints.training.deltas import Change, Delta, DeltaStack, Weights, digest_of, save_delta
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection
 from gradient_blueprints.training.selection import Selection, select
 from gradient_blueprints.training.selection.indices import pack, unpack
@@ -165,10 +168,171 @@ def test_a_precision_changed_under_a_delta_is_refused_before_anything_is_lost(tm
         stack.remove("code")
     assert stack.applied == {"code": 1.0}
     assert equal(model, before)
-    model.float()
-    stack.remove("code")
-    for start, found in zip(base.parameters(), model.parameters(), strict=True):
-        assert torch.equal(found[0], start[0]), "the originals of what the delta touched are still there"
+    model.float()  # what was rounded does not come back
+    with pytest.raises(ConfigurationError, match="was trained, loaded or changed otherwise"):
+        stack.remove("code")
+
+
+def train_on(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+
+
+def load_another(model: nn.Module, *, assign: bool) -> None:
+    other = {name: value + 1 for name, value in make_model().state_dict().items()}
+    model.load_state_dict(other, assign=assign)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        train_on,
+        lambda model: load_another(model, assign=False),
+        lambda model: load_another(model, assign=True),
+        lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(1))),
+    ],
+    ids=["trained", "loaded", "assigned", "smaller"],
+)
+def test_weights_that_changed_under_a_delta_are_refused_not_mixed_with_their_originals(
+    tmp_path: Path, change: Callable[[nn.Module], None]
+) -> None:
+    model = make_model()
+    tuned = tune_by_hand(model)
+    delta = Delta.load(save_delta(model, tuned, None, tmp_path / "d"))
+    beside = copy.deepcopy(model)
+    nn.init.zeros_(beside.get_parameter("4.bias"))
+    other = Delta.load(save_delta(model, beside, None, tmp_path / "beside"))
+    stack = DeltaStack(model)
+    stack.apply("code", delta)
+    stack.apply("style", delta, weight=0.3)
+    change(model)
+    before = copy.deepcopy(model)
+    match = r"^0\.weight was trained, loaded .* merge\(\) keeps"
+    with pytest.raises(ConfigurationError, match=match):
+        stack.remove("code")
+    with pytest.raises(ConfigurationError, match=match):
+        stack.apply("other", other)
+    assert equal(model, before)
+    assert stack.applied == {"code": 1.0, "style": 0.3}
+    stack.merge()
+    assert equal(model, before)
+
+
+def test_a_tensor_that_is_gone_under_a_delta_is_told(tmp_path: Path) -> None:
+    model = make_model()
+    stack = DeltaStack(model)
+    stack.apply("code", Delta.load(save_delta(model, tune_by_hand(model), None, tmp_path / "d")))
+    model[4] = nn.Identity()
+    with pytest.raises(ConfigurationError, match=r"4\.weight is gone"):
+        stack.remove("code")
+
+
+def test_the_weights_of_now_are_read_at_each_call(tmp_path: Path) -> None:
+    base = make_model()
+    tuned = tune_by_hand(base)
+    delta = Delta.load(save_delta(base, tuned, None, tmp_path / "d"))
+    model = make_model()
+    stack = DeltaStack(model)
+    model.load_state_dict(copy.deepcopy(base.state_dict()), assign=True)
+    stack.apply("task", delta)
+    assert equal(model, tuned)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    stack.remove("task")
+    assert equal(model, base)
+
+
+def test_what_changed_beside_a_delta_stays_and_makes_another_base(tmp_path: Path) -> None:
+    base = make_model()
+    tuned = tune_by_hand(base)
+    delta = Delta.load(save_delta(base, tuned, None, tmp_path / "d"))
+    stack = DeltaStack(base)
+    stack.apply("task", delta)
+    with torch.no_grad():
+        weight_of(base)[1] = 7
+    with pytest.raises(ConfigurationError, match=r"another model: 2\.weight"):
+        stack.apply("again", delta)
+    stack.remove("task")
+    assert (weight_of(base)[1] == 7).all()
+
+
+def test_a_delta_that_does_not_fit_its_tensors_is_refused_before_anything_changes() -> None:
+    model = make_model()
+    before = copy.deepcopy(model)
+    bias, weight = (model.get_parameter(name) for name in ("0.bias", "0.weight"))
+    fitting = Change(torch.tensor([1]), torch.tensor([5.0]), digest_of(bias))
+    stack = DeltaStack(model)
+    for indices, values in (
+        ([5, 192], [1.0, 2.0]),
+        ([-1, 5], [1.0, 2.0]),
+        ([5, 5], [1.0, 2.0]),
+        ([5, 6], [1.0]),
+        ([5], [1]),
+        ([5.0], [1.0]),
+    ):
+        damaged = Change(torch.tensor(indices), torch.tensor(values), digest_of(weight))
+        with pytest.raises(ConfigurationError, match=r"'task' is damaged: .* do not fit 0\.weight"):
+            stack.apply("task", Delta({"0.bias": fitting, "0.weight": damaged}))
+    with pytest.raises(ConfigurationError, match="finite"):
+        stack.apply("task", Delta({"0.bias": fitting}), weight=math.nan)
+    assert equal(model, before)
+    assert stack.applied == {}
+
+
+def test_a_file_that_is_no_delta_is_named(tmp_path: Path) -> None:
+    base, file = make_model(), tmp_path / "delta.safetensors"
+    save_delta(base, tune_by_hand(base), None, file)
+    whole = file.read_bytes()
+    make_selection().save(tmp_path / "selection")
+    for content in (b"hello world, no safetensors", whole[:-40], whole.replace(b"0.weight/values", b"9.weight/values")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"delta\.safetensors holds no whole delta"):
+            Delta.load(file)
+    with pytest.raises(ConfigurationError, match="selection holds no delta"):
+        Delta.load(tmp_path / "selection")
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_a_base_that_followed_the_training_is_refused(tmp_path: Path, selected: bool) -> None:
+    model, selection = make_model(), make_selection()
+    base = model.state_dict()
+    copied = {name: tensor.clone() for name, tensor in base.items()}
+    train_selected(model, selection, 1)
+    for same in (base, model):
+        with pytest.raises(ConfigurationError, match=r"0\.bias|0\.weight is the same memory .* clone the base"):
+            save_delta(same, model, selection if selected else None, tmp_path / "d")
+    assert Delta.load(save_delta(copied, model, selection if selected else None, tmp_path / "d")).changed
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_tensors_that_were_not_trained_may_be_shared(tmp_path: Path, selected: bool) -> None:
+    base = make_model()
+    tuned = copy.deepcopy(base)
+    tuned[0] = base[0]
+    selection = select(make_blueprint({"2": 1.0, "4": 1.0}), budget=0.5, model=tuned)
+    with torch.no_grad():
+        parts = selection.indices("2.weight", (16, 16))
+        weight_of(tuned).view(-1)[parts] += 1
+    delta = Delta.load(save_delta(base, tuned, selection if selected else None, tmp_path / "d"))
+    assert delta.changes.keys() == {"2.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")])
+def test_base_and_tuned_may_be_on_different_devices(tmp_path: Path, devices: tuple[str, str]) -> None:
+    """Tensors without contents follow devices that are not here, and refuse to mix them, as real ones would."""
+    with FakeTensorMode():
+        base, tuned = ({"weight": torch.zeros(4, 4, device=device)} for device in devices)
+        with pytest.raises(DynamicOutputShapeException):  # they were compared, with a number of differences it has not
+            save_delta(base, tuned, None, tmp_path / "d")
+
+
+def test_weights_that_are_not_loaded_are_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = make_model()
+    for read in (lambda: save_delta(make_model(), model, None, tmp_path / "d"), lambda: DeltaStack(model)):
+        with pytest.raises(ConfigurationError, match=r"0\.weight is on the meta device, 6 tensors"):
+            read()
 
 
 def test_one_shard_of_a_tuned_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -239,6 +403,21 @@ def test_a_buffer_that_moved_is_refused(tmp_path: Path) -> None:
             save_delta(left, right, None, tmp_path / "delta.safetensors")
     tuned[1].load_state_dict(base[1].state_dict())
     assert Delta.load(save_delta(base, tuned, None, tmp_path / "delta.safetensors")).changed == 0
+
+
+def test_a_buffer_that_checkpoints_brought_into_a_delta_is_told(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    tuned = tune_by_hand(base)
+    tuned(torch.randn(8, 4))
+    delta = Delta.load(save_delta(base.state_dict(), tuned.state_dict(), None, tmp_path / "d"))
+    with pytest.raises(ConfigurationError, match=r"1\.running_mean, a buffer of this model"):
+        DeltaStack(base).apply("task", delta)
+
+
+def test_a_buffer_of_nan_that_stayed_is_no_change(tmp_path: Path) -> None:
+    base = nn.Linear(4, 4)
+    base.register_buffer("quantile", torch.tensor([math.nan]))
+    assert Delta.load(save_delta(base, tune_by_hand(base), None, tmp_path / "d")).changed == 5
 
 
 def test_shards_are_refused_with_how_to_gather_them(tmp_path: Path) -> None:

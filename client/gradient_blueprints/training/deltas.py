@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,6 +27,11 @@ DELTA_FORMAT = 1
 _LOAD_MODELS = (
     "If a checkpoint names its tensors otherwise than the model, load it with from_pretrained and give the model"
 )
+_CLONE = (
+    "is the same memory in base and tuned, so that training changed both: clone the base before training, {name: "
+    "tensor.clone() for name, tensor in model.state_dict().items()}, or load it anew"
+)
+_KEEP_OR_LOAD = "merge() keeps the weights as they are; for the base load it anew and make a new DeltaStack"
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -52,20 +59,23 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Read what `save_delta` wrote."""
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("delta", "{}"))
-            if header.get("format") != DELTA_FORMAT:
-                raise ConfigurationError(f"{path} holds no delta, or one of another version of this package")
-            changes = {
-                name: Change(
-                    torch.from_numpy(unpack(file.get_tensor(f"{name}/indices").numpy())),
-                    file.get_tensor(f"{name}/values").clone(),  # the file may be replaced while it is mapped
-                    base,
-                )
-                for name, base in header["base"].items()
-            }
-        return cls(changes, header["blueprint_digest"])
+        """Read what `save_delta` wrote; ConfigurationError when the file holds no whole delta."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("delta", "{}"))
+                if header.get("format") != DELTA_FORMAT:
+                    raise ConfigurationError(f"{path} holds no delta, or one of another version of this package")
+                changes = {
+                    name: Change(
+                        torch.from_numpy(unpack(file.get_tensor(f"{name}/indices").numpy())),
+                        file.get_tensor(f"{name}/values").clone(),  # the file may be replaced while it is mapped
+                        base,
+                    )
+                    for name, base in header["base"].items()
+                }
+                return cls(changes, header["blueprint_digest"])
+        except (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path} holds no whole delta: {error}") from error
 
     @property
     def changed(self) -> int:
@@ -79,9 +89,11 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     `base` and `tuned` are models, or mappings of tensors by name such as `safetensors.torch.load_file` of a checkpoint.
     A tensor that has several names (a tied head) is saved under its first. Those of `also_train` are saved whole, and
     the base need not have them: a new head is random at each load. Of the base what the selection does not list may be
-    missing in `tuned`: the old head.
+    missing in `tuned`: the old head. The two may be on different devices; they are compared on the CPU.
     With a selection nothing else may have changed: ConfigurationError otherwise, when names or shapes differ, when a
-    buffer that is saved with its model changed, such as a batch norm's mean, and for shards (gather them first).
+    buffer that is saved with its model changed, such as a batch norm's mean (mappings alone do not tell buffers: give
+    a model on one side), for shards (gather them first), and where a tensor that the selection trains, or without a
+    selection every tensor, is the same memory on both sides, as in a `state_dict()` from before training.
     """
     _check_buffers(base, tuned)
     before, after = _tensors(base, tuned), _tensors(tuned, base)
@@ -98,23 +110,29 @@ def save_delta(base: Weights, tuned: Weights, selection: Selection | None, path:
     missing = [name for name in _first(names_before) if name not in after and (selection is None or listed[name])]
     if missing:
         raise ConfigurationError(f"{missing[0]} is not in the tuned weights, {len(missing)} tensors in all: one shard?")
+    shared = {name for name, tensor in after.items() if name in before and _same_memory(before[name], tensor)}
+    if selection is None and shared and shared.issuperset(name for name, tensor in after.items() if tensor.numel()):
+        raise ConfigurationError(f"{min(shared)} {_CLONE}")
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     for name in _first(names_after):
-        new = after[name]
+        new = after[name].cpu()
         changed = torch.arange(new.numel()) if name in whole else _changed(name, before[name], new)
         if selection is not None:
             found = listed[name]
             allowed = selection.indices(name if found is None else found[0], tuple(new.shape))
+            if name in shared and name not in whole and (allowed is None or len(allowed)):
+                raise ConfigurationError(f"{name} {_CLONE}")
             outside = np.ones(new.numel(), np.bool_)
             outside[slice(None) if allowed is None else allowed] = False
             if outside[changed.numpy()].any():
                 raise ConfigurationError(
-                    f"{name} changed outside the selection. {_LOAD_MODELS}; else selection=None saves all that changed"
+                    f"{name} changed outside the selection. {_LOAD_MODELS}, as where it is a buffer; else "
+                    "selection=None saves all that changed"
                 )
         if len(changed):
             contents[f"{name}/indices"] = torch.from_numpy(pack(changed.numpy()).copy())
-            contents[f"{name}/values"] = new.flatten().cpu()[changed]
+            contents[f"{name}/values"] = new.flatten()[changed]
             digests[name] = _form(new) if name in whole else digest_of(before[name])
     header = {
         "format": DELTA_FORMAT,
@@ -134,17 +152,19 @@ class DeltaStack:
 
     A coordinate that one delta of weight 1 touches has that delta's value exactly; where several do, or the weight is
     another, it is base + Σ weight·(value − base), in float32 (float64 for wider weights), rounded once. The original
-    values of the touched coordinates are kept, so the order of applying and removing is no matter. The precision
-    has to stay while a delta is on: another would round what no delta touches.
+    values of the touched coordinates are kept, so the order of applying and removing is no matter.
+
+    While a delta is on, the precision has to stay, and so have the values that it gave: `apply` and `remove` refuse
+    after training or loading has changed one of them, since the originals of a model that is no more would be put over
+    it. Only the touched coordinates are compared. What changed beside them stays when the delta is removed, and in the
+    base whose digest a next delta has to have, which is taken anew.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
-        check_names(self._parameters)
-        _check_whole(self._parameters)
+        self._model = model
         self._applied: dict[str, tuple[Delta, float]] = {}
-        self._digests: dict[str, str] = {}  # of the originals of the tensors that are changed now
         self._originals: dict[str, tuple[Tensor, Tensor]] = {}  # indices, values
+        self._parameters()
 
     @property
     def applied(self) -> dict[str, float]:
@@ -155,50 +175,81 @@ class DeltaStack:
         """Put a delta on. ConfigurationError, and nothing changed, unless it was made for these tensors as they are."""
         if name in self._applied:
             raise ConfigurationError(f"{name!r} is applied already: remove it first")
-        self._check_precision(delta)
-        digests = {tensor: self._base_digest(tensor) for tensor in delta.changes if tensor in self._parameters}
+        if not math.isfinite(weight):
+            raise ConfigurationError(f"the weight of {name!r} is {weight}: give a finite number")
+        parameters = self._parameters()
         for tensor, change in delta.changes.items():
-            if tensor not in digests:
-                raise ConfigurationError(
-                    f"{name!r} was made for another model: {tensor} is not in this. {_LOAD_MODELS}"
-                )
-            if change.base not in (digests[tensor], _form(self._parameters[tensor])):
+            if tensor not in parameters:
+                raise ConfigurationError(self._without(name, tensor))
+            weights = parameters[tensor]
+            if change.base != _form(weights) and change.base != self._base_digest(tensor, weights):
                 raise ConfigurationError(f"{name!r} was made for another model: {tensor} is not what it is a change of")
-        self._digests |= digests
+            if not _fits(change, weights):
+                raise ConfigurationError(
+                    f"{name!r} is damaged: its indices or values do not fit {tensor}. Save it anew, or fetch it again"
+                )
         self._applied[name] = delta, weight
-        self._rewrite(delta.changes)
+        self._rewrite(delta, parameters)
 
     def remove(self, name: str) -> None:
-        """Take a delta off. ConfigurationError, and nothing changed, when it is not on or the precision is another."""
+        """Take a delta off. ConfigurationError, and nothing changed, when it is not on or the weights are others."""
         if name not in self._applied:
             raise ConfigurationError(f"{name!r} is not applied; there is {', '.join(self._applied) or 'nothing'}")
-        self._check_precision(self._applied[name][0])
+        parameters = self._parameters()
         delta, _ = self._applied.pop(name)
-        self._rewrite(delta.changes)
+        self._rewrite(delta, parameters)
 
     def merge(self) -> None:
         """Keep the weights as they are now, for good: what was applied can no longer be removed."""
         self._applied.clear()
         self._originals.clear()
-        self._digests.clear()
 
-    def _base_digest(self, tensor: str) -> str:
-        # Read anew where nothing is applied: training or loading may have changed the weights meanwhile.
-        return self._digests[tensor] if tensor in self._originals else digest_of(self._parameters[tensor])
-
-    def _check_precision(self, delta: Delta) -> None:
-        for tensor in (name for name in delta.changes if name in self._originals):
-            is_now, was = self._parameters[tensor].dtype, self._originals[tensor][1].dtype
+    def _parameters(self) -> dict[str, Tensor]:
+        """The model's parameters of now; ConfigurationError unless the deltas that are on are on them, bit for bit."""
+        found: dict[str, Tensor] = {name: each.detach() for name, each in self._model.named_parameters()}
+        check_names(found)
+        _check_whole(found)
+        for tensor, (indices, values) in self._originals.items():
+            if tensor not in found:
+                raise ConfigurationError(f"{tensor} is gone since a delta was put on it. {_KEEP_OR_LOAD}")
+            is_now, was = found[tensor].dtype, values.dtype
             if is_now != was:
                 raise ConfigurationError(
                     f"{tensor} is {is_now} now and was {was} when a delta was put on: remove deltas, or merge them, "
-                    "before the precision is changed. merge() keeps the weights as they are; for the base load it anew"
+                    f"before the precision is changed. {_KEEP_OR_LOAD}"
                 )
+            if not _holds(found[tensor], indices, _stacked(values, indices, self._changes_of(tensor))):
+                raise ConfigurationError(
+                    f"{tensor} was trained, loaded or changed otherwise since a delta was put on it, and what that "
+                    f"delta replaced is no longer its base. {_KEEP_OR_LOAD}"
+                )
+        return found
+
+    def _without(self, name: str, tensor: str) -> str:
+        """What to say of a delta that changes a tensor which is no parameter of the model."""
+        if any(tensor == buffer for buffer, _ in self._model.named_buffers(remove_duplicate=False)):
+            return (
+                f"{name!r} changes {tensor}, a buffer of this model, and deltas are of parameters alone, which "
+                "checkpoints do not tell: save it with the model itself as base or tuned, which says what to do"
+            )
+        return f"{name!r} was made for another model: {tensor} is not in this. {_LOAD_MODELS}"
+
+    def _base_digest(self, tensor: str, weights: Tensor) -> str:
+        """Read anew each time: training or loading may have changed the weights meanwhile."""
+        if tensor not in self._originals:
+            return digest_of(weights)
+        indices, values = self._originals[tensor]
+        base = weights.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        base.view(-1)[indices.cpu()] = values.cpu()
+        return digest_of(base)
+
+    def _changes_of(self, tensor: str) -> list[tuple[Change, float]]:
+        return [(delta.changes[tensor], weight) for delta, weight in self._applied.values() if tensor in delta.changes]
 
     @torch.no_grad()
-    def _rewrite(self, names: Mapping[str, Change]) -> None:
-        for name in names:
-            weights = self._parameters[name].detach()
+    def _rewrite(self, delta: Delta, parameters: Mapping[str, Tensor]) -> None:
+        for name in delta.changes:
+            weights = parameters[name]
             flat = weights.reshape(-1)
             self._rewrite_flat(name, flat)
             if not weights.is_contiguous():  # then `flat` is a copy
@@ -208,7 +259,7 @@ class DeltaStack:
         if name in self._originals:
             indices, values = self._originals.pop(name)
             flat[indices.to(flat.device)] = values.to(flat.device)
-        changes = [(delta.changes[name], weight) for delta, weight in self._applied.values() if name in delta.changes]
+        changes = self._changes_of(name)
         if not changes:
             return
         sets = [change.indices for change, _ in changes]
@@ -234,6 +285,23 @@ def _stacked(base: Tensor, touched: Tensor, changes: list[tuple[Change, float]])
     return torch.where(voices == 1, exact, total.to(base.dtype))
 
 
+def _fits(change: Change, weights: Tensor) -> bool:
+    """Whether a change has a value of the tensor's precision for each index, and ascending indices within it."""
+    indices, values = change.indices, change.values
+    if indices.dtype != torch.int64 or indices.dim() != 1 or values.shape != indices.shape:
+        return False
+    within = (indices[:1] >= 0).all() and (indices[-1:] < weights.numel()).all() and (indices.diff() > 0).all()
+    return values.dtype == weights.dtype and bool(within)
+
+
+def _holds(weights: Tensor, indices: Tensor, values: Tensor) -> bool:
+    """Whether a tensor has these values at these ascending flat indices, bit by bit."""
+    if len(indices) and indices[-1] >= weights.numel():
+        return False
+    found = weights.reshape(-1)[indices.to(weights.device)]
+    return torch.equal(_bits(found.to(values.device)), _bits(values))
+
+
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 of a tensor's shape, precision and bytes."""
     content = tensor.detach().cpu().contiguous()
@@ -247,10 +315,14 @@ def _form(tensor: Tensor) -> str:
 
 
 def _changed(name: str, old: Tensor, new: Tensor) -> Tensor:
-    """Flat indices of what changed, bit by bit."""
+    """Flat indices of what changed, bit by bit; `new` is on the CPU."""
     if old.shape != new.shape or old.dtype != new.dtype:
         raise ConfigurationError(f"{name} has another shape or precision in the base")
-    return (_bits(old) != _bits(new)).nonzero().flatten().cpu()
+    return (_bits(old.cpu()) != _bits(new)).nonzero().flatten()
+
+
+def _same_memory(left: Tensor, right: Tensor) -> bool:
+    return left.device == right.device and left.data_ptr() == right.data_ptr() != 0
 
 
 def _tensors(weights: Weights, other: Weights) -> dict[str, Tensor]:
@@ -271,7 +343,10 @@ def _check_buffers(base: Weights, tuned: Weights) -> None:
     names = {name for model in models for name, _ in model.named_buffers()}
     held, new = (each.state_dict() if isinstance(each, nn.Module) else each for each in (base, tuned))
     for name in sorted(names & held.keys() & new.keys()):
-        if new[name].is_floating_point() and not torch.equal(held[name].to(new[name]), new[name]):
+        if not new[name].is_floating_point():
+            continue
+        old = held[name].to(new[name])
+        if old.shape != new[name].shape or not torch.equal(_bits(old), _bits(new[name])):
             raise ConfigurationError(
                 f"{name} changed, which is a buffer, and a delta holds parameters alone. Train with its module in "
                 "evaluation mode, or share the whole checkpoint; copy the base's buffers to leave the change away"
@@ -295,12 +370,18 @@ def _first(names: Mapping[str, list[str]]) -> list[str]:
 
 
 def _check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """ConfigurationError for shards."""
+    """ConfigurationError for shards, and for tensors without contents."""
     shards = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
     if shards:
         raise ConfigurationError(
             f"{shards[0]} is sharded (FSDP2), and deltas take whole tensors: gather them first, get_model_state_dict("
             "model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+        )
+    absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if absent:
+        raise ConfigurationError(
+            f"{absent[0]} is on the meta device, {len(absent)} tensors in all: not loaded yet, or kept on disk by "
+            "accelerate. Load the model whole"
         )
 
 
