@@ -32,6 +32,20 @@ def test_a_long_envelope_is_thinned_between_its_ends() -> None:
     assert (curve[0], curve[-1]) == ((1, 1.0), (9_999, 1 / 9_999))
 
 
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_a_thinned_envelope_has_the_values_of_the_whole(drop: float) -> None:
+    """A loss that is steepest at its start, and one that drops late as well."""
+    whole = [(float(step), 1.7 + 9 * step**-0.3 - drop * (step > 15_000)) for step in range(1, 20_001)]
+    curve = envelope(whole, "fall")
+    assert len(curve) == MOST_VERTICES
+    for gamma in (1.5, 3.0, 20.0, 777.7, 12_000.5, 15_000.5, 19_999.0):
+        psi = score_at(whole, gamma)
+        assert psi is not None
+        assert score_at(curve, gamma) == pytest.approx(psi, rel=1e-3)
+        assert cost_of(curve, psi, "fall") == pytest.approx(gamma, rel=1e-3)
+    assert area(curve, 1.0, 20_000.0) == pytest.approx(area(whole, 1.0, 20_000.0), rel=1e-3)
+
+
 CURVE = [(1.0, 9.0), (2.0, 7.0), (4.0, 6.0)]
 
 
