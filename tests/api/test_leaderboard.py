@@ -129,6 +129,13 @@ def test_a_run_that_stopped_at_once_does_not_decide_where_the_others_are_compare
     assert ranking(board(publisher)) == [(1, 4.8), (2, 6.0), (3, 8.9)]
 
 
+def test_what_was_spent_after_the_last_score_does_not_move_the_place_of_comparison(publisher: httpx2.Client) -> None:
+    report(publisher, *QUICK, given=tally(seconds=1_000.0))
+    (group,) = board(publisher)["groups"]
+    assert group["at"] == {"axis": "gamma", "value": 4.0}
+    assert group["entries"][0]["runs"][0]["gamma"] == 1_000
+
+
 def test_a_rising_score_is_ranked_the_other_way(publisher: httpx2.Client) -> None:
     report(publisher, (1.0, 0.1), (2.0, 0.5), goal="rise", metric="accuracy", **configured(1))
     report(publisher, (1.0, 0.1), (2.0, 0.3), (3.0, 0.6), goal="rise", metric="accuracy", **configured(2))
@@ -239,6 +246,9 @@ def test_runs_that_were_only_begun_or_have_another_metric_push_nobody_off_the_bo
     )
     assert ranking(board(publisher, metric="eval_loss")) == [(1, 4.8)]
     assert board(publisher, metric="eval_loss")["truncated"]
+    of_none = board(publisher, metric="perplexity")
+    assert (of_none["metric"], of_none["groups"], of_none["truncated"]) == ("perplexity", [], True)
+    assert {row["reason"] for row in of_none["left_out"]} == {"other_metric"}
 
 
 def test_a_question_that_cannot_be_is_refused(publisher: httpx2.Client) -> None:
