@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JOB_RESULT = re.compile(r"/v1/jobs/[^/]+/result")
 _CHECKPOINT_FILE = re.compile(r"/v1/models/.+/checkpoints/[^/]+/files/.+")
+_JOB_EVENTS = re.compile(r"(/v1)?/jobs/[^/]+/events")
 _SHARD_STATE = re.compile(r"/v1/jobs/[^/]+/shards/[^/]+/state")
 
 _DRAIN_BYTES = 128 << 20
@@ -102,7 +103,7 @@ class Gate:
             own.append(HTTPS_ONLY)
         limit = self._limit(path)
         given = scope
-        if method == "HEAD" and limit is not None and not path.endswith("/events"):
+        if method == "HEAD" and limit is not None and not _JOB_EVENTS.fullmatch(path):
             scope = {**scope, "method": "GET"}  # uvicorn, which has the scope as it was, leaves the body away
         exchange = _Exchange(receive, send, own, limit, self._settings.body_seconds, self._patience)
         try:

@@ -40,7 +40,8 @@ AtQuery = Annotated[
     Query(
         pattern=r"^(psi:-?|gamma:)[0-9]{1,30}(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,2})?$",
         description="`gamma:VALUE` ranks by the score reached with so much, `psi:VALUE` by what that score cost; "
-        "without it the median of what the runs of a group spent, of two in the middle the smaller",
+        "without it where the median curve of a group ends: the lower median of what had been spent at each run's "
+        "last score",
         examples=["gamma:0.5", "psi:3.2"],
     ),
 ]

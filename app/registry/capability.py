@@ -7,6 +7,7 @@ is known of it.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ def envelope(points: Iterable[tuple[float, float]], goal: Goal) -> list[tuple[fl
     """The curve of scored points (Γ, Ψ) in the order of training.
 
     What was spent stays spent: where Γ falls, or is negative, the largest so far (at least 0) stands. Of long curves
-    MOST_VERTICES stay, the first and the last among them.
+    MOST_VERTICES stay, the first and the last among them, and scores and costs between them as near as these allow.
 
     >>> envelope([(1, 5.0), (2, 6.0), (3, 4.0)], "fall")
     [(1, 5.0), (2, 5.0), (3, 4.0)]
@@ -47,9 +48,37 @@ def envelope(points: Iterable[tuple[float, float]], goal: Goal) -> list[tuple[fl
         for index, point in enumerate(curve)
         if index in (0, len(curve) - 1) or not curve[index - 1][1] == point[1] == curve[index + 1][1]
     ]
-    if len(corners) <= MOST_VERTICES:
-        return corners
-    return [corners[index] for index in np.linspace(0, len(corners) - 1, MOST_VERTICES).round().astype(int)]
+    return corners if len(corners) <= MOST_VERTICES else _thinned(corners)
+
+
+def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Douglas and Peucker's line: a vertex more where the lines between those so far are furthest from the curve.
+
+    Far is what changes a score, as a share of the curve's range of Ψ, or a cost, as a share of Γ, whichever is more:
+    a drop is all score, and a slope that hardly falls all cost.
+    """
+    gamma, psi = np.array(curve).T
+    span = abs(psi[-1] - psi[0])
+
+    def furthest(left: int, right: int) -> tuple[float, int, int, int]:
+        inner = slice(left + 1, right)
+        wide, high = gamma[right] - gamma[left], psi[right] - psi[left]
+        score = psi[left] + high * ((gamma[inner] - gamma[left]) / wide)
+        cost = gamma[left] + wide * ((psi[inner] - psi[left]) / high)
+        of_cost = np.abs(cost - gamma[inner]) / np.maximum(cost, gamma[inner])
+        distance = np.maximum(np.abs(score - psi[inner]) / span, of_cost)
+        middle = int(distance.argmax())
+        return -float(distance[middle]), left, left + 1 + middle, right
+
+    kept = [0, len(curve) - 1]
+    lines = [furthest(*kept)]
+    while len(kept) < MOST_VERTICES:
+        _, left, middle, right = heapq.heappop(lines)
+        kept.append(middle)
+        for start, end in ((left, middle), (middle, right)):
+            if end - start > 1:
+                heapq.heappush(lines, furthest(start, end))
+    return [curve[index] for index in sorted(kept)]
 
 
 def score_at(curve: Curve, gamma: float) -> float | None:

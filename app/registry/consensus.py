@@ -19,6 +19,7 @@ WEIGHT_RATIO = 2.0
 """Largest ratio between the weights of two labs. With it labs that are fewer than a third of all never hold half of
 the weight, whatever intervals they claim: k labs of weight sqrt(2) against n - k of 1/sqrt(2) need k >= n/3."""
 _MAD_OF_NORMAL = 1.4826  # 1 / Phi^-1(3/4)
+_ROUNDING = 1e-9  # of the whole weight: sums of weights with a root in them meet a half to about 1e-16 for each lab
 
 
 def weights(errors: npt.ArrayLike) -> Floats:
@@ -50,9 +51,9 @@ def weighted_median(values: npt.ArrayLike, weight: npt.ArrayLike) -> float:
     values, weight = np.asarray(values, np.float64), np.asarray(weight, np.float64)
     order = np.argsort(values, kind="stable")
     ordered, cumulative = values[order], weight[order].cumsum()
-    half = cumulative[-1] / 2
-    lower = ordered[np.searchsorted(cumulative, half, "left")]
-    upper = ordered[min(np.searchsorted(cumulative, half, "right"), len(ordered) - 1)]
+    half, rounding = cumulative[-1] / 2, cumulative[-1] * _ROUNDING
+    lower = ordered[np.searchsorted(cumulative, half - rounding)]
+    upper = ordered[np.searchsorted(cumulative, half + rounding)]
     return float(lower) if lower == upper else float((lower + upper) / 2)
 
 
@@ -66,17 +67,15 @@ def leave_one_out(values: npt.ArrayLike, weight: npt.ArrayLike) -> Floats:
     ordered, mine = values[order], weight[order]
     cumulative = mine.cumsum()
     position = np.arange(n)
-    half = (cumulative[-1] - mine) / 2
+    half, rounding = (cumulative[-1] - mine) / 2, cumulative[-1] * _ROUNDING
 
-    def find(side: str) -> npt.NDArray[np.intp]:
+    def find(sums: Floats) -> npt.NDArray[np.intp]:
         # Before the one left out the sums are as they were; behind it they are smaller by its weight.
-        before = np.searchsorted(cumulative, half, side)  # type: ignore[call-overload] # side is left or right
-        behind = np.searchsorted(cumulative, half + mine, side)  # type: ignore[call-overload]
-        found = np.where(before < position, before, np.maximum(behind, position + 1))
-        last = np.where(position == n - 1, n - 2, n - 1)
-        return np.asarray(np.minimum(found, last))
+        before = np.searchsorted(cumulative, sums)
+        behind = np.searchsorted(cumulative, sums + mine)
+        return np.asarray(np.where(before < position, before, np.maximum(behind, position + 1)))
 
-    lower, upper = ordered[find("left")], ordered[find("right")]
+    lower, upper = ordered[find(half - rounding)], ordered[find(half + rounding)]
     with np.errstate(invalid="ignore"):
         middle = np.where(lower == upper, lower, (lower + upper) / 2)
     result = np.empty(n)

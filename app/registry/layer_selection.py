@@ -168,14 +168,18 @@ def _local_layers(local: LocalSample, criterion: Criterion) -> list[Layer]:
 
 
 def _value(layer: LocalLayer) -> tuple[float, tuple[float, float] | None]:
-    """The value over the sample and its 95 % interval; of batches mean ± 1.96 standard errors, at least 0."""
+    """The value over the sample and its 95 % interval, at least 0: of batches mean ± 1.96 standard errors.
+
+    Of a value beside batches ± as large a share of it as that of their mean; batches that are all zero tell none.
+    """
     if layer.batches is None:
         assert layer.value is not None, "a layer has batches or a value"
         return layer.value, layer.interval
     unit = max(layer.batches) or 1.0  # so that no sum leaves float64
     batches = [batch / unit for batch in layer.batches]
-    value = unit * fmean(batches) if layer.value is None else layer.value
-    if len(batches) < 2:
+    mean = fmean(batches)
+    value = unit * mean if layer.value is None else layer.value
+    if len(batches) < 2 or not mean:
         return value, layer.interval
-    margin = unit * (1.96 * stdev(batches) / math.sqrt(len(batches)))
+    margin = value * (1.96 * stdev(batches) / (mean * math.sqrt(len(batches))))
     return value, (max(0.0, value - margin), min(value + margin, sys.float_info.max))

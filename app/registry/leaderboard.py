@@ -54,7 +54,7 @@ class Candidate:
 async def rank(
     session: AsyncSession, task: str, resource: Resource, *, at: At | None, metric: str | None
 ) -> Leaderboard:
-    """Without `metric`, that of most finished runs; without `at`, at the median of what a group's runs spent."""
+    """Without `metric`, that of most finished runs; without `at`, where the median curve of a group ends."""
     found = (
         await session.execute(
             select(
@@ -83,8 +83,14 @@ async def rank(
         if row.finished_at is not None and metric in (None, row.begun["metric"])
     )
     if not named:
-        unfinished = tuple(LeftOut(id=row.name, lab=row.lab, reason=LeftOutReason.UNFINISHED) for row in rows)
-        return Leaderboard(task=task, resource=resource, metric=metric, left_out=unfinished)
+        why = {True: LeftOutReason.UNFINISHED, False: LeftOutReason.OTHER_METRIC}
+        return Leaderboard(
+            task=task,
+            resource=resource,
+            metric=metric,
+            left_out=tuple(LeftOut(id=row.name, lab=row.lab, reason=why[row.finished_at is None]) for row in rows),
+            truncated=len(found) > MOST_RUNS,
+        )
     (metric, goal), _ = named.most_common(1)[0]
     left_out: list[LeftOut] = []
     alike: dict[Method, list[Candidate]] = defaultdict(list)

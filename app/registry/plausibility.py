@@ -7,6 +7,7 @@ mark says nothing about figures that are merely too good.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ LEAST_WATTS = 0.1
 PROCESSOR_PEAK = 1e15
 """FLOP/s beyond the processors of any one machine."""
 TOLERANCE = 0.01  # relative: figures are rounded
+_PROCESSORS = re.compile(r" \(\d+ cores\)$")
+"""How the SDK's meter ends their name, which stands among those of accelerators."""
 ROUGHNESS = 0.2  # relative: what counters of FLOPs leave out, such as norms and the first layer's input gradient
 
 
@@ -70,7 +73,9 @@ Checked = tuple[Implausible, bool, str | None]
 
 
 def _accelerators(tally: Tally) -> list[Device]:
-    return [device for name in tally.hardware.values() if (device := accelerator_of(name)) is not None]
+    """None unless each is known: which of them the hours and the FLOPs are of is not told."""
+    found = [accelerator_of(name) for name in tally.hardware.values() if not _PROCESSORS.search(name)]
+    return [] if None in found else [device for device in found if device is not None]
 
 
 def _energy(run: NewRun, tally: Tally) -> Checked:

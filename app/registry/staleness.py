@@ -24,6 +24,7 @@ from app.registry.grouping import COARSER, groups, parts
 from gradient_blueprints.canonical import canonical_bytes, digest_of
 from gradient_blueprints.errors import InvalidRequest, Unauthenticated
 from gradient_blueprints.statistics_models import (
+    DEFAULT_THRESHOLD,
     GENERAL,
     STALENESS_METHOD_VERSION,
     Advice,
@@ -92,8 +93,14 @@ async def check(
         judge, found, published, local, request, statistic, domain, other_digest, abandon_on_cancel=True
     )
     if request.keep and caller is not None:
+        counted = checked
+        if request.threshold != DEFAULT_THRESHOLD:  # evidence is judged by one measure, whoever asked by which
+            alike = request.model_copy(update={"threshold": DEFAULT_THRESHOLD})
+            counted = await anyio.to_thread.run_sync(
+                judge, found, published, local, alike, statistic, domain, other_digest, abandon_on_cancel=True
+            )
         offered = _norms(local) if request.offer_norms else None
-        kept = await evidence.keep(session, caller, found, checked, offered)
+        kept = await evidence.keep(session, caller, found, counted, offered)
         checked = checked.model_copy(update={"kept": kept, "not_kept": None if kept else evidence.ALREADY_TODAY})
     return checked
 

@@ -184,7 +184,7 @@ class RunMethods(Connected):
         """The runs of a task by capability per resource, in groups that measured the resource alike.
 
         At an equal amount (`at_gamma`) by the score it bought, at an equal score (`at_psi`) by what that took; without
-        either at the lower median of what the runs spent.
+        either where the median curve ends: the lower median of what had been spent at each run's last score.
 
             board = client.leaderboard("stdlib-code/held-out-loss", "energy_kwh", at_psi=3.2)
             [(entry.rank, entry.lab, entry.value, entry.value_interval) for entry in board.groups[0].entries]

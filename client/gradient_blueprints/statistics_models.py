@@ -282,7 +282,10 @@ class StalenessRequest(Wire):
         "holds them for every layer; evidence is counted per domain",
     )
     keep: bool = Field(
-        False, strict=True, description="consent: keep this check, in coarse numbers, as evidence (needs a key)"
+        False,
+        strict=True,
+        description="consent: keep this check, in coarse numbers and judged at the default threshold, as evidence "
+        "(needs a key)",
     )
     offer_norms: bool = Field(False, strict=True, description="consent: keep the local values too")
 

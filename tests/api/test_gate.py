@@ -123,6 +123,9 @@ def test_an_id_that_could_not_stand_in_a_log_is_replaced(server: Server, given: 
 
 
 def test_whatever_can_be_got_can_be_asked_for_its_head(server: Server, published: dict[str, str]) -> None:
+    key = {"Authorization": f"Bearer {server.key('lab-a')}"}
+    moved = {"training_checkpoint": published["training_checkpoint"], "version": published["version"]}
+    httpx2.put(f"{server.url}/v1/models/tiny/aliases/events", json=moved, headers=key).raise_for_status()
     paths = (
         "/livez",
         "/v1/models",
@@ -130,6 +133,7 @@ def test_whatever_can_be_got_can_be_asked_for_its_head(server: Server, published
         f"/v1/blueprints/{published['digest']}",
         "/v1/models/tiny/checkpoints/0.8/blueprint",
         "/v1/models/nothing",
+        "/v1/models/tiny/aliases/events",
         "/v1/keys",
         "/",
     )

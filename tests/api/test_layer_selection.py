@@ -82,6 +82,19 @@ def test_trust_comes_from_agreement_and_the_intervals_of_batches(publisher: http
     assert ask(publisher, 0.1, "fraction", local=against)["trust"] == 0
 
 
+def test_batches_tell_the_noise_of_a_value_on_another_scale(publisher: httpx2.Client) -> None:
+    publish(publisher, gradient_norm_ci={name: [0.95 * norm, 1.05 * norm] for name, norm in NORMS.items()})
+
+    def trust(unit: float) -> float:
+        layers = [
+            {"id": name, "value": norm, "batches": [unit * norm * share for share in (0.8, 0.9, 1.1, 1.2)]}
+            for name, norm in NORMS.items()
+        ]
+        return float(ask(publisher, 0.1, "fraction", local={"layers": layers})["trust"])
+
+    assert trust(100.0) == pytest.approx(trust(1.0))
+
+
 @pytest.mark.parametrize("batches", [[1.7e308] * 4, [1.7e308, 0, 1.7e308]])
 def test_batches_whose_sum_leaves_float64_have_a_mean(publisher: httpx2.Client, batches: list[float]) -> None:
     publish(publisher, gradient_norm_ci={name: [0.9 * norm, 1.1 * norm] for name, norm in NORMS.items()})

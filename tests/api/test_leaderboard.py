@@ -32,6 +32,20 @@ def test_a_long_envelope_is_thinned_between_its_ends() -> None:
     assert (curve[0], curve[-1]) == ((1, 1.0), (9_999, 1 / 9_999))
 
 
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_a_thinned_envelope_has_the_values_of_the_whole(drop: float) -> None:
+    """A loss that is steepest at its start, and one that drops late as well."""
+    whole = [(float(step), 1.7 + 9 * step**-0.3 - drop * (step > 15_000)) for step in range(1, 20_001)]
+    curve = envelope(whole, "fall")
+    assert len(curve) == MOST_VERTICES
+    for gamma in (1.5, 3.0, 20.0, 777.7, 12_000.5, 15_000.5, 19_999.0):
+        psi = score_at(whole, gamma)
+        assert psi is not None
+        assert score_at(curve, gamma) == pytest.approx(psi, rel=1e-3)
+        assert cost_of(curve, psi, "fall") == pytest.approx(gamma, rel=1e-3)
+    assert area(curve, 1.0, 20_000.0) == pytest.approx(area(whole, 1.0, 20_000.0), rel=1e-3)
+
+
 CURVE = [(1.0, 9.0), (2.0, 7.0), (4.0, 6.0)]
 
 
@@ -113,6 +127,13 @@ def test_a_run_that_stopped_at_once_does_not_decide_where_the_others_are_compare
     report(publisher, *SLOW, **configured(2))
     report(publisher, (0.001, 8.9), **configured(3))
     assert ranking(board(publisher)) == [(1, 4.8), (2, 6.0), (3, 8.9)]
+
+
+def test_what_was_spent_after_the_last_score_does_not_move_the_place_of_comparison(publisher: httpx2.Client) -> None:
+    report(publisher, *QUICK, given=tally(seconds=1_000.0))
+    (group,) = board(publisher)["groups"]
+    assert group["at"] == {"axis": "gamma", "value": 4.0}
+    assert group["entries"][0]["runs"][0]["gamma"] == 1_000
 
 
 def test_a_rising_score_is_ranked_the_other_way(publisher: httpx2.Client) -> None:
@@ -225,6 +246,9 @@ def test_runs_that_were_only_begun_or_have_another_metric_push_nobody_off_the_bo
     )
     assert ranking(board(publisher, metric="eval_loss")) == [(1, 4.8)]
     assert board(publisher, metric="eval_loss")["truncated"]
+    of_none = board(publisher, metric="perplexity")
+    assert (of_none["metric"], of_none["groups"], of_none["truncated"]) == ("perplexity", [], True)
+    assert {row["reason"] for row in of_none["left_out"]} == {"other_metric"}
 
 
 def test_a_question_that_cannot_be_is_refused(publisher: httpx2.Client) -> None:

@@ -213,11 +213,12 @@ def test_a_finished_run_cannot_be_changed(publisher: httpx2.Client, database_url
 # --- what cannot be right
 
 
-def told(figures: dict[str, float], hardware: str = "NVIDIA A100-SXM4-80GB", missing: tuple[str, ...] = ()) -> Tally:
+def told(figures: dict[str, float], *hardware: str, missing: tuple[str, ...] = ()) -> Tally:
     basis = Basis.PARTIAL if missing else Basis.MEASURED
     method = Method(basis=basis, instruments=(Instrument.GIVEN,), missing=missing)
     methods = {Resource(name): method for name in figures}
-    return Tally.model_validate({**figures, "methods": methods, "hardware": {"x": hardware}})
+    names = {str(number): name for number, name in enumerate(hardware or ["NVIDIA A100-SXM4-80GB"])}
+    return Tally.model_validate({**figures, "methods": methods, "hardware": names})
 
 
 def codes(given: Tally, *curve: float, **run: Any) -> set[Implausible]:
@@ -238,6 +239,8 @@ HOUR = {"seconds": 3600.0, "accelerator_hours": 1.0}
         (told(HOUR | {"energy_kwh": 0.01}, missing=("accelerator",)), False),  # the processor's alone
         (told(HOUR | {"energy_kwh": 0.01}, "NVIDIA T4"), False),
         (told(HOUR | {"energy_kwh": 0.00005}, "unheard of"), True),  # 0.05 W
+        (told(HOUR | {"energy_kwh": 0.01}, "NVIDIA A100", "AMD EPYC 7763 (64 cores)"), True),
+        (told(HOUR | {"energy_kwh": 0.01}, "NVIDIA A100", "unheard of"), False),
     ],
 )
 def test_energy_below_the_idle_draw_of_the_device_is_marked(tally: Tally, marked: bool) -> None:
@@ -250,6 +253,8 @@ def test_energy_below_the_idle_draw_of_the_device_is_marked(tally: Tally, marked
         (told(HOUR | {"flops": 3.0e14 * 3600}), False),
         (told(HOUR | {"flops": 3.3e14 * 3600}), True),
         (told(HOUR | {"flops": 3.3e14 * 3600}, "NVIDIA H100"), False),
+        (told(HOUR | {"flops": 3.3e14 * 3600}, "NVIDIA A100", "AMD EPYC 7763 (64 cores)"), True),
+        (told(HOUR | {"flops": 3.3e14 * 3600}, "NVIDIA A100", "NVIDIA B300"), False),
         (told({"seconds": 1.0, "flops": 2e15}, "a processor"), True),
     ],
 )

@@ -267,6 +267,16 @@ def test_a_check_is_kept_only_with_consent_and_a_key(publisher: httpx2.Client, s
     }
 
 
+def test_what_counts_as_evidence_is_judged_at_the_default_threshold(publisher: httpx2.Client, server: Server) -> None:
+    publisher.post("/v1/blueprints", json=published())
+    (key,) = keys(server, 1)
+    answer = keep(publisher, key, NORMS, threshold=0.99999, local=local(noise=0.02))
+    assert (answer["threshold"], answer["kept"]) == (0.99999, True)
+    assert answer["verdict"] != "fresh"
+    (kept,) = evidence(publisher)
+    assert (kept["threshold"], kept["verdict"], kept["level"]) == (DEFAULT_THRESHOLD, "fresh", "layer")
+
+
 def test_norms_are_kept_only_where_they_are_offered(publisher: httpx2.Client, server: Server) -> None:
     publisher.post("/v1/blueprints", json=published())
     first, second = keys(server, 2)
