@@ -314,6 +314,12 @@ def test_options_with_which_adamw_would_not_descend_are_refused(options: dict[st
         SelectedAdamW(apply_selection(make_model(), make_selection()), **options)
 
 
+@pytest.mark.parametrize("group", ["WORLD", object()])
+def test_what_is_no_process_group_is_refused(group: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"is no process group: .* mesh\.get_group\(\)"):
+        SelectedAdamW(apply_selection(make_model(), make_selection()), process_group=group)
+
+
 def test_plain_parameters_are_refused_with_what_to_give_instead() -> None:
     with pytest.raises(ConfigurationError, match="apply_selection"):
         SelectedAdamW(make_model().parameters())  # type: ignore[arg-type]  # what is refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -60,6 +60,11 @@ class SelectedAdamW(torch.optim.Optimizer):
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ConfigurationError(f"max_norm = {max_norm} has to be positive; None does not clip")
+        if not (process_group is None or process_group == "alone" or isinstance(process_group, ProcessGroup)):
+            raise ConfigurationError(
+                f"process_group = {process_group!r} is no process group: give torch.distributed.group.WORLD, of a "
+                "DeviceMesh mesh.get_group(), or 'alone' if each process trains a model of its own"
+            )
         self.selected: list[SelectedParameter] = []
         self.max_norm = max_norm
         self.process_group = process_group
@@ -70,7 +75,7 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.largest_gradient_bytes = 0
         """Largest full gradient of one tensor seen; those that exist at one time are told above."""
         self._reached = False
-        """Whether a gradient was ever taken; loaded state proves nothing of that."""
+        """Whether a gradient was ever taken, in any process; loaded state proves nothing of that."""
         self._compared = False
         """Whether the replicas were found equal."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
@@ -130,8 +135,9 @@ class SelectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._average()
+        used = self._check_gradients()
+        if isinstance(self.process_group, ProcessGroup):
+            self._average(self.process_group, used)
         clip = self._clip_factor()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -151,49 +157,61 @@ class SelectedAdamW(torch.optim.Optimizer):
             "train in bfloat16, which needs no scaler (precision='bf16-mixed' in Lightning), and clip by max_norm"
         )
 
-    def _check_gradients(self) -> None:
-        """Refuse what would train silently on wrong gradients or on none."""
+    def _check_gradients(self) -> list[bool]:
+        """Which tensors have a gradient, in any of the processes.
+
+        Refuses, in all processes, what would train silently on wrong gradients or on none in one of them: if it alone
+        refused, the others would wait for it.
+        """
+        refusal = self._refusal()
+        used = [entry.parameter in self._gradients for entry in self.selected]
+        if isinstance(self.process_group, ProcessGroup):
+            group, device = self.process_group, self.selected[0].parameter.device
+            if not self._compared:
+                self._compare_selections(group, device)
+                self._compare_replicas(group, device)
+            flags = torch.tensor([*used, self._reached, refusal is not None], device=device).int()
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX, group)
+            *used, self._reached, refused = flags.bool().tolist()
+            if refused and refusal is None:
+                refusal = "another process refuses this step; its error says why"
+        if refusal is None and not self._reached:
+            refusal = "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
+        if refusal is not None:
+            raise ConfigurationError(refusal)
+        return used
+
+    def _refusal(self) -> str | None:
+        """What is wrong in this process."""
         if not self._hooks:
-            raise ConfigurationError("this optimizer is closed: close() was called, or a newer one trains the model")
+            return "this optimizer is closed: close() was called, or a newer one trains the model"
         if any(entry.parameter.grad is not None for entry in self.selected):
-            raise ConfigurationError(
+            return (
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
                 "DistributedDataParallel keeps them. Train the model without it and give process_group. Where "
                 "get_optimizer_state_dict put them there, save optimizer.state_dict() instead."
             )
-        if not self._reached:
-            raise ConfigurationError(
-                "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
-            )
         if not self._gradients and not any(entry.parameter.requires_grad for entry in self.selected):
-            raise ConfigurationError(
+            return (
                 "all that this optimizer trains was frozen after apply_selection, as by peft, which adds an adapter: "
                 "train either the selection or the adapter"
             )
         if self.process_group is None and any(entry.shard_group is None for entry in self.selected):
             several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
             if several:
-                raise ConfigurationError(
+                return (
                     "several processes train and nobody averages their gradients: give process_group="
                     "torch.distributed.group.WORLD, or 'alone' if each trains a model of its own"
                 )
+        return None
 
-    def _average(self) -> None:
+    def _average(self, group: ProcessGroup, used: Sequence[bool]) -> None:
         """Mean over the processes; a tensor that some of them did not use counts as zero there.
 
         Each gradient is sent from its own device, so a tensor's device has to be the same kind in every process.
         """
-        group = self.process_group
-        if not isinstance(group, ProcessGroup):
-            return
-        device = self.selected[0].parameter.device
-        if not self._compared:
-            self._compare_selections(group, device)
-            self._compare_replicas(group, device)
-        used = torch.tensor([entry.parameter in self._gradients for entry in self.selected], device=device).int()
-        distributed.all_reduce(used, distributed.ReduceOp.MAX, group)
         sending = []
-        for entry, is_used in zip(self.selected, used.tolist(), strict=True):
+        for entry, is_used in zip(self.selected, used, strict=True):
             if is_used:
                 if entry.parameter not in self._gradients:
                     zeros = torch.zeros_like(
