@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import distributed, nn
@@ -38,7 +38,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     `torch.amp.GradScaler` is refused, for its unscaling needs `parameter.grad`; bfloat16 needs no scaler.
 
     `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
-    Raises ConfigurationError for anything else, and for options that AdamW cannot have.
+    Raises ConfigurationError for anything else, and for options that AdamW cannot have; a group has those named here,
+    `max_norm` and `process_group` apart.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
     gradients, and nothing else, are averaged over it in `step`; replicas that do not start equal, or train different
@@ -82,19 +83,24 @@ class SelectedAdamW(torch.optim.Optimizer):
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
         given = list(selected)
-        groups = [dict(group) for group in given if isinstance(group, Mapping)] or [{"params": given}]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if any(isinstance(each, Mapping) for each in given):
+            if not all(isinstance(each, Mapping) for each in given):
+                raise ConfigurationError('beside a group a selected parameter has to be in one: {"params": [...]}')
+            groups = [{**group, "params": list(group["params"])} for group in cast(list[Mapping[str, Any]], given)]
+        else:
+            groups = [{"params": given}]
+        if not any(group["params"] for group in groups):
+            raise ConfigurationError("SelectedAdamW was given nothing to train")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._check_groups(groups, defaults)  # all, before the first closes an older optimizer
+        super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more selected parameters, with options of their own."""
         entries: list[SelectedParameter] = list(param_group["params"])
-        if not all(isinstance(entry, SelectedParameter) for entry in entries):
-            raise ConfigurationError("SelectedAdamW takes what apply_selection(model, selection) returns")
-        _check_options(self.defaults | param_group)
+        self._check_groups([param_group | {"params": entries}], self.defaults)
         super().add_param_group(param_group | {"params": [entry.parameter for entry in entries]})
         for entry in entries:
-            if self.process_group is not None and entry.shard_group is not None:
-                raise ConfigurationError(f"{entry.name} is sharded, and so averaged already: leave process_group away")
             self.selected.append(entry)
             self._by_parameter[entry.parameter] = entry
             for older in readers_of(entry.parameter):
@@ -102,6 +108,25 @@ class SelectedAdamW(torch.optim.Optimizer):
                     older.close()
             hook = entry.parameter.register_post_accumulate_grad_hook(GradientHook(self._take_gradient))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._hooks.append(hook)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+        """ConfigurationError for what cannot be trained, before anything is changed."""
+        known = set(self._by_parameter)
+        for group in groups:
+            unknown = sorted(group.keys() - defaults.keys() - {"params", "initial_lr"})
+            if unknown:
+                raise ConfigurationError(f"a group has no option {unknown[0]}, but {', '.join(defaults)}")
+            _check_options({**defaults, **group})
+            for entry in group["params"]:
+                if not isinstance(entry, SelectedParameter):
+                    raise ConfigurationError("SelectedAdamW takes what apply_selection(model, selection) returns")
+                if entry.parameter in known:
+                    raise ConfigurationError(f"{entry.name} is given twice")
+                if self.process_group is not None and entry.shard_group is not None:
+                    raise ConfigurationError(
+                        f"{entry.name} is sharded, and so averaged already: leave process_group away"
+                    )
+                known.add(entry.parameter)
 
     def close(self) -> None:
         """Remove the hooks and drop the gradients; the model trains as any other again, and `step` refuses."""
@@ -185,6 +210,15 @@ class SelectedAdamW(torch.optim.Optimizer):
         """What is wrong in this process."""
         if not self._hooks:
             return "this optimizer is closed: close() was called, or a newer one trains the model"
+        replaced = [
+            entry.name for entry in self.selected if entry.parameter not in self._gradients and entry.is_replaced
+        ]
+        if replaced:
+            return (
+                f"the model has other tensors now than the optimizer trains: {some(replaced)}. After what replaces "
+                "tensors, such as load_state_dict(..., assign=True) or to_empty, call apply_selection and make a new "
+                "optimizer"
+            )
         if any(entry.parameter.grad is not None for entry in self.selected):
             return (
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
@@ -262,7 +296,10 @@ class SelectedAdamW(torch.optim.Optimizer):
         if self.max_norm is None:
             return 1.0
         self.last_norm = self._global_norm()
-        return min(1.0, self.max_norm / (self.last_norm + 1e-6))  # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+        if self.max_norm == math.inf:
+            return 1.0
+        factor = self.max_norm / (self.last_norm + 1e-6)  # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+        return min(factor, 1.0)  # min() would make 1 of NaN, and take an unclipped step
 
     def _global_norm(self) -> float:
         """Of all selected gradients, those of other processes' shards included."""
@@ -314,6 +351,13 @@ class SelectedAdamW(torch.optim.Optimizer):
         indices = sum(entry.indices.nbytes for entry in self.selected if entry.indices is not None)
         return optimizer_bytes(self) + indices
 
+    def __getstate__(self) -> NoReturn:
+        """Asked for by copy.deepcopy and pickle: a copy would have the state, and no hooks on a model's tensors."""
+        raise ConfigurationError(
+            "a SelectedAdamW cannot be copied or pickled, for it belongs to the tensors of its model: make another one "
+            "by apply_selection, and give it what state_dict() returned"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """State by tensor name, with a digest of what is selected of it; the selection is saved on its own.
 
@@ -357,6 +401,13 @@ class SelectedAdamW(torch.optim.Optimizer):
             raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
         if len(state_dict["param_groups"]) != len(self.param_groups):
             raise ConfigurationError("the state has another number of parameter groups")
+        for name, saved in state_dict["state"].items():
+            for value in saved.values():
+                if isinstance(value, torch.Tensor) and value.numel() != entries[name].selected:
+                    raise ConfigurationError(
+                        f"the state is of a tensor of another size: of {name} it holds {value.numel():,} coordinates, "
+                        f"and {entries[name].selected:,} are trained here"
+                    )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self.state.clear()
