@@ -19,6 +19,17 @@ from gradient_blueprints.training.selection.listed_tensors import release_select
 
 __all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes", "release_selection"]
 
+_NOT_OF_A_GROUP = {
+    "max_norm",
+    "process_group",
+    "amsgrad",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+}
+
 
 class SelectedAdamW(torch.optim.Optimizer):
     """AdamW over selected coordinates, equal to dense AdamW whose gradients and decay are masked to them.
@@ -38,8 +49,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     `torch.amp.GradScaler` is refused, for its unscaling needs `parameter.grad`; bfloat16 needs no scaler.
 
     `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
-    Raises ConfigurationError for anything else, and for options that AdamW cannot have; a group has those named here,
-    `max_norm` and `process_group` apart.
+    Raises ConfigurationError for anything else, for options that AdamW cannot have, and for a group's `max_norm`,
+    `process_group` and options of torch's AdamW that are not here; other members of a group are yours, and left alone.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
     gradients, and nothing else, are averaged over it in `step`; replicas that do not start equal, or train different
@@ -113,9 +124,9 @@ class SelectedAdamW(torch.optim.Optimizer):
         """ConfigurationError for what cannot be trained, before anything is changed."""
         known = set(self._by_parameter)
         for group in groups:
-            unknown = sorted(group.keys() - defaults.keys() - {"params", "initial_lr"})
-            if unknown:
-                raise ConfigurationError(f"a group has no option {unknown[0]}, but {', '.join(defaults)}")
+            refused = sorted(group.keys() & _NOT_OF_A_GROUP)
+            if refused:
+                raise ConfigurationError(f"a group has no option {refused[0]}, but {', '.join(defaults)}")
             _check_options({**defaults, **group})
             for entry in group["params"]:
                 if not isinstance(entry, SelectedParameter):
