@@ -314,6 +314,63 @@ def test_options_with_which_adamw_would_not_descend_are_refused(options: dict[st
         SelectedAdamW(apply_selection(make_model(), make_selection()), **options)
 
 
+@pytest.mark.parametrize("group", ["WORLD", object()])
+def test_what_is_no_process_group_is_refused(group: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"is no process group: .* mesh\.get_group\(\)"):
+        SelectedAdamW(apply_selection(make_model(), make_selection()), process_group=group)
+
+
+@pytest.mark.parametrize(
+    ("make_groups", "why"),
+    [
+        (lambda selected: [], "nothing to train"),
+        (lambda selected: [{"params": []}], "nothing to train"),
+        (lambda selected: [{"params": selected[:1]}, *selected[1:]], "has to be in one"),
+        (lambda selected: [{"params": selected, "maximize": True}], "no option maximize"),
+        (lambda selected: [{"params": selected, "max_norm": 1.0}], "no option max_norm"),
+        (lambda selected: [{"params": selected[:1]}, {"params": selected[1:], "weight_decay": -1}], "weight_decay"),
+        (lambda selected: [{"params": selected[:2]}, {"params": selected[1:]}], "weight is given twice"),
+    ],
+)
+def test_groups_that_would_train_otherwise_than_they_say_are_refused_before_an_older_optimizer_is_closed(
+    make_groups: Callable[[list[SelectedParameter]], list[Any]], why: str
+) -> None:
+    model = make_model()
+    selected = apply_selection(model, make_selection())
+    older = SelectedAdamW([{"params": sorted(selected, key=lambda entry: entry.name), "name": "of mine"}])
+    with pytest.raises(ConfigurationError, match=why):
+        SelectedAdamW(make_groups(older.selected))
+    backward(model, batches_for(model, 1)[0])
+    older.step()
+
+
+def test_options_that_a_schedule_adds_to_the_groups_are_loaded_with_the_state() -> None:
+    model = make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection()))
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-1, total_steps=9)
+    other = SelectedAdamW(apply_selection(make_model(), make_selection()))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["max_lr"] == 1e-1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("max_norm", [0.05, float("inf")])
+def test_a_gradient_that_is_no_number_is_clipped_as_by_torch(value: float, max_norm: float) -> None:
+    dense, model = make_model(), make_model()
+    optimizer = SelectedAdamW(apply_selection(model, make_selection(1.0)), **OPTIONS, max_norm=max_norm)
+    oracle = torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    for each in (dense, model):
+        weight = each.get_parameter("0.weight")
+        weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), value))  # type: ignore[no-untyped-call]
+        backward(each, batches_for(each, 1)[0])
+    if max_norm < float("inf"):  # which stands for no clipping
+        nn.utils.clip_grad_norm_(dense.parameters(), max_norm)
+    oracle.step()
+    optimizer.step()
+    for expected, found in zip(dense.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_plain_parameters_are_refused_with_what_to_give_instead() -> None:
     with pytest.raises(ConfigurationError, match="apply_selection"):
         SelectedAdamW(make_model().parameters())  # type: ignore[arg-type]  # what is refused
@@ -498,6 +555,65 @@ def test_an_optimizer_that_went_on_from_a_state_says_so_too() -> None:
     optimizer.load_state_dict(trained.state_dict())
     with pytest.raises(ConfigurationError, match="no gradient has reached"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("replaced", ["2", ""])
+def test_an_optimizer_whose_tensors_were_replaced_in_the_model_says_so(replaced: str) -> None:
+    model, optimizer = train_selected(make_model(), make_selection(), 1)
+    part = model.get_submodule(replaced)
+    part.load_state_dict(copy.deepcopy(part.state_dict()), assign=True)
+    backward(model, batches_for(model, 1)[0])
+    with pytest.raises(ConfigurationError, match=r"the model has other tensors now .*\.weight.* apply_selection"):
+        optimizer.step()
+
+
+def test_gradients_taken_before_a_replacement_still_count_and_steps_without_gradients_are_none() -> None:
+    model, optimizer = train_selected(make_model(), make_selection(), 1)
+    optimizer.step()
+    backward(model, batches_for(model, 1)[0])
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    optimizer.step()
+
+
+def test_an_optimizer_is_not_copied() -> None:
+    _, optimizer = train_selected(make_model(), make_selection(), 1)
+    with pytest.raises(ConfigurationError, match=r"cannot be copied or pickled.* state_dict\(\)"):
+        copy.deepcopy(optimizer)
+
+
+def test_the_state_of_tensors_of_another_size_is_refused() -> None:
+    _, optimizer = train_selected(make_model(), make_selection(1.0), 1)
+    smaller = make_model()
+    smaller[4] = nn.Linear(16, 2)
+    other = SelectedAdamW(apply_selection(smaller, make_selection(1.0)), lr=0.5)
+    with pytest.raises(ConfigurationError, match=r"of 4\.weight it holds 48 coordinates, and 32 are trained here"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("unit", ["coordinate", "row", "layer"])
+def test_weights_in_another_order_of_memory_train_as_any_others(unit: Unit, before: bool) -> None:
+    def train(memory_format: torch.memory_format) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"2": nn.Conv2d(3, 8, 3)})
+        if before:
+            model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch has no types for it
+        optimizer = SelectedAdamW(apply_selection(model, selection), **OPTIONS)
+        model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        for _ in range(3):
+            model["2"](torch.ones(1, 3, 5, 5)).square().sum().backward()
+            optimizer.step()
+        return model
+
+    layer = {"id": "2", "gradient_norm": 1.0, "parameters": 224}
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": [layer]})
+    selection = select(blueprint, budget=1.0 if unit == "layer" else 0.5, unit=unit)
+    plain, other = train(torch.contiguous_format), train(torch.channels_last)
+    assert not other.get_parameter("2.weight").is_contiguous()
+    for expected, found in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimizer_whose_tensors_were_all_frozen_since_says_so() -> None:

@@ -87,6 +87,8 @@ def process(rank: int, folder: str) -> None:
             refused_without_a_group(share),
             refused_with_weights_of_its_own(rank, share, world),
             refused_with_a_selection_of_its_own(rank, share, world),
+            refused_where_one_process_is_closed(rank, share, world),
+            refused_where_no_process_has_a_gradient(world),
         ]
     )
     model = make_model()
@@ -97,6 +99,7 @@ def process(rank: int, folder: str) -> None:
     note("continued", continued)
     found["refused-states"] = torch.tensor(refused)
     found["rare"] = mean_where_one_process_has_no_gradient(rank, world)
+    found["rare-alone"] = mean_where_one_process_has_no_gradient(rank, world, selected=("rare",))
     save_file({name: value.contiguous() for name, value in found.items()}, f"{folder}/{rank}.safetensors")
     distributed.barrier()
     os._exit(0)  # a process that was done has been seen to abort while gloo's threads ended, on a loaded machine
@@ -195,17 +198,43 @@ def refused_with_a_selection_of_its_own(rank: int, share: slice, world: Any) -> 
     return False
 
 
-def mean_where_one_process_has_no_gradient(rank: int, world: Any) -> torch.Tensor:
+def refused_where_one_process_is_closed(rank: int, share: slice, world: Any) -> bool:
+    model = make_model()
+    optimizer = train(model, make_selection(), share, lambda model: None, process_group=world)
+    if rank == 0:
+        optimizer.close()
+    try:
+        optimizer.step()
+    except ConfigurationError as error:
+        return ("closed" if rank == 0 else "another process refuses") in str(error)
+    return False
+
+
+def refused_where_no_process_has_a_gradient(world: Any) -> bool:
+    optimizer = SelectedAdamW(apply_selection(make_model(), make_selection()), process_group=world)
+    try:
+        optimizer.step()
+    except ConfigurationError as error:
+        return "no gradient has reached" in str(error)
+    return False
+
+
+def mean_where_one_process_has_no_gradient(
+    rank: int, world: Any, selected: tuple[str, ...] = ("often", "rare")
+) -> torch.Tensor:
     torch.manual_seed(0)
-    model = Halves()
+    model = Halves().requires_grad_(False)
+    for name in selected:
+        model.get_submodule(name).requires_grad_(True)
     selection = make_selection(1.0)
-    layers = tuple(type(selection.layers[0])(name, 20, 1.0, 0.5, 1.0) for name in ("often", "rare"))
+    layers = tuple(type(selection.layers[0])(name, 20, 1.0, 0.5, 1.0) for name in selected)
     whole = Selection(**{**vars_of(selection), "layers": layers})
     optimizer = SelectedAdamW(apply_selection(model, whole), lr=0.1, process_group=world)
     output = model.often(torch.ones(1, 4))
     if rank == 0:
         output = model.rare(output)
-    output.sum().backward()
+    if output.requires_grad:
+        output.sum().backward()
     optimizer.step()
     return model.rare.weight.detach()
 
@@ -258,11 +287,14 @@ def test_the_state_of_another_shard_or_number_of_processes_is_refused(both: list
 
 def test_wrong_averages_are_refused_loudly(both: list[dict[str, torch.Tensor]]) -> None:
     for found in both:
-        assert found["refused"].tolist() == [True] * 4
+        assert found["refused"].tolist() == [True] * 6
     assert not torch.equal(both[0]["alone/2.weight"], both[1]["alone/2.weight"])
 
 
-def test_a_tensor_that_one_process_did_not_use_stays_the_same_in_both(both: list[dict[str, torch.Tensor]]) -> None:
-    assert torch.equal(both[0]["rare"], both[1]["rare"])
+@pytest.mark.parametrize("kind", ["rare", "rare-alone"])
+def test_a_tensor_that_one_process_did_not_use_stays_the_same_in_both(
+    both: list[dict[str, torch.Tensor]], kind: str
+) -> None:
+    assert torch.equal(both[0][kind], both[1][kind])
     torch.manual_seed(0)
-    assert not torch.isclose(both[1]["rare"], Halves().rare.weight).any()
+    assert not torch.isclose(both[1][kind], Halves().rare.weight).any()

@@ -118,6 +118,21 @@ def test_numbers_that_have_no_gradient_are_not_selected() -> None:
     assert not selection.copies, "the integers are not trained"
 
 
+def test_complex_numbers_are_frozen_with_a_warning_and_released() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    for name in ("b", "c"):
+        model[name] = nn.Linear(8, 8, bias=False, dtype=torch.complex64)
+    selection = select(blueprint_of("a", "b"), budget=0.5, model=model)
+    with pytest.warns(UserWarning, match=r"complex numbers are not trained here, and frozen: b\.weight, c\.weight"):
+        apply_selection(model, selection)
+    assert trained(model, selection) == {"a.weight": 32, "a.bias": 4}
+    assert not model["b"].weight.requires_grad
+    assert not model["c"].weight.requires_grad
+    release_selection(model)
+    assert model["b"].weight.requires_grad
+    assert model["c"].weight.requires_grad
+
+
 def test_a_selection_made_without_the_model_leaves_frozen_tensors_and_says_so() -> None:
     model = Tied()
     model.embedding.weight.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import integration_utils
 
 from gradient_blueprints.client import Client
@@ -96,6 +108,45 @@ def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
     resumed = train(base, selection, tmp_path, resume=True)
     for expected, found in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+        lambda: GptOssForCausalLM(
+            GptOssConfig(
+                vocab_size=32,
+                hidden_size=32,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_local_experts=4,
+                layer_types=["full_attention"],
+            )
+        ),
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)),
+    ],
+    ids=["relative_attention_bias", "biases of experts, and sinks", "D"],
+)
+def test_what_decays_is_what_decays_in_the_trainer(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model = make()
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, weight_decay=0.1)
+    trainer = Trainer(model=model, args=arguments)
+    trainer.create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def decaying(optimizer: torch.optim.Optimizer) -> set[str]:
+        return {names[each] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+
+    layers = [{"id": name, "gradient_norm": 1.0} for name in names.values()]
+    blueprint = Blueprint.from_dict({"model_id": "tiny", "training_checkpoint": 1.0, "layers": layers})
+    given = trainer_arguments(model, select(blueprint, budget=1.0, model=model), arguments)
+    assert decaying(given["optimizers"][0]) == decaying(trainer.optimizer)
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries no types

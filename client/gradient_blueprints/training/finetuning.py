@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, cast, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import distributed, nn
@@ -18,6 +18,17 @@ from gradient_blueprints.training.selected_parameters import SelectedParameter, 
 from gradient_blueprints.training.selection.listed_tensors import release_selection, some
 
 __all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes", "release_selection"]
+
+_NOT_OF_A_GROUP = {
+    "max_norm",
+    "process_group",
+    "amsgrad",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+}
 
 
 class SelectedAdamW(torch.optim.Optimizer):
@@ -38,7 +49,8 @@ class SelectedAdamW(torch.optim.Optimizer):
     `torch.amp.GradScaler` is refused, for its unscaling needs `parameter.grad`; bfloat16 needs no scaler.
 
     `selected`: what `apply_selection` returns, or groups `{"params": [...], "weight_decay": 0.0}` of it.
-    Raises ConfigurationError for anything else, and for options that AdamW cannot have.
+    Raises ConfigurationError for anything else, for options that AdamW cannot have, and for a group's `max_norm`,
+    `process_group` and options of torch's AdamW that are not here; other members of a group are yours, and left alone.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
     gradients, and nothing else, are averaged over it in `step`; replicas that do not start equal, or train different
@@ -60,6 +72,11 @@ class SelectedAdamW(torch.optim.Optimizer):
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ConfigurationError(f"max_norm = {max_norm} has to be positive; None does not clip")
+        if not (process_group is None or process_group == "alone" or isinstance(process_group, ProcessGroup)):
+            raise ConfigurationError(
+                f"process_group = {process_group!r} is no process group: give torch.distributed.group.WORLD, of a "
+                "DeviceMesh mesh.get_group(), or 'alone' if each process trains a model of its own"
+            )
         self.selected: list[SelectedParameter] = []
         self.max_norm = max_norm
         self.process_group = process_group
@@ -70,26 +87,31 @@ class SelectedAdamW(torch.optim.Optimizer):
         self.largest_gradient_bytes = 0
         """Largest full gradient of one tensor seen; those that exist at one time are told above."""
         self._reached = False
-        """Whether a gradient was ever taken; loaded state proves nothing of that."""
+        """Whether a gradient was ever taken, in any process; loaded state proves nothing of that."""
         self._compared = False
         """Whether the replicas were found equal."""
         self._by_parameter: dict[nn.Parameter, SelectedParameter] = {}
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
         given = list(selected)
-        groups = [dict(group) for group in given if isinstance(group, Mapping)] or [{"params": given}]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if any(isinstance(each, Mapping) for each in given):
+            if not all(isinstance(each, Mapping) for each in given):
+                raise ConfigurationError('beside a group a selected parameter has to be in one: {"params": [...]}')
+            groups = [{**group, "params": list(group["params"])} for group in cast(list[Mapping[str, Any]], given)]
+        else:
+            groups = [{"params": given}]
+        if not any(group["params"] for group in groups):
+            raise ConfigurationError("SelectedAdamW was given nothing to train")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._check_groups(groups, defaults)  # all, before the first closes an older optimizer
+        super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more selected parameters, with options of their own."""
         entries: list[SelectedParameter] = list(param_group["params"])
-        if not all(isinstance(entry, SelectedParameter) for entry in entries):
-            raise ConfigurationError("SelectedAdamW takes what apply_selection(model, selection) returns")
-        _check_options(self.defaults | param_group)
+        self._check_groups([param_group | {"params": entries}], self.defaults)
         super().add_param_group(param_group | {"params": [entry.parameter for entry in entries]})
         for entry in entries:
-            if self.process_group is not None and entry.shard_group is not None:
-                raise ConfigurationError(f"{entry.name} is sharded, and so averaged already: leave process_group away")
             self.selected.append(entry)
             self._by_parameter[entry.parameter] = entry
             for older in readers_of(entry.parameter):
@@ -97,6 +119,25 @@ class SelectedAdamW(torch.optim.Optimizer):
                     older.close()
             hook = entry.parameter.register_post_accumulate_grad_hook(GradientHook(self._take_gradient))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._hooks.append(hook)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+        """ConfigurationError for what cannot be trained, before anything is changed."""
+        known = set(self._by_parameter)
+        for group in groups:
+            refused = sorted(group.keys() & _NOT_OF_A_GROUP)
+            if refused:
+                raise ConfigurationError(f"a group has no option {refused[0]}, but {', '.join(defaults)}")
+            _check_options({**defaults, **group})
+            for entry in group["params"]:
+                if not isinstance(entry, SelectedParameter):
+                    raise ConfigurationError("SelectedAdamW takes what apply_selection(model, selection) returns")
+                if entry.parameter in known:
+                    raise ConfigurationError(f"{entry.name} is given twice")
+                if self.process_group is not None and entry.shard_group is not None:
+                    raise ConfigurationError(
+                        f"{entry.name} is sharded, and so averaged already: leave process_group away"
+                    )
+                known.add(entry.parameter)
 
     def close(self) -> None:
         """Remove the hooks and drop the gradients; the model trains as any other again, and `step` refuses."""
@@ -130,8 +171,9 @@ class SelectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._average()
+        used = self._check_gradients()
+        if isinstance(self.process_group, ProcessGroup):
+            self._average(self.process_group, used)
         clip = self._clip_factor()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -151,49 +193,70 @@ class SelectedAdamW(torch.optim.Optimizer):
             "train in bfloat16, which needs no scaler (precision='bf16-mixed' in Lightning), and clip by max_norm"
         )
 
-    def _check_gradients(self) -> None:
-        """Refuse what would train silently on wrong gradients or on none."""
+    def _check_gradients(self) -> list[bool]:
+        """Which tensors have a gradient, in any of the processes.
+
+        Refuses, in all processes, what would train silently on wrong gradients or on none in one of them: if it alone
+        refused, the others would wait for it.
+        """
+        refusal = self._refusal()
+        used = [entry.parameter in self._gradients for entry in self.selected]
+        if isinstance(self.process_group, ProcessGroup):
+            group, device = self.process_group, self.selected[0].parameter.device
+            if not self._compared:
+                self._compare_selections(group, device)
+                self._compare_replicas(group, device)
+            flags = torch.tensor([*used, self._reached, refusal is not None], device=device).int()
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX, group)
+            *used, self._reached, refused = flags.bool().tolist()
+            if refused and refusal is None:
+                refusal = "another process refuses this step; its error says why"
+        if refusal is None and not self._reached:
+            refusal = "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
+        if refusal is not None:
+            raise ConfigurationError(refusal)
+        return used
+
+    def _refusal(self) -> str | None:
+        """What is wrong in this process."""
         if not self._hooks:
-            raise ConfigurationError("this optimizer is closed: close() was called, or a newer one trains the model")
+            return "this optimizer is closed: close() was called, or a newer one trains the model"
+        replaced = [
+            entry.name for entry in self.selected if entry.parameter not in self._gradients and entry.is_replaced
+        ]
+        if replaced:
+            return (
+                f"the model has other tensors now than the optimizer trains: {some(replaced)}. After what replaces "
+                "tensors, such as load_state_dict(..., assign=True) or to_empty, call apply_selection and make a new "
+                "optimizer"
+            )
         if any(entry.parameter.grad is not None for entry in self.selected):
-            raise ConfigurationError(
+            return (
                 "whole gradients were put on the parameters after their hooks: a wrapper such as "
                 "DistributedDataParallel keeps them. Train the model without it and give process_group. Where "
                 "get_optimizer_state_dict put them there, save optimizer.state_dict() instead."
             )
-        if not self._reached:
-            raise ConfigurationError(
-                "no gradient has reached the optimizer: was the model wrapped or replaced after apply_selection?"
-            )
         if not self._gradients and not any(entry.parameter.requires_grad for entry in self.selected):
-            raise ConfigurationError(
+            return (
                 "all that this optimizer trains was frozen after apply_selection, as by peft, which adds an adapter: "
                 "train either the selection or the adapter"
             )
         if self.process_group is None and any(entry.shard_group is None for entry in self.selected):
             several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
             if several:
-                raise ConfigurationError(
+                return (
                     "several processes train and nobody averages their gradients: give process_group="
                     "torch.distributed.group.WORLD, or 'alone' if each trains a model of its own"
                 )
+        return None
 
-    def _average(self) -> None:
+    def _average(self, group: ProcessGroup, used: Sequence[bool]) -> None:
         """Mean over the processes; a tensor that some of them did not use counts as zero there.
 
         Each gradient is sent from its own device, so a tensor's device has to be the same kind in every process.
         """
-        group = self.process_group
-        if not isinstance(group, ProcessGroup):
-            return
-        device = self.selected[0].parameter.device
-        if not self._compared:
-            self._compare_selections(group, device)
-            self._compare_replicas(group, device)
-        used = torch.tensor([entry.parameter in self._gradients for entry in self.selected], device=device).int()
-        distributed.all_reduce(used, distributed.ReduceOp.MAX, group)
         sending = []
-        for entry, is_used in zip(self.selected, used.tolist(), strict=True):
+        for entry, is_used in zip(self.selected, used, strict=True):
             if is_used:
                 if entry.parameter not in self._gradients:
                     zeros = torch.zeros_like(
@@ -244,7 +307,10 @@ class SelectedAdamW(torch.optim.Optimizer):
         if self.max_norm is None:
             return 1.0
         self.last_norm = self._global_norm()
-        return min(1.0, self.max_norm / (self.last_norm + 1e-6))  # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+        if self.max_norm == math.inf:
+            return 1.0
+        factor = self.max_norm / (self.last_norm + 1e-6)  # 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+        return min(factor, 1.0)  # min() would make 1 of NaN, and take an unclipped step
 
     def _global_norm(self) -> float:
         """Of all selected gradients, those of other processes' shards included."""
@@ -296,6 +362,13 @@ class SelectedAdamW(torch.optim.Optimizer):
         indices = sum(entry.indices.nbytes for entry in self.selected if entry.indices is not None)
         return optimizer_bytes(self) + indices
 
+    def __getstate__(self) -> NoReturn:
+        """Asked for by copy.deepcopy and pickle: a copy would have the state, and no hooks on a model's tensors."""
+        raise ConfigurationError(
+            "a SelectedAdamW cannot be copied or pickled, for it belongs to the tensors of its model: make another one "
+            "by apply_selection, and give it what state_dict() returned"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """State by tensor name, with a digest of what is selected of it; the selection is saved on its own.
 
@@ -339,6 +412,13 @@ class SelectedAdamW(torch.optim.Optimizer):
             raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
         if len(state_dict["param_groups"]) != len(self.param_groups):
             raise ConfigurationError("the state has another number of parameter groups")
+        for name, saved in state_dict["state"].items():
+            for value in saved.values():
+                if isinstance(value, torch.Tensor) and value.numel() != entries[name].selected:
+                    raise ConfigurationError(
+                        f"the state is of a tensor of another size: of {name} it holds {value.numel():,} coordinates, "
+                        f"and {entries[name].selected:,} are trained here"
+                    )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self.state.clear()

@@ -36,6 +36,14 @@ class SelectedParameter:
     """The processes over which the tensor is sharded (FSDP2)."""
     of_all_shards: int | None = None
     """Coordinates that are trained in all of them together; None where the tensor is whole."""
+    module: nn.Module | None = None
+    """The module that has the tensor under the last part of its name; None where it may put others in its place."""
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the module has another tensor now, which nobody trains."""
+        now = None if self.module is None else self.module._parameters.get(self.name.rpartition(".")[2])
+        return now is not None and now is not self.parameter
 
     @property
     def selected(self) -> int:
@@ -60,7 +68,10 @@ class SelectedParameter:
         if self.indices is None:
             weights.copy_(values.view_as(weights))
         else:
-            weights.view(-1, self.width)[self._index_on(weights.device)] = values.to(weights.dtype)
+            parts = weights.reshape(-1, self.width)
+            parts[self._index_on(weights.device)] = values.to(weights.dtype)
+            if not weights.is_contiguous():  # then `parts` is a copy, as with channels_last
+                weights.copy_(parts.view_as(weights))
 
     def _index_on(self, device: torch.device) -> torch.Tensor:
         """The indices, which follow a model that was moved after the selection was applied."""
@@ -79,18 +90,21 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
 
     What you froze stays frozen; what an earlier selection froze is free again. To freeze more after a selection, call
     `release_selection` first. Warns of tensors that the selection names and you froze, of those that the blueprint does
-    not list, which are frozen too (a new head: see `also_train` of `select`), and of layers of another size than the
-    selection was made for, where chosen coordinates may be others. Raises ConfigurationError when the selection names
-    nothing of this model, for a model with adapters of peft, and where some tensors were frozen or set free since the
-    last selection.
+    not list, which are frozen too (a new head: see `also_train` of `select`), of complex ones, which are frozen, and of
+    layers of another size than the selection was made for, where chosen coordinates may be others. Raises
+    ConfigurationError when the selection names nothing of this model, for a model with adapters of peft, and where some
+    tensors were frozen or set free since the last selection.
     """
     layers = {layer.id for layer in selection.layers}
     fixed = kept_fixed(model)
     chosen: dict[str, SelectedParameter] = {}
-    unlisted, refused = [], []
+    unlisted, refused, complex_numbers = [], [], []
     sizes: dict[str, int] = {}
     for names, parameter in tied_names(model):
         name, found = names[0], listing(names, layers)
+        if parameter.is_complex() and parameter.requires_grad:
+            complex_numbers.append(name)
+            continue
         if found is None:
             unlisted.append(name)
             continue
@@ -101,7 +115,7 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
         if name in fixed:
             refused.append(name)
         else:
-            chosen[name] = _on_this_process(name, parameter, units)
+            chosen[name] = _on_this_process(model, name, parameter, units)
     if not chosen:
         why = "all of it is frozen" if refused else "are its tensors named otherwise?"
         raise ConfigurationError(f"the selection for {selection.model_id} selects nothing in this model: {why}")
@@ -121,7 +135,12 @@ def apply_selection(model: nn.Module, selection: Selection) -> list[SelectedPara
         )
     if refused:
         warnings.warn(f"selected, but frozen before and left so: {some(refused)}", stacklevel=2)
-    freeze(model, chosen.keys(), fixed)
+    if complex_numbers:
+        warnings.warn(
+            f"complex numbers are not trained here, and frozen: {some(complex_numbers)}",
+            stacklevel=2,
+        )
+    freeze(model, chosen.keys())
     return list(chosen.values())
 
 
@@ -130,10 +149,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _on_this_process(name: str, parameter: nn.Parameter, units: Units) -> SelectedParameter:
+def _on_this_process(model: nn.Module, name: str, parameter: nn.Parameter, units: Units) -> SelectedParameter:
     indices, held = units.indices, local(parameter)
-    if indices is not None and not held.is_contiguous():
-        raise ConfigurationError(f"{name} is not contiguous in memory: its coordinates cannot be updated in place")
     group = of_all = None
     if isinstance(parameter, DTensor):
         group = _shard_group(name, parameter)
@@ -147,7 +164,9 @@ def _on_this_process(name: str, parameter: nn.Parameter, units: Units) -> Select
             indices = indices[start:end] - first
     dtype = torch.int32 if held.numel() <= INT32_ENTRIES else torch.int64
     on_device = None if indices is None else torch.tensor(indices, dtype=dtype, device=held.device)
-    return SelectedParameter(name, parameter, on_device, units.width, group, of_all)
+    # FSDP itself puts the whole tensor in the shard's place, and may leave it there
+    module = None if isinstance(parameter, DTensor) else model.get_submodule(name.rpartition(".")[0])
+    return SelectedParameter(name, parameter, on_device, units.width, group, of_all, module)
 
 
 def _shard_group(name: str, parameter: DTensor) -> ProcessGroup | None:

@@ -52,9 +52,9 @@ def trainer_arguments(
 
     >>> trainer = Trainer(model, arguments, **trainer_arguments(model, selection, arguments))      # doctest: +SKIP
 
-    Learning rate, betas, epsilon and decay are those of `arguments`; as in the Trainer vectors (biases, norms) do not
-    decay. Clipping is the optimizer's, since the Trainer's finds no gradients. To resume, apply the same selection
-    again: its state is in the checkpoint, and that of another selection is refused.
+    Learning rate, betas, epsilon and decay are those of `arguments`; what decays is as in the Trainer, which leaves
+    biases and norms out by their names. Clipping is the optimizer's, since the Trainer's finds no gradients. To resume,
+    apply the same selection again: its state is in the checkpoint, and that of another selection is refused.
 
     Several processes (`torchrun`, `accelerate launch`) hold replicas and take a `SelectionTrainer`. Raises
     ConfigurationError for FSDP and DeepSpeed, which shard the model after the optimizer has been made for it, and for
@@ -73,11 +73,13 @@ def trainer_arguments(
             "bf16=True, which needs no scaling."
         )
     selected = apply_selection(model, selection)
-    matrices = [entry for entry in selected if entry.parameter.dim() > 1]
-    vectors = [entry for entry in selected if entry.parameter.dim() <= 1]
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # asks nothing of the trainer, which is not yet made
     groups = [
         {"params": entries, "weight_decay": decay}
-        for entries, decay in ((matrices, arguments.weight_decay), (vectors, 0.0))
+        for entries, decay in (
+            ([entry for entry in selected if entry.name in decaying], arguments.weight_decay),
+            ([entry for entry in selected if entry.name not in decaying], 0.0),
+        )
         if entries
     ]
     optimizer = SelectedAdamW(

@@ -138,9 +138,14 @@ def kept_fixed(model: nn.Module) -> set[str]:
     }
 
 
-def freeze(model: nn.Module, chosen: Set[str], fixed: Set[str]) -> None:
-    """Train the chosen tensors; freeze the others until another selection has them. What is fixed stays so."""
-    free = [(name, parameter) for name, parameter in model.named_parameters() if name not in fixed]
+def freeze(model: nn.Module, chosen: Set[str]) -> None:
+    """Train the chosen tensors; freeze the others until another selection has them. What its owner froze stays so."""
+    by_selection = _frozen_by_selection(model)
+    free = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name in by_selection
+    ]
     for name, parameter in free:
         parameter.requires_grad_(name in chosen)
     setattr(model, _LEFT, (frozenset(chosen), frozenset(name for name, _ in free if name not in chosen)))
