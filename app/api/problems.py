@@ -112,16 +112,14 @@ def _possible_methods(request: Request) -> Iterator[str]:
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     """Locations begin with where the value stood: body (then a JSON pointer), path, query or header."""
     assert isinstance(error, RequestValidationError)
-    faults = [
-        dict(fault) | {"loc": fault["loc"][1:] if fault["loc"][0] == "body" else fault["loc"]}
-        for fault in error.errors()
-    ]
-    for fault in faults:
-        if fault["type"] == "json_invalid":  # its location is a count of characters
-            told = f"The body is not JSON that can be read: {fault['ctx']['error']} at character {fault['loc'][0]}."
-            return render(MalformedRequest(told), _request_id(request))
+    first, *_ = faults = error.errors()
+    if first["type"] == "json_invalid":  # the only one, and its location is a count of characters
+        told = f"The body is not JSON that can be read: {first['ctx']['error']} at character {first['loc'][-1]}."
+        return render(MalformedRequest(told), _request_id(request))
     return render(
-        InvalidRequest("The request is not valid; errors[] names the places.", errors=places_of(faults)),
+        InvalidRequest(
+            "The request is not valid; errors[] names the places.", errors=places_of(faults, above=("body",))
+        ),
         _request_id(request),
     )
 

@@ -73,19 +73,20 @@ def _places_in(invalid: ValidationError) -> list[ErrorPlace]:
     return places_of(invalid.errors(include_url=False, include_input=False))
 
 
-def places_of(faults: Sequence[Mapping[str, Any]]) -> list[ErrorPlace]:
-    """The first of pydantic's faults, their locations as JSON pointers (RFC 6901)."""
+def places_of(faults: Sequence[Mapping[str, Any]], above: tuple[str, ...] = ()) -> list[ErrorPlace]:
+    """The first of pydantic's faults, their locations as JSON pointers (RFC 6901) from below `above` on."""
+    faults = faults[: 10 * _MOST_PLACES]
     within = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
     places: list[ErrorPlace] = []
     for fault in faults:
-        if fault["type"] == "too_short" and fault["loc"] in within:
+        location = fault["loc"]
+        if fault["type"] == "too_short" and location in within:
             continue  # only because the faulty members do not count
-        pointer = "".join(f"/{escaped_in_pointer(part)}" for part in fault["loc"])
+        parts = location[len(above) :] if location[: len(above)] == above else location
+        pointer = "".join(f"/{escaped_in_pointer(part)}" for part in parts)
         pointer += str(fault.get("ctx", {}).get("pointer", ""))  # a validator of a whole list names the member
         places.append({"pointer": pointer, "code": fault["type"], "detail": fault["msg"]})
-        if len(places) == _MOST_PLACES:
-            break
-    return places
+    return places[:_MOST_PLACES]
 
 
 def _refuse_unstorable(plain: dict[str, Any]) -> None:

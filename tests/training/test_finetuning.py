@@ -337,7 +337,8 @@ def test_groups_that_would_train_otherwise_than_they_say_are_refused_before_an_o
 ) -> None:
     model = make_model()
     selected = apply_selection(model, make_selection())
-    older = SelectedAdamW([{"params": sorted(selected, key=lambda entry: entry.name), "name": "of mine"}])
+    own: dict[str, Any] = {"params": sorted(selected, key=lambda entry: entry.name), "name": "of mine"}
+    older = SelectedAdamW([own])
     with pytest.raises(ConfigurationError, match=why):
         SelectedAdamW(make_groups(older.selected))
     backward(model, batches_for(model, 1)[0])

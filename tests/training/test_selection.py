@@ -587,6 +587,15 @@ def test_a_criterion_that_is_no_size_is_refused(value: float) -> None:
         select(PUBLISHED, unit="layer", criterion=lambda layer: value if layer.id == "b" else 1.0)
 
 
+def test_a_file_that_is_no_selection_is_named(tmp_path: Path) -> None:
+    file = select(PUBLISHED, seed=3).save(tmp_path / "selection.safetensors")
+    whole = file.read_bytes()
+    for content in (b"hello world, no safetensors", whole[:-40], whole.replace(b"copies", b"copied")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"selection\.safetensors holds no whole selection"):
+            Selection.load(file)
+
+
 def test_numbers_of_numpy_and_torch_are_taken_and_saved(tmp_path: Path) -> None:
     selection = select(PUBLISHED, criterion=lambda layer: torch.tensor(2.5), seed=np.int64(3))  # type: ignore[arg-type, return-value]
     assert Selection.load(selection.save(tmp_path / "selection.safetensors")).layers == selection.layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gradient_blueprints.allocation import BYTES_PER_DENSE_PARAMETER, bytes_each, count
@@ -223,14 +224,17 @@ class Selection:
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
-        """Read what `save` wrote."""
-        with safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get("selection", "{}"))
-            if header.pop("format", None) != SELECTION_FORMAT:
-                raise ConfigurationError(f"{path} holds no selection, or one of another version of this package")
-            parts = {name: unpack(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-        header["layers"] = tuple(SelectedLayer(**layer) for layer in header["layers"])
-        return cls(**header, parts=parts)
+        """Read what `save` wrote; ConfigurationError when the file holds no whole selection."""
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {}).get("selection", "{}"))
+                if header.pop("format", None) != SELECTION_FORMAT:
+                    raise ConfigurationError(f"{path} holds no selection, or one of another version of this package")
+                parts = {name: unpack(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
+            header["layers"] = tuple(SelectedLayer(**layer) for layer in header["layers"])
+            return cls(**header, parts=parts)
+        except (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path} holds no whole selection: {error}") from error
 
 
 _HEADER = (
