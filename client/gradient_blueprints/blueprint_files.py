@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -33,8 +33,10 @@ def read_blueprint(path: str | Path) -> Blueprint:
         raise ConfigurationError(f"{place} is not a blueprint: {where}: {fault['msg']}.") from None
 
 
-def table_of_files(paths: Iterable[str | Path]) -> Iterator[TableRow]:
-    """The rows of all files, in their order; a document that is there twice counts once.
+def table_of_files(
+    paths: Iterable[str | Path], wanted: Callable[[Blueprint], bool] = lambda blueprint: True
+) -> Iterator[TableRow]:
+    """The rows of all files that are wanted, in their order; a document that is there twice counts once.
 
     Where the keys (model, checkpoint, layer) of two documents collide both rows are kept and flagged. One document is
     held at a time, and the keys of all.
@@ -44,7 +46,7 @@ def table_of_files(paths: Iterable[str | Path]) -> Iterator[TableRow]:
     first: dict[str, str | Path] = {}
     for path in files:
         blueprint = read_blueprint(path)
-        if first.setdefault(blueprint.digest, path) == path:
+        if wanted(blueprint) and first.setdefault(blueprint.digest, path) == path:
             keys.update((blueprint.model_id, blueprint.training_checkpoint, layer.id) for layer in blueprint.layers)
     for path in first.values():
         blueprint = read_blueprint(path)

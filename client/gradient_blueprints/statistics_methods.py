@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,6 +29,7 @@ from gradient_blueprints.statistics_models import (
     Aggregation,
     Consensus,
     Course,
+    Criteria,
     Evidence,
     EvidencePage,
     EvidenceSummary,
@@ -66,28 +67,23 @@ class StatisticsMethods(Connected):
     ) -> Stream[TableRow]:
         """Every layer of the blueprints selected, as rows of one table (the paper's Appendix A.2).
 
-        Rows come as they are read: neither side holds the table. `files` are added to what the registry holds, or
-        stand alone, and then no registry is asked. Where two blueprints have a row of the same model, checkpoint and
-        layer both come, with `collision` True.
+        Rows come as they are read: neither side holds the table. `files` are added to what the registry holds, each
+        that fits `models`, the checkpoints and `tags`; labs, versions and digests are the registry's alone. Without
+        models, labs, versions and digests the files stand alone, and no registry is asked. Where two blueprints have a
+        row of the same model, checkpoint and layer both come, with `collision` True.
 
             for row in client.aggregate_blueprints("foundation-7b", versions="all"):
                 print(row.key, row.lab, row.layer.gradient_norm, row.collision)
         """
-        local: list[TableRow] = yield Work(lambda: list(table_of_files(files)))
+        narrowing = _narrowing(models, checkpoints, (from_checkpoint, to_checkpoint), tags)
+        criteria = built(Criteria, **narrowing)
+        places = tuple(files)
+        local: list[TableRow] = yield Work(lambda: list(table_of_files(places, criteria.hold_for)))
         keys = {row.key for row in local}
         colliding: set[tuple[str, float, str]] = set()
         known: set[str] = set()
-        if models or labs or digests or not local:
-            wanted = _selection(
-                AggregateResult.TABLE,
-                models,
-                checkpoints,
-                (from_checkpoint, to_checkpoint),
-                versions,
-                labs,
-                tags,
-                digests,
-            )
+        if criteria.models or labs or digests or versions != "newest" or not places:
+            wanted = _selection(AggregateResult.TABLE, narrowing, versions, labs, digests)
             in_files = {row.digest for row in local}
             among_files = {row.key for row in local if row.collision}
 
@@ -122,11 +118,8 @@ class StatisticsMethods(Connected):
         for consensus in client.consensus_blueprints("foundation-7b"):
             consensus.kendall_w, consensus.layers[0].gradient_norm, consensus.layers[0].spread
         """
-        between = (from_checkpoint, to_checkpoint)
-        yield from self._lines(
-            Consensus,
-            _selection(AggregateResult.CONSENSUS, models, checkpoints, between, versions, labs, tags, digests),
-        )
+        narrowing = _narrowing(models, checkpoints, (from_checkpoint, to_checkpoint), tags)
+        yield from self._lines(Consensus, _selection(AggregateResult.CONSENSUS, narrowing, versions, labs, digests))
 
     @listing
     def training_courses(
@@ -142,10 +135,8 @@ class StatisticsMethods(Connected):
         digests: Names = (),
     ) -> Stream[Course]:
         """Per model, each layer from checkpoint to checkpoint: its norm, its rank, what rises and what falls."""
-        between = (from_checkpoint, to_checkpoint)
-        yield from self._lines(
-            Course, _selection(AggregateResult.COURSE, models, checkpoints, between, versions, labs, tags, digests)
-        )
+        narrowing = _narrowing(models, checkpoints, (from_checkpoint, to_checkpoint), tags)
+        yield from self._lines(Course, _selection(AggregateResult.COURSE, narrowing, versions, labs, digests))
 
     def _lines(
         self, kind: type[Item], wanted: Aggregation, marked: Callable[[Item], Item] = lambda item: item
@@ -248,27 +239,32 @@ def _parsed(kind: type[Item], line: bytes, answer: Answer) -> Item:
         raise answer.unexpected(f"with a line that is no {kind.__name__}: {fault['msg']}") from None
 
 
-def _selection(
-    result: AggregateResult,
+def _narrowing(
     models: Names,
     checkpoints: Iterable[Checkpointish],
     between: tuple[Checkpointish | None, Checkpointish | None],
-    versions: Versions,
-    labs: Names,
     tags: Names,
-    digests: Names,
-) -> Aggregation:
+) -> dict[str, Any]:
+    """The values of Criteria."""
     earliest, latest = (None if end is None else float(checkpoint_text(end)) for end in between)
+    return {
+        "models": _names(models),
+        "checkpoints": tuple(float(checkpoint_text(checkpoint)) for checkpoint in checkpoints),
+        "from_checkpoint": earliest,
+        "to_checkpoint": latest,
+        "tags": _names(tags),
+    }
+
+
+def _selection(
+    result: AggregateResult, narrowing: Mapping[str, Any], versions: Versions, labs: Names, digests: Names
+) -> Aggregation:
     return built(
         Aggregation,
+        **narrowing,
         result=result,
-        models=_names(models),
-        checkpoints=tuple(float(checkpoint_text(checkpoint)) for checkpoint in checkpoints),
-        from_checkpoint=earliest,
-        to_checkpoint=latest,
         versions=versions if isinstance(versions, str) else tuple(versions),
         labs=_names(labs),
-        tags=_names(tags),
         digests=_names(digests),
     )
 

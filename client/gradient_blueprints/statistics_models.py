@@ -46,33 +46,56 @@ class AggregateResult(StrEnum):
     COURSE = "course"
 
 
-class Aggregation(Wire):
+class Criteria(Wire):
+    """What narrows an aggregation, and may be asked of a file too: models AND checkpoints AND tags."""
+
+    models: Annotated[tuple[ModelId, ...], Field(max_length=1_000)] = ()
+    checkpoints: Annotated[tuple[Checkpoint, ...], Field(max_length=1_000)] = ()
+    from_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or later")
+    to_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or earlier")
+    tags: Annotated[tuple[Tag, ...], Field(max_length=100)] = Field(
+        (), description="only blueprints with a weight for one of these domains"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        low, high = self.from_checkpoint, self.to_checkpoint
+        if low is not None and high is not None and low > high:
+            raise PydanticCustomError("interval_order", "from_checkpoint lies after to_checkpoint")
+        return self
+
+    def hold_for(self, blueprint: Blueprint) -> bool:
+        """Whether the registry would take it, were it there."""
+        low, high, checkpoint = self.from_checkpoint, self.to_checkpoint, blueprint.training_checkpoint
+        return (
+            (not self.models or blueprint.model_id in self.models)
+            and (not self.checkpoints or checkpoint in self.checkpoints)
+            and (low is None or checkpoint >= low)
+            and (high is None or checkpoint <= high)
+            and (
+                not self.tags
+                or any(tag in (layer.domain_tags or ()) for layer in blueprint.layers for tag in self.tags)
+            )
+        )
+
+
+class Aggregation(Criteria):
     """Which blueprints, and what to make of them. At least one of models, labs and digests is named.
 
     The criteria narrow each other: models AND checkpoints AND labs AND tags; `digests` are added to what they find.
     """
 
     result: AggregateResult = AggregateResult.TABLE
-    models: Annotated[tuple[ModelId, ...], Field(max_length=1_000)] = ()
-    checkpoints: Annotated[tuple[Checkpoint, ...], Field(max_length=1_000)] = ()
-    from_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or later")
-    to_checkpoint: Checkpoint | None = Field(None, description="at this checkpoint or earlier")
     versions: Literal["newest", "all"] | tuple[Annotated[int, Field(strict=True, ge=1, lt=2**31)], ...] = Field(
         "newest", description="each lab's newest that is not yanked, all that are not yanked, or these numbers"
     )
     labs: Annotated[tuple[LabName, ...], Field(max_length=1_000)] = ()
-    tags: Annotated[tuple[Tag, ...], Field(max_length=100)] = Field(
-        (), description="only blueprints with a weight for one of these domains"
-    )
     digests: Annotated[tuple[Digest, ...], Field(max_length=10_000)] = ()
 
     @model_validator(mode="after")
     def _names_something(self) -> Self:
         if not (self.models or self.labs or self.digests):
             raise PydanticCustomError("empty_selection", "name at least one of models, labs and digests")
-        low, high = self.from_checkpoint, self.to_checkpoint
-        if low is not None and high is not None and low > high:
-            raise PydanticCustomError("interval_order", "from_checkpoint lies after to_checkpoint")
         return self
 
 

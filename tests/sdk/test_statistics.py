@@ -96,6 +96,37 @@ async def test_rows_that_the_papers_function_overwrites_are_both_there_and_flagg
     assert len(told) == 7  # the published file itself is there once
 
 
+async def test_files_are_narrowed_as_the_registry_narrows(
+    connect: Connect, lab_a: Any, files: list[Path], tmp_path: Path
+) -> None:
+    tagged = blueprint_document("org/other", 0.9)
+    tagged["layers"][1]["domain_tags"] = {"code": 0.0}
+    files.append(tmp_path / "tagged.json")
+    files[-1].write_text(json.dumps(tagged))
+    for path in files:
+        await lab_a.publish_blueprint(path)
+    offline = connect("http://127.0.0.1:9", offline=True)
+    models = ("foundation-7b", "org/other")
+    for narrowed in (
+        {"models": "org/other"},
+        {"checkpoints": ["0.8", 0.9]},
+        {"from_checkpoint": 0.8, "to_checkpoint": 0.9},
+        {"tags": ["code", "nothing"]},
+        {"checkpoints": [0.1]},
+    ):
+        told = [row.key for row in await lab_a.aggregate_blueprints(**{"models": models, **narrowed})]
+        both = [row.key for row in await lab_a.aggregate_blueprints(**{"models": models, **narrowed}, files=files)]
+        assert both == told, narrowed
+        if "models" not in narrowed:
+            alone = await offline.aggregate_blueprints(**narrowed, files=files)
+            assert sorted(row.key for row in alone) == sorted(told), narrowed
+    with pytest.raises(ConfigurationError, match="from_checkpoint lies after"):
+        await offline.aggregate_blueprints(files=files, from_checkpoint=0.9, to_checkpoint=0.8)
+    for versions in ("all", [1]):  # a file has none
+        with pytest.raises(ConfigurationError, match="at least one of models, labs and digests"):
+            await offline.aggregate_blueprints(files=files, versions=versions)
+
+
 def test_a_file_given_twice_counts_once(files: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     copy.write_text(files[0].read_text() + "\n")
