@@ -140,7 +140,7 @@ def fetch(
     model: ModelArgument,
     checkpoint: CheckpointArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the document to this file")] = None,
-    csv: Annotated[bool, typer.Option("--csv", help="as CSV instead of JSON")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="as CSV instead of JSON, as to a file .csv")] = False,
     version: Annotated[int | None, typer.Option(min=1, help="this version instead of the newest")] = None,
     digest: Annotated[str | None, typer.Option(help="the one with this digest")] = None,
     lab: LabOption = None,
@@ -148,11 +148,14 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a blueprint: to a file, as CSV or JSON to the output, or as a table of its largest layers."""
+    if csv and as_json and output is None:
+        raise typer.BadParameter("the output is CSV or JSON, not both", param_hint="--csv")
     with _registry(context) as client:
         blueprint = client.fetch_blueprint(model, checkpoint, version=version, digest=digest, lab=lab, nearest=nearest)
     if output is not None:
+        table = csv or output.suffix.lower() == ".csv"
         # newline="": a CSV table has its own line ends
-        output.write_text(blueprint.to_csv() if csv else blueprint.to_json() + "\n", encoding="utf-8", newline="")
+        output.write_text(blueprint.to_csv() if table else blueprint.to_json() + "\n", encoding="utf-8", newline="")
         if as_json:
             _print_json({"file": str(output), **_identity(blueprint)})
         else:
@@ -231,6 +234,8 @@ def versions(
     as_json: AsJson = False,
 ) -> None:
     """List the versions at a checkpoint, newest first, or the checkpoints of a model."""
+    if checkpoint is None and lab is not None:
+        raise typer.BadParameter("a lab has versions at a checkpoint: name the CHECKPOINT too", param_hint="--lab")
     with _registry(context) as client:
         if checkpoint is None:
             checkpoints = list(client.list_checkpoints(model, limit=limit))
@@ -393,6 +398,8 @@ def aggregate(
     as_json: Annotated[bool, typer.Option("--json", help="print NDJSON, a line as it comes")] = False,
 ) -> None:
     """Combine blueprints of many labs, checkpoints and versions."""
+    if every and version:
+        raise typer.BadParameter("these versions or --all, not both", param_hint="--version")
     if output is not None and result is not AggregateResult.CONSENSUS:
         raise typer.BadParameter("only a consensus is a blueprint: add --result consensus", param_hint="--output")
     if file and result is not AggregateResult.TABLE:
@@ -690,6 +697,8 @@ def submit(
         domain, equals, path = item.partition("=")
         if not (domain and equals and path):
             raise typer.BadParameter(f"{item!r} is not DOMAIN=PATH", param_hint="--data")
+        if domain in texts:
+            raise typer.BadParameter(f"{domain} is given twice: join its texts in one file", param_hint="--data")
         texts[domain] = path
     options: dict[str, Any] = {"batches": batches, "batch_size": batch_size, "sequence_length": sequence_length}
     options |= {"seed": seed, "shards": shards}
@@ -842,7 +851,7 @@ def runs(
     context: typer.Context,
     task: Annotated[str | None, typer.Argument(metavar="[TASK]")] = None,
     model: Annotated[str | None, typer.Option(help="only of this model")] = None,
-    lab: LabOption = None,
+    lab: Annotated[str | None, typer.Option(help="only of this lab")] = None,
     limit: LimitOption = None,
     as_json: AsJson = False,
 ) -> None:

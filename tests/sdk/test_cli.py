@@ -73,7 +73,7 @@ def test_a_blueprint_goes_up_and_comes_down(blueprints: Run, tmp_path: Path) -> 
 
     assert "out.json: <Blueprint foundation-7b" in blueprints("fetch", "foundation-7b", "0.8", "-o", "out.json").stdout
     assert json.loads((tmp_path / "out.json").read_text()) == PAPER_EXAMPLE
-    blueprints("fetch", "foundation-7b", "0.80", "-o", "out.csv", "--csv", "--version", 1)
+    blueprints("fetch", "foundation-7b", "0.80", "-o", "out.csv", "--version", 1)
     assert Blueprint.from_csv((tmp_path / "out.csv").read_bytes().decode()) == Blueprint.from_dict(PAPER_EXAMPLE)
     assert json.loads(blueprints("fetch", "foundation-7b", "0.8", "--json").stdout) == PAPER_EXAMPLE
     assert "attn.0" in blueprints("fetch", "foundation-7b", "0.8").stdout
@@ -170,7 +170,11 @@ def test_errors_go_to_stderr_and_tell_what_to_do(blueprints: Run, tmp_path: Path
         ("fetch", "tiny", "seven"),
         ("publish", "no-such-file.json"),
         ("submit", "tiny", "0.8", "--source", "/d", "--data", "no-equals-sign"),
+        ("submit", "tiny", "0.8", "--source", "/d", "--data", "general=/a", "--data", "general=/b"),
         ("jobs", "--state", "sleeping"),
+        ("versions", "tiny", "--lab", "nobody"),
+        ("aggregate", "tiny", "--version", "1", "--all"),
+        ("fetch", "tiny", "0.8", "--json", "--csv"),
         ("--url", "ftp://registry", "list"),
         ("--url", "http://registry:8000x", "list"),
     ],
