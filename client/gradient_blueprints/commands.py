@@ -774,7 +774,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
 
 
 def _draw(events: Iterable[JobEvent]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     events = iter(events)
     first = list(islice(events, 1))  # an unknown job is refused here, before there is a bar
     with Progress(*columns, console=_out()) as bar:
@@ -899,7 +899,7 @@ def send_run(
 
 
 def _out() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDEST)
+    return Console(width=None if sys.stdout.isatty() else WIDEST, emoji=False)  # a:key:b stays as it is
 
 
 def _say(text: str) -> None:

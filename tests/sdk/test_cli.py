@@ -99,6 +99,17 @@ def test_what_there_is_is_listed_for_people_and_for_programs(blueprints: Run, tm
     assert json.loads(blueprints("compare", "tiny", "0.8@1", "0.8@2", "--json").stdout)["matched"] == 3
 
 
+def test_what_others_wrote_is_shown_as_it_is(blueprints: Run, tmp_path: Path) -> None:
+    document = blueprint_document()
+    document["layers"][0]["id"] = "[red]a:key:b[/]"
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    blueprints("publish", "b.json")
+    assert "[red]a:key:b[/]" in blueprints("fetch", "tiny", "0.8").stdout
+    reason = "bug :fire: [bold]x[/y]"
+    assert blueprints("yank", "tiny", "0.8", "1", "--reason", reason).stdout.endswith(f"is yanked: {reason}\n")
+    assert reason in blueprints("versions", "tiny", "0.8").stdout
+
+
 def test_an_alias_is_set_listed_and_deleted(blueprints: Run, tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(blueprint_document()))
     blueprints("publish", "b.json")
@@ -118,7 +129,7 @@ def test_a_job_is_submitted_watched_listed_and_cancelled(blueprints: Run, server
         with Client(server.url, api_key=server.key("worker", Scope.WORK), cache=False) as worker:
             token = worker.claim_job(job["id"]).lease_token
             for done in range(2):
-                worker.heartbeat_job(job["id"], token, Progress(phase="profiling", done=done, total=2))
+                worker.heartbeat_job(job["id"], token, Progress(phase="profiling [/b]", done=done, total=2))
                 time.sleep(0.2)
             worker.finish_job(job["id"], token, Blueprint.from_dict(blueprint_document()))
 
@@ -182,6 +193,11 @@ def test_errors_go_to_stderr_and_tell_what_to_do(blueprints: Run, tmp_path: Path
 def test_a_wrong_call_exits_2(blueprints: Run, arguments: tuple[str, ...]) -> None:
     done = blueprints(*arguments, code=2)
     assert done.stderr
+
+
+def test_runs_do_not_offer_any_lab(blueprints: Run) -> None:
+    assert "only of this lab" in blueprints("runs", "--help").stdout  # the registry takes no * there
+    assert "* for any" in blueprints("versions", "--help").stdout
 
 
 def test_every_command_speaks_json_and_explains_itself() -> None:
