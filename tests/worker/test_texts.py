@@ -54,6 +54,13 @@ def test_only_whole_batches_are_made_and_no_more_than_asked_for(tmp_path: Path) 
     assert len(packed(path, batches=3).sequences) == 6
 
 
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_documents_of_a_batch_that_is_not_whole_are_not_counted(packing: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *({"text": "abcdefghij"} for _ in range(15)))
+    found = packed(path, packing=packing, sequence_length=11, batch_size=8)
+    assert (len(found.sequences), found.documents) == (8, 8)
+
+
 def test_the_seed_draws_the_documents(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *({"text": chr(97 + n) * 4} for n in range(20)))
     first = packed(path, seed=1, batches=1)
