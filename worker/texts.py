@@ -154,9 +154,10 @@ def _pieces(path: Path) -> Iterator[str]:
             yield piece
             piece = ""
         piece += line
-        while len(piece) > PIECE_CHARACTERS:  # a single line longer than a piece
-            yield piece[:PIECE_CHARACTERS]
-            piece = piece[PIECE_CHARACTERS:]
+        whole = (len(piece) - 1) // PIECE_CHARACTERS * PIECE_CHARACTERS  # of a single line longer than a piece
+        for start in range(0, whole, PIECE_CHARACTERS):
+            yield piece[start : start + PIECE_CHARACTERS]
+        piece = piece[whole:]
     if piece.strip():
         yield piece
 
@@ -206,7 +207,8 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
         )
     kind = schema.field(field).type
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
+    types = pyarrow.types
+    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
         raise SourceRefused(f"{path.name!r} has no text in the column {field!r}, but {kind}: name another with field=")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ def test_a_line_longer_than_a_piece_is_not_lost(tmp_path: Path) -> None:
     assert sum(sequence == [ord("y")] for sequence in found.sequences) == 3 * PIECE_CHARACTERS + 7
 
 
+def test_one_long_line_is_split_in_a_time_that_grows_with_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"y" * (16 << 20))
+    start = time.process_time()
+    packed(path, encode=lambda text: [len(text)], batches=10**6)
+    assert time.process_time() - start < 2, "as often as there are pieces, the rest of the line was copied"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -139,6 +148,12 @@ def test_a_dictionary_of_texts_and_rows_without_any_are_read(tmp_path: Path) -> 
     words = pyarrow.array(["abcd", None, "  ", "efgh"] * 3).dictionary_encode()
     path = parquet(tmp_path / "d.parquet", body=words)
     assert packed(path, field="body", batches=100).documents == 6
+
+
+def test_views_of_texts_are_read(tmp_path: Path) -> None:
+    views = pyarrow.array(["abcd", None, "a text that is not kept within its view"] * 3, pyarrow.string_view())
+    found = packed(parquet(tmp_path / "d.parquet", text=views), batches=100, sequence_length=1, batch_size=1)
+    assert found.documents == 6
 
 
 @pytest.mark.parametrize(
