@@ -17,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from gradient_blueprints.models import Progress
-from worker.sources import SourceRefused, belongs_to_checkpoint, check_sizes
+from worker.sources import SourceRefused, check_sizes, files_of_checkpoint
 
 SCHEME = "s3://"
 REFUSALS = {"403", "404", "AccessDenied", "AllAccessDisabled", "NoSuchBucket", "NoSuchKey"}
@@ -34,7 +34,7 @@ def fetch_folder(
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start, Delimiter="/")
     with _answers(source):
         found = {entry["Key"][len(start) :]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
-    wanted = {name: size for name, size in found.items() if belongs_to_checkpoint(name)}
+    wanted = {name: found[name] for name in sorted(files_of_checkpoint(found))}
     if not wanted:
         raise SourceRefused(f"{source!r} holds no checkpoint; give the prefix that a save_pretrained folder lies under")
     check_sizes(wanted, max_model_bytes=max_bytes)

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from contextvars import copy_context
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,10 @@ from gradient_blueprints.models import NewJob
 logger = logging.getLogger(__name__)
 
 KEPT_LINES = 20
-CREDENTIALS = ("AWS_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+CREDENTIALS = re.compile(
+    r"(AWS|OTEL)_.*|.*_PROXY|(.*_)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)(_.*)?", re.IGNORECASE
+)
+URL_WITH_USER = re.compile(r"://[^/\s]*@")
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -76,6 +81,15 @@ class Specification(BaseModel):
         return source, self.allowed_roots
 
 
+def without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that hold none, as far as their names and forms tell."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not CREDENTIALS.fullmatch(name) and not URL_WITH_USER.search(value)
+    }
+
+
 class Child:
     """A fresh interpreter (spawned, never forked: the worker has threads, and a device must not be shared by a fork).
 
@@ -86,7 +100,7 @@ class Child:
         # none of our settings: keys and addresses are among them, and it gets what it needs on stdin
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BLUEPRINTS_")}
         if isinstance(specification, Specification):  # and no way to anybody else's
-            environment = {name: value for name, value in environment.items() if not name.startswith(CREDENTIALS)}
+            environment = without_credentials(environment)
             environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             module = "worker.profile"
         else:

@@ -26,8 +26,8 @@ from worker.guard import ConnectionGuard
 from worker.sources import (
     SourceRefused,
     StoreSource,
-    belongs_to_checkpoint,
     check_sizes,
+    files_of_checkpoint,
     is_remote,
     read_store_source,
 )
@@ -148,7 +148,7 @@ def _fetch_checkpoint(fetching: Fetching, source: StoreSource, folder: Path, rep
     model_id, checkpoint = _subject(fetching.job, source)
     with _client(fetching) as client:
         found = {file.path: file for file in client.list_checkpoint_files(model_id, checkpoint, lab=fetching.lab)}
-        wanted = [file for path, file in found.items() if belongs_to_checkpoint(path)]
+        wanted = [found[path] for path in sorted(files_of_checkpoint(found))]
         if not wanted:
             raise SourceRefused(
                 f"lab {fetching.lab} has uploaded no checkpoint {model_id} at {checkpoint}: "

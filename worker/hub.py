@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from huggingface_hub import (
     CachedRevisionInfo,
     HfApi,
     constants,
+    get_cached_repo_tree,
     scan_cache_dir,
     snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     CacheNotFound,
     GatedRepoError,
     HfHubHTTPError,
@@ -37,11 +38,9 @@ from huggingface_hub.errors import (
 )
 
 from gradient_blueprints.cache import RECENT
-from worker.sources import TOKENIZER_FILES, SourceRefused, check_sizes
+from worker.sources import SourceRefused, check_sizes, files_of_checkpoint
 
 SCHEME = "hf://"
-WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
-FILTER: dict[str, Any] = {"allow_patterns": WANTED, "ignore_patterns": ["*/*"]}  # a star takes folders below too
 TIMEOUT = 30.0
 
 logger = logging.getLogger(__name__)
@@ -76,24 +75,26 @@ def fetch_snapshot(
     except (OSError, httpx2.HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         return _from_cache(source, repository, revision, cache, error)
     files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    sizes = {
-        name: size
-        for name, size in files.items()
-        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in WANTED)
-    }
+    sizes = {name: files[name] for name in files_of_checkpoint(files)}
     check_sizes(sizes, max_model_bytes=max_bytes)
     commit = str(info.sha)
     needed = sum(size for name, size in sizes.items() if not _is_cached(cache, repository, commit, name))
     _make_room(cache, needed, max_cache_bytes, keep=commit)
     # `revision` by name, so that the cache remembers which commit it stood for when the hub is away
-    folder = snapshot_download(repository, revision=revision, cache_dir=cache, token=token or False, **FILTER)
+    folder = snapshot_download(
+        repository, revision=revision, cache_dir=cache, token=token or False, allow_patterns=list(sizes)
+    )
     return _used(Path(folder))
 
 
 def _from_cache(source: str, repository: str, revision: str, cache: Path, error: Exception) -> tuple[Path, str]:
     try:
-        folder = snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True, **FILTER)
-    except LocalEntryNotFoundError:
+        known = get_cached_repo_tree(repository, revision=revision, cache_dir=cache)
+        wanted = list(files_of_checkpoint(file.path for file in known))
+        folder = snapshot_download(
+            repository, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=wanted
+        )  # which looks whether they are all there: a fetch may have broken off
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         raise SourceRefused(
             f"the hub at {constants.ENDPOINT} cannot be reached from this worker ({_one_line(error)}), and {source!r} "
             "is not in its cache; upload the checkpoint instead (client.upload_checkpoint, then source='store')"

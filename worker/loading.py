@@ -71,10 +71,12 @@ def plan_model(config: Any, tensors: int | None = None) -> Any:
 def load_model(view: Path, config: Any, device: torch.device, max_model_bytes: int, tensors: int) -> Any:
     """In the stored dtype, but in float32 on a CPU, where half precision is slow and its sums are coarse."""
     planned = plan_model(config, tensors)
-    size = sum(parameter.numel() for parameter in planned.parameters()) * 4
+    precision = torch.float32 if device.type == "cpu" else planned.dtype  # as the configuration says, or float32
+    size = sum(parameter.numel() for parameter in planned.parameters()) * precision.itemsize
     if size > max_model_bytes:
         raise SourceRefused(
-            f"the model of config.json takes {size:,} bytes in float32; this worker takes at most {max_model_bytes:,}"
+            f"the model of config.json takes {size:,} bytes in {str(precision).removeprefix('torch.')}, "
+            f"as it is loaded on {device.type}; this worker takes at most {max_model_bytes:,}"
         )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

@@ -6,7 +6,7 @@ import errno
 import json
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -50,6 +50,7 @@ REFUSED_MEMBERS = {
 
 MANY_LAYERS = 1_000  # fewer cost nothing, however few tensors there are
 WEIGHTS_PATTERN = r"[\w.-]+\.safetensors"
+SHARD_PATTERN = r"model[\w.-]*-of-\d+\.safetensors"
 STORE = "store"
 FAULTS_OF_SOURCE = {
     None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
@@ -82,9 +83,19 @@ def needs_fetching(job: NewJob) -> bool:
     return is_remote(job.source) or any(is_remote(data.source) for data in job.data.values())
 
 
-def belongs_to_checkpoint(name: str) -> bool:
-    """Whether a file beside others is one that `resolve_checkpoint` looks at."""
-    return name in {"config.json", INDEX_FILE, *TOKENIZER_FILES} or bool(re.fullmatch(WEIGHTS_PATTERN, name))
+def files_of_checkpoint(names: Iterable[str]) -> set[str]:
+    """Those of a folder's files that `resolve_checkpoint` looks at, as far as names tell before anything is fetched.
+
+    Some repositories hold the same weights again, `consolidated.safetensors` beside the shards. An index may name other
+    files than shards (`mtp.safetensors`), so only what is known to be such a copy is left out.
+    """
+    names = set(names)
+    weights = {name for name in names if re.fullmatch(WEIGHTS_PATTERN, name)}
+    if INDEX_FILE not in names and SINGLE_FILE in names:
+        weights = {SINGLE_FILE}
+    elif INDEX_FILE in names and any(re.fullmatch(SHARD_PATTERN, name) for name in weights):
+        weights = {name for name in weights if name != SINGLE_FILE and not name.startswith("consolidated")}
+    return weights | (names & {"config.json", INDEX_FILE, *TOKENIZER_FILES})
 
 
 def check_sizes(sizes: Mapping[str, int], *, max_model_bytes: int) -> None:

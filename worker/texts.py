@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -60,7 +60,7 @@ def pack(
     """Up to `batches` whole batches of sequences, drawn by `seed`; SourceRefused when there is not one."""
     documents = (encode(document) for document in _shuffled(path, text_format, field, seed))
     arrange = _pack if packing == "packed" else _pad
-    sequences, used, seen = arrange(documents, separator, sequence_length, batches * batch_size, max_tokens)
+    sequences, begins, seen = arrange(documents, separator, sequence_length, batches * batch_size, max_tokens)
     whole = len(sequences) // batch_size * batch_size
     if whole == 0:
         limit = "" if max_tokens is None else f", of which max_tokens lets through {max_tokens:,}"
@@ -71,28 +71,28 @@ def pack(
             f"{path.name!r} gives {seen:,} tokens{limit}, and {batch}: "
             "give more text, or a smaller batch_size or sequence_length"
         )
-    return PackedText(sequences[:whole], used, file_digest(path))
+    return PackedText(sequences[:whole], sum(begin < whole for begin in begins), file_digest(path))
 
 
 def _pack(
     documents: Iterator[list[int]], separator: int | None, length: int, most: int, max_tokens: int | None
-) -> tuple[list[list[int]], int, int]:
-    """The sequences, how many documents went into them, and how many tokens those had."""
+) -> tuple[list[list[int]], Sequence[int], int]:
+    """The sequences, the number of the one in which each document begins, and how many tokens the documents had."""
     wanted = most * length if max_tokens is None else min(most, max_tokens // length) * length
     tokens: list[int] = []
-    used = 0
+    begins: list[int] = []
     while len(tokens) < wanted and (document := next(documents, None)) is not None:
+        begins.append(len(tokens) // length)
         tokens += document
         if separator is not None:
             tokens.append(separator)
-        used += 1
     whole = min(len(tokens), wanted) // length * length
-    return [tokens[start : start + length] for start in range(0, whole, length)], used, len(tokens)
+    return [tokens[start : start + length] for start in range(0, whole, length)], begins, len(tokens)
 
 
 def _pad(
     documents: Iterator[list[int]], separator: int | None, length: int, most: int, max_tokens: int | None
-) -> tuple[list[list[int]], int, int]:
+) -> tuple[list[list[int]], Sequence[int], int]:
     """Likewise, each document a sequence of its own."""
     sequences: list[list[int]] = []
     seen = 0
@@ -105,7 +105,7 @@ def _pad(
         if len(sequence) >= SHORTEST:
             sequences.append(sequence)
             left -= len(sequence)
-    return sequences, len(sequences), seen
+    return sequences, range(len(sequences)), seen
 
 
 # --- documents
@@ -154,9 +154,10 @@ def _pieces(path: Path) -> Iterator[str]:
             yield piece
             piece = ""
         piece += line
-        while len(piece) > PIECE_CHARACTERS:  # a single line longer than a piece
-            yield piece[:PIECE_CHARACTERS]
-            piece = piece[PIECE_CHARACTERS:]
+        whole = (len(piece) - 1) // PIECE_CHARACTERS * PIECE_CHARACTERS  # of a single line longer than a piece
+        for start in range(0, whole, PIECE_CHARACTERS):
+            yield piece[start : start + PIECE_CHARACTERS]
+        piece = piece[whole:]
     if piece.strip():
         yield piece
 
@@ -206,7 +207,8 @@ def _check_column(path: Path, schema: pyarrow.Schema, field: str) -> None:
         )
     kind = schema.field(field).type
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
+    types = pyarrow.types
+    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
         raise SourceRefused(f"{path.name!r} has no text in the column {field!r}, but {kind}: name another with field=")
 
 

@@ -146,8 +146,8 @@ def test_what_is_missing_unfinished_or_too_large_is_refused_with_its_remedy(
     with pytest.raises(SourceRefused, match="reads at most 100"):
         fetch(stored("store", {"code": "store:texts/code.jsonl"}, max_text_bytes=100), ignore)
     with httpx2.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key('lab-a')}"}) as http:
-        put(http, b"half", path="/v1/models/org/tiny/checkpoints/0.8/files/model-2.safetensors")
-    with pytest.raises(SourceRefused, match=r"model-2\.safetensors is not complete \(4 of .* upload_checkpoint again"):
+        put(http, b"half", path="/v1/models/org/tiny/checkpoints/0.8/files/vocab.txt")
+    with pytest.raises(SourceRefused, match=r"vocab\.txt is not complete \(4 of .* upload_checkpoint again"):
         fetch(stored("store"), ignore)
 
 
@@ -277,6 +277,7 @@ def test_the_hub_is_fetched_from_at_a_commit_and_its_cache_serves_when_it_is_awa
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     repository = Path(shutil.copytree(roots / "tiny", tmp_path / "repository"))
     (repository / "pytorch_model.bin").write_bytes(b"pickle")
+    (repository / "consolidated.safetensors").write_bytes(b"the same weights again")
     (repository / "onnx").mkdir()
     (repository / "onnx" / "below.safetensors").write_bytes(b"not measured, so not to be fetched")
     source = "hf://org/tiny"
@@ -292,10 +293,14 @@ def test_the_hub_is_fetched_from_at_a_commit_and_its_cache_serves_when_it_is_awa
     assert fetched.weights_revision == COMMIT
     names = {path.name for path in fetched.paths[source].iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not names & {"pytorch_model.bin", "onnx"}
+    assert not names & {"pytorch_model.bin", "onnx", "consolidated.safetensors"}
     fetching = specify(source, allowed_hub=("org/tiny",))
     kind, content = outcome(fetching)  # nobody listens any more
     assert (kind, content["weights_revision"]) == (FINISHED, COMMIT)
+    for what in (f"snapshots/{COMMIT}/model.safetensors", f"trees/{COMMIT}.json"):
+        (tmp_path / "cache" / "hub" / "models--org--tiny" / what).unlink()  # as if the fetch had broken off
+        kind, reason = outcome(specify(source, allowed_hub=("org/tiny",)))
+        assert (kind, "is not in its cache" in reason) == (FAILED, True)
     shutil.rmtree(tmp_path / "cache")  # and what a job has stays while it runs
     resolve_checkpoint(content["paths"][source], [fetching.folder], max_model_bytes=LIMIT)
 

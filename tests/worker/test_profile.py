@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from gradient_blueprints import Blueprint
 from gradient_blueprints.models import DataSource, NewJob, Progress
 from worker.child import REPOSITORY, Specification
+from worker.loading import load_config, load_model, plan_model
 from worker.profile import profile
 from worker.sources import SINGLE_FILE, SourceRefused
 
@@ -202,6 +203,22 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, run: Run) -> 
 def test_the_model_limit_counts_what_the_configuration_asks_for(run: Run) -> None:
     with pytest.raises(SourceRefused, match="at most 10,000"):
         run(max_model_bytes=10_000)
+
+
+def test_the_model_limit_counts_the_precision_that_the_device_is_given(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({k: v.bfloat16() for k, v in weights.items()}))
+    edit(checkpoint, "config.json", dtype="bfloat16")
+    parameters = sum(parameter.numel() for parameter in plan_model(load_config(checkpoint)).parameters())
+
+    def load(device: str, limit: int) -> Any:
+        return load_model(checkpoint, load_config(checkpoint), torch.device(device), limit, 1_000)
+
+    assert load("meta", 2 * parameters).dtype == torch.bfloat16  # stands for an accelerator
+    with pytest.raises(SourceRefused, match=rf"takes {2 * parameters:,} bytes in bfloat16, as it is loaded on meta"):
+        load("meta", 2 * parameters - 1)
+    assert load("cpu", 4 * parameters).dtype == torch.float32
+    with pytest.raises(SourceRefused, match=rf"takes {4 * parameters:,} bytes in float32, as it is loaded on cpu"):
+        load("cpu", 4 * parameters - 1)
 
 
 def test_the_process_ends_and_cleans_up_when_its_stdin_does(specify: Callable[..., Specification]) -> None:

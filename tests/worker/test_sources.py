@@ -18,6 +18,7 @@ from worker.sources import (
     CheckpointFiles,
     SourceRefused,
     check_safetensors,
+    files_of_checkpoint,
     resolve,
     resolve_checkpoint,
     resolve_file,
@@ -226,6 +227,26 @@ def test_a_sharded_checkpoint_is_accepted_with_every_shard_checked(checkpoint: P
     (checkpoint / "model-2.safetensors").write_bytes(b"short")
     with pytest.raises(SourceRefused, match=r"model-2\.safetensors is cut short"):
         check(checkpoint)
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("used", "copies"),
+    [
+        ([INDEX_FILE, *SHARDS], ["consolidated.safetensors", SINGLE_FILE]),
+        ([INDEX_FILE, *SHARDS, "mtp.safetensors"], ["consolidated-00001-of-00002.safetensors"]),
+        ([INDEX_FILE, "model.safetensors-00001-of-00001.safetensors"], [SINGLE_FILE]),
+        ([INDEX_FILE, SINGLE_FILE], []),
+        ([SINGLE_FILE], ["consolidated.safetensors", *SHARDS]),
+        ([INDEX_FILE, "a.safetensors", "b.safetensors"], []),
+    ],
+)
+def test_copies_of_the_weights_that_the_model_does_not_use_are_not_fetched(used: list[str], copies: list[str]) -> None:
+    beside = ["pytorch_model.bin", "README.md", "onnx/model.safetensors"]
+    wanted = {"config.json", "tokenizer.json", *used}
+    assert files_of_checkpoint([*wanted, *copies, *beside]) == wanted
 
 
 # --- headers

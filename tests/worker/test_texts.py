@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def test_only_whole_batches_are_made_and_no_more_than_asked_for(tmp_path: Path) 
     assert len(packed(path, batches=3).sequences) == 6
 
 
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_documents_of_a_batch_that_is_not_whole_are_not_counted(packing: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *({"text": "abcdefghij"} for _ in range(15)))
+    found = packed(path, packing=packing, sequence_length=11, batch_size=8)
+    assert (len(found.sequences), found.documents) == (8, 8)
+
+
 def test_the_seed_draws_the_documents(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *({"text": chr(97 + n) * 4} for n in range(20)))
     first = packed(path, seed=1, batches=1)
@@ -78,6 +86,14 @@ def test_a_line_longer_than_a_piece_is_not_lost(tmp_path: Path) -> None:
     path.write_text("y" * (3 * PIECE_CHARACTERS + 7))
     found = packed(path, batches=10**6, sequence_length=1, batch_size=1)
     assert sum(sequence == [ord("y")] for sequence in found.sequences) == 3 * PIECE_CHARACTERS + 7
+
+
+def test_one_long_line_is_split_in_a_time_that_grows_with_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"y" * (16 << 20))
+    start = time.process_time()
+    packed(path, encode=lambda text: [len(text)], batches=10**6)
+    assert time.process_time() - start < 2, "as often as there are pieces, the rest of the line was copied"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +148,12 @@ def test_a_dictionary_of_texts_and_rows_without_any_are_read(tmp_path: Path) -> 
     words = pyarrow.array(["abcd", None, "  ", "efgh"] * 3).dictionary_encode()
     path = parquet(tmp_path / "d.parquet", body=words)
     assert packed(path, field="body", batches=100).documents == 6
+
+
+def test_views_of_texts_are_read(tmp_path: Path) -> None:
+    views = pyarrow.array(["abcd", None, "a text that is not kept within its view"] * 3, pyarrow.string_view())
+    found = packed(parquet(tmp_path / "d.parquet", text=views), batches=100, sequence_length=1, batch_size=1)
+    assert found.documents == 6
 
 
 @pytest.mark.parametrize(
