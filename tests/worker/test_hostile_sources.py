@@ -148,7 +148,10 @@ def refusal(checkpoint: Path, text: Path, *, field: str = "text") -> str:
         (remote_code, "asks for code of its own"),
         (shared_bytes, "overlaps another tensor"),
         (linked_elsewhere, "does not lie under an allowed root"),
-        (config(hidden_size=10**9), "takes 2,196,000,000,000 bytes in float32; this worker takes at most"),
+        (
+            config(hidden_size=10**9),
+            "takes 2,196,000,000,000 bytes in float32, as it is loaded on cpu; this worker takes at most",
+        ),
         (config(vocab_size=2**62), "describes no causal language model: Storage size calculation overflowed"),
         (config(num_hidden_layers=10**12), r"asks for 1,000,000,000,000 \(num_hidden_layers\)"),
         (config(text_config={"num_layers": 1e300}), r"\(num_layers\), far more than the weights have tensors for"),
