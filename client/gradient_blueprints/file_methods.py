@@ -37,7 +37,7 @@ from gradient_blueprints.transport import PASSING_STATUSES, FilePart, Pause, Req
 DEEPEST = 4  # names in a path
 MOST_RESTARTS = 2
 SETTLING = 0.5  # seconds in which the registry sees that a connection broke, and keeps what had arrived on it
-CUT_SHORT = (ConnectionFailed, ServiceUnavailable, RateLimited, InternalError, UnexpectedAnswer)
+CUT_SHORT = (ConnectionFailed, ServiceUnavailable, InternalError, UnexpectedAnswer)
 
 logger = logging.getLogger("gradient_blueprints")
 
@@ -159,6 +159,7 @@ class FileMethods(Downloading):
             sending = FilePart(source, offset, _counting(progress, path, offset, size))
             request = Request("PUT", address, {}, headers | {"Upload-Offset": str(offset)}, sending, repeatable=False)
             failure: Exception | None = None
+            left = deadline - time.monotonic()
             try:
                 answer = yield from self._exchange(request, silence=self.timeout)
             except UploadConflict as conflict:
@@ -169,8 +170,11 @@ class FileMethods(Downloading):
             except CUT_SHORT as cut:
                 if isinstance(cut, UnexpectedAnswer) and cut.status not in PASSING_STATUSES:
                     raise
+                wait = (cut.retry_after if isinstance(cut, ApiError) else None) or 0.0
+                if wait > left:
+                    raise
                 failure = cut
-                yield Pause(SETTLING)
+                yield Pause(max(SETTLING, wait))
                 received = yield from self._received(address)
             else:
                 file = answer.parse(CheckpointFile)
@@ -198,6 +202,8 @@ class FileMethods(Downloading):
         """How much of a file the registry has."""
         try:
             answer = yield from self._exchange(Request("HEAD", address))
+        except (RateLimited, ServiceUnavailable):
+            raise
         except (ApiError, UnexpectedAnswer):  # the answer to a HEAD has no body that could tell why; the PUT's has
             return 0
         offset = answer.headers.get("upload-offset", "")

@@ -33,6 +33,8 @@ from gradient_blueprints.errors import (
     ConnectionFailed,
     DigestMismatch,
     OfflineMiss,
+    RateLimited,
+    ServiceUnavailable,
     UnexpectedAnswer,
 )
 from gradient_blueprints.models import (
@@ -330,6 +332,8 @@ class RegistryMethods(Downloading):
         path = _blob_path(digest)
         try:
             yield from self._exchange(Request("HEAD", path))
+        except (RateLimited, ServiceUnavailable):
+            raise
         except (
             ApiError,
             UnexpectedAnswer,

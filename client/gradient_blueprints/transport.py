@@ -281,6 +281,8 @@ def _error(answer: Answer) -> ApiError | UnexpectedAnswer:
 def _problem(answer: Answer) -> dict[str, Any] | None:
     if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != PROBLEM_MEDIA_TYPE:
         return None
+    if answer.request.method == "HEAD":  # whose answer has no body; its status tells the class
+        return {}
     with suppress(ValueError):
         problem = json.loads(answer.content)
         if isinstance(problem, dict) and "code" in problem:
