@@ -231,6 +231,19 @@ async def test_a_host_that_cannot_be_is_found_out_by_the_first_call(connect: Con
         await connect(url).get_model("tiny")
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://u:secret@127.0.0.1:9", "http://u:secret@p:port"])
+async def test_a_proxy_that_cannot_be_used_is_said_with_its_variables(
+    connect: Connect, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with FaultyNetwork(json_answer(MODEL)) as network:
+        with pytest.raises(ConfigurationError, match="ALL_PROXY, HTTPS_PROXY, HTTP_PROXY") as raised:
+            await connect(network.url).get_model("tiny")
+        assert "secret" not in str(raised.value)
+        monkeypatch.setenv("NO_PROXY", "*")
+        assert (await connect(network.url).get_model("tiny")).model_id == "tiny"
+
+
 @pytest.mark.parametrize("seconds", [math.inf, 1e10])
 async def test_a_timeout_of_centuries_is_one_of_days(connect: Connect, seconds: float) -> None:
     with FaultyNetwork(json_answer(MODEL)) as network:
