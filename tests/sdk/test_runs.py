@@ -19,7 +19,14 @@ from gradient_blueprints import (
     run_methods,
 )
 from gradient_blueprints.record_models import NewRun, ReportedPoint, RunEnd
-from gradient_blueprints.run_journal import begin_journal, find_journal, journal_end, journal_point, read_journal
+from gradient_blueprints.run_journal import (
+    GrowingJournal,
+    begin_journal,
+    find_journal,
+    journal_end,
+    journal_point,
+    read_journal,
+)
 from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, Span, Tally
 from tests.conftest import Server
 from tests.sdk.test_cli import Run, blueprints, environment
@@ -162,6 +169,34 @@ def test_a_journal_cut_off_anywhere_is_read_to_its_last_whole_line_and_goes_on_t
     kept = read_journal(path)
     assert [p.step for p in kept.points] == [*range(whole), 7]
     assert (kept.tally is None) is (whole == 0)
+
+
+def bytes_read() -> int:
+    """By this process, from files and sockets."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_long_journal_is_not_read_again_for_each_point(tmp_path: Path) -> None:
+    path, new = tmp_path / "run.jsonl", new_run()
+    begin_journal(path, new)
+    with path.open("a") as file:
+        for number in range(5000):
+            file.write(json.dumps({"point": point(number).model_dump(mode="json"), "tally": None}) + "\n")
+    growing = GrowingJournal(path, new.id)
+    assert growing.read() == read_journal(path)
+    with path.open("ab") as file:
+        file.write(b'{"point": {"ste')  # killed in the middle of a line
+    began = bytes_read()
+    assert len(growing.read().points) == 5000
+    journal_point(path, point(5000), tally(1.0))
+    kept = growing.read()
+    assert bytes_read() - began < path.stat().st_size / 5
+    assert kept == read_journal(path)
+    begin_journal(path, new_run())  # another begins in its file
+    assert growing.read().points == kept.points
+    (tmp_path / f"run-{new.id}.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=f"does not hold the run {new.id}"):
+        growing.read()
 
 
 def test_what_is_no_journal_is_said(tmp_path: Path) -> None:
