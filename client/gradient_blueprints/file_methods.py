@@ -28,6 +28,7 @@ from gradient_blueprints.errors import (
 from gradient_blueprints.file_models import (
     FILE_PATH_PATTERN,
     FILE_SUFFIXES,
+    LONGEST_FILE_PATH,
     PICKLE_SUFFIXES,
     CheckpointFile,
     CheckpointFilePage,
@@ -60,9 +61,9 @@ class FileMethods(Downloading):
         """Put a folder as `save_pretrained` writes it into the registry's store, for its workers to profile.
 
         Weights (safetensors), configuration, tokenizer and texts (.txt, .jsonl, .parquet) are sent; anything else
-        stays, and weights that exist in a pickled format only are refused. A file whose upload broke off is gone on
-        with, also by a later call; one that is there already is not sent again. Only your lab and the workers can
-        read what you upload.
+        stays, as does a subfolder with weights, which is a checkpoint of its own. Weights that exist in a pickled
+        format only are refused. A file whose upload broke off is gone on with, also by a later call; one that is
+        there already is not sent again. Only your lab and the workers can read what you upload.
 
             client.upload_checkpoint("checkpoints/0.8", "foundation-7b", 0.8)
             client.submit_checkpoint("foundation-7b", 0.8, source="store", data={"bio": "store:texts/bio.jsonl"})
@@ -211,12 +212,16 @@ class FileMethods(Downloading):
 
 
 def _address(model_id: str, checkpoint: Checkpointish, path: str) -> str:
-    if not re.fullmatch(FILE_PATH_PATTERN, path):
+    _check_path(path)
+    return f"{checkpoint_path(model_id, checkpoint, 'files')}/{quote(path)}"
+
+
+def _check_path(path: str) -> None:
+    if not re.fullmatch(FILE_PATH_PATTERN, path) or len(path) > LONGEST_FILE_PATH:
         raise ConfigurationError(
             f"{path!r} is no name for a file in the registry: give letters, digits and ._-, in at most {DEEPEST - 1} "
-            "folders."
+            f"folders and {LONGEST_FILE_PATH} characters."
         )
-    return f"{checkpoint_path(model_id, checkpoint, 'files')}/{quote(path)}"
 
 
 def _counting(progress: UploadProgress | None, path: str, offset: int, size: int) -> Callable[[int], None] | None:
@@ -233,16 +238,25 @@ def _counting(progress: UploadProgress | None, path: str, offset: int, size: int
 
 
 def _uploadable(folder: Path) -> dict[str, Path]:
-    """The files of a folder that may be sent, by their path in it."""
+    """The files of a folder that may be sent, by their path in it; a subfolder with weights is another checkpoint."""
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder; give one written by model.save_pretrained(folder).")
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder, DEEPEST)}
-    sent = {path: file for path, file in found.items() if path.lower().endswith(FILE_SUFFIXES)}
+    others = {file.parent for path, file in found.items() if path.endswith(".safetensors")} - {folder}
+    sent = {
+        path: file
+        for path, file in found.items()
+        if path.lower().endswith(FILE_SUFFIXES) and others.isdisjoint(file.parents)
+    }
     if not any(path.endswith(".safetensors") for path in sent):
+        if others:
+            raise ConfigurationError(f"{folder} itself holds no safetensors; give {min(others)}, say.")
         pickled = [path for path in found if path.lower().endswith(PICKLE_SUFFIXES)]
         if pickled:
             raise ConfigurationError(_pickled(pickled))
         raise ConfigurationError(f"{folder} holds no safetensors; give a folder written by model.save_pretrained.")
+    for path in sent:
+        _check_path(path)
     if left := sorted(found.keys() - sent.keys()):
         logger.info("not uploaded: %s", ", ".join(left))
     return dict(sorted(sent.items(), key=lambda item: (item[0].endswith(".safetensors"), item[0])))

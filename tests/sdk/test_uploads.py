@@ -138,6 +138,31 @@ async def test_pickles_and_folders_without_weights_are_refused_before_anything_i
         assert network.connections == 0
 
 
+async def test_the_checkpoints_in_the_folder_of_a_training_are_not_sent_with_it(
+    lab_a: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "checkpoint-500").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_bytes(b"{}")
+        (folder / "checkpoint-500" / name).write_bytes(b"{}")
+    with caplog.at_level("INFO"):
+        files = await lab_a.upload_checkpoint(folder, "tiny", 0.8)
+    assert [file.path for file in files] == ["config.json", "texts/bio.jsonl", "model.safetensors"]
+    assert "checkpoint-500/model.safetensors" in caplog.text
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"itself holds no safetensors; give .*checkpoint-500"):
+        await lab_a.upload_checkpoint(folder, "tiny", 0.8)
+
+
+@pytest.mark.parametrize("name", ["tokenizer (1).json", "x" * 200 + ".json"])
+async def test_every_name_is_checked_before_anything_is_sent(connect: Connect, folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    with FaultyNetwork(NO_FILES) as network:
+        with pytest.raises(ConfigurationError, match="is no name for a file"):
+            await connect(network.url).upload_checkpoint(folder, "tiny", 0.8)
+        assert network.connections == 0
+
+
 async def test_a_key_that_may_only_read_uploads_nothing(connect: Connect, server: Server, folder: Path) -> None:
     with pytest.raises(PermissionDenied):
         await connect(server.url, api_key=server.key("lab-a", Scope.READ)).upload_checkpoint(folder, "tiny", 0.8)
