@@ -205,11 +205,11 @@ def built(kind: type[Built], **values: Any) -> Built:
 
 
 def model_path(model_id: str, *rest: str) -> str:
-    if not re.fullmatch(MODEL_ID_PATTERN, model_id):
+    if not isinstance(model_id, str) or not re.fullmatch(MODEL_ID_PATTERN, model_id):
         raise ConfigurationError(
             f"{model_id!r} is not a model id: give `name` or `org/name` of letters, digits and ._-"
         )
-    return "/".join(("/v1/models", model_id, *(quote(part, safe="") for part in rest)))
+    return "/".join(("/v1/models", model_id, *map(_path_part, rest)))
 
 
 def checkpoint_path(model_id: str, checkpoint: Checkpointish, *rest: str) -> str:
@@ -224,7 +224,14 @@ def checkpoint_text(checkpoint: Checkpointish) -> str:
 
 
 def job_path(job_id: str, *rest: str) -> str:
-    return "/".join(("/v1/jobs", quote(job_id, safe=""), *rest))
+    return "/".join(("/v1/jobs", _path_part(job_id), *rest))
+
+
+def _path_part(name: str) -> str:
+    """A name within a path; dots, which quoting leaves, would lead to another resource."""
+    if not isinstance(name, str) or name in {"", ".", ".."}:
+        raise ConfigurationError(f"{name!r} is no name of anything in a registry: give that of an alias or a job.")
+    return quote(name, safe="")
 
 
 def digest_text(digest: str) -> str:

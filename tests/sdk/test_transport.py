@@ -264,11 +264,21 @@ async def test_a_registry_may_live_under_a_path(connect: Connect) -> None:
         assert network.requests[0].startswith(b"GET /registry/v1/models/org/tiny ")
 
 
-@pytest.mark.parametrize("model_id", ["../keys", "a/b/c", "", "a b", "tiny?x=1", "..", "a\n"])
+@pytest.mark.parametrize("model_id", ["../keys", "a/b/c", "", "a b", "tiny?x=1", "..", "a\n", 5])
 async def test_a_model_id_cannot_lead_to_another_path(connect: Connect, model_id: str) -> None:
     with FaultyNetwork(json_answer(MODEL)) as network:
         with pytest.raises(ConfigurationError):
             await connect(network.url).get_model(model_id)
+        assert network.connections == 0
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", 5])
+async def test_a_name_cannot_lead_to_another_path(connect: Connect, name: str) -> None:
+    with FaultyNetwork(json_answer(MODEL)) as network:
+        sdk = connect(network.url)
+        for call in (sdk.get_alias("tiny", name), sdk.delete_alias("tiny", name), sdk.cancel_job(name)):
+            with pytest.raises(ConfigurationError, match="is no name"):
+                await call
         assert network.connections == 0
 
 
