@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from gradient_blueprints import (
+    AsyncClient,
     Client,
     ConfigurationError,
     ConnectionFailed,
@@ -28,6 +30,7 @@ from gradient_blueprints.run_journal import (
     read_journal,
 )
 from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, Span, Tally
+from gradient_blueprints.transport import Pause
 from tests.conftest import Server
 from tests.sdk.test_cli import Run, blueprints, environment
 
@@ -125,6 +128,29 @@ async def test_a_run_that_is_gone_on_with_knows_its_last_step(lab_a: Any) -> Non
     with pytest.raises(ConfigurationError, match="follows step 100"):
         again.append(100, 5.0, {"seconds": 1.0})
     await performed(again.append(101, 5.0, {"seconds": 1.0}))
+
+
+async def test_a_late_answer_takes_back_no_point(server: Server) -> None:
+    """The first of two appends is answered last, and a third point waits meanwhile."""
+    async with AsyncClient(server.url, api_key=server.key("lab-a"), cache=False) as client:
+        handle = await client.report_run("t", "m", metric="loss")
+        late, on_its_way = client._repeatable, asyncio.Event()
+
+        def held(path: str, body: Any) -> Any:
+            client._repeatable = late  # type: ignore[method-assign]
+            run = yield from late(path, body)
+            on_its_way.set()
+            yield Pause(1)
+            return run
+
+        client._repeatable = held  # type: ignore[method-assign]
+        first = asyncio.create_task(handle.append(1, 5.0, {"seconds": 1.0}))
+        await on_its_way.wait()
+        await handle.append(2, 4.0, {"seconds": 2.0})
+        handle._waiting.append(point(3))
+        await first
+        assert handle.run.points == 3
+        assert [p.step async for p in client.list_points(handle.run.id)] == [1, 2, 3]
 
 
 # --- journals

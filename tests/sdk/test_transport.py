@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -252,8 +253,8 @@ async def test_a_timeout_of_centuries_is_one_of_days(connect: Connect, seconds: 
         assert sdk.timeout == 1e6
 
 
-@pytest.mark.parametrize("timeout", [0, -1, math.nan])
-def test_a_timeout_that_no_call_can_keep_is_refused(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, None, "5"])
+def test_a_timeout_that_no_call_can_keep_is_refused(timeout: Any) -> None:
     with pytest.raises(ConfigurationError, match="timeout="):
         Client("http://127.0.0.1:9", cache=False, timeout=timeout)
 
