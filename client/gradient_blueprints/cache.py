@@ -112,7 +112,7 @@ class NotKept(Exception):
 class Cache:
     """The cache in `folder`; None keeps nothing.
 
-    At most about `max_bytes` are kept: the longest unused entries go first.
+    At most about `max_bytes` are kept: the longest unused entries go first, answers among them.
     """
 
     def __init__(self, folder: Path | None, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -220,6 +220,7 @@ class Cache:
         if remembered.question != question:
             self._drop(path, "it answers another question")
             return None
+        _touch(path)
         return remembered
 
     def remember(self, remembered: Remembered) -> None:
@@ -295,16 +296,16 @@ class Cache:
                 self._warn(error)
 
     def trim(self) -> None:
-        """Remove abandoned files, and the longest unused contents until they fit the bound."""
+        """Remove abandoned files, and the longest unused entries until they fit the bound."""
         if self.folder is None:
             return
         now = time.time()
         for path, status in _files(self.folder / "unfinished"):
             if now - status.st_mtime > ABANDONED_AFTER:
                 path.unlink(missing_ok=True)
-        contents = sorted(_files(self.folder / "contents"), key=lambda entry: entry[1].st_mtime)
-        excess = sum(status.st_size for _, status in contents) - self._max_bytes
-        for path, status in contents:
+        entries = [entry for kind in ("contents", "answers") for entry in _files(self.folder / kind)]
+        excess = sum(status.st_size for _, status in entries) - self._max_bytes
+        for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime):
             if excess <= 0 or now - status.st_mtime < RECENT:
                 break
             path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iter
 from decimal import Decimal
 from functools import update_wrapper
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -63,7 +64,7 @@ class Connected:
             user_agent=_user_agent(),
             key=_usable_key(api_key or environment.get("BLUEPRINTS_API_KEY", "")),
         )
-        if cache is None or cache is True:
+        if cache is None or cache is True or cache == "":
             folder: Path | None = Path(environment.get("BLUEPRINTS_CACHE") or default_folder(environment)).expanduser()
         else:
             folder = None if cache is False else Path(cache).expanduser()
@@ -71,9 +72,9 @@ class Connected:
         self.offline = (
             _switch("BLUEPRINTS_OFFLINE", environment.get("BLUEPRINTS_OFFLINE", "")) if offline is None else offline
         )
-        if not timeout > 0:
+        if not isinstance(timeout, Real) or not timeout > 0:
             raise ConfigurationError(f"timeout={timeout!r} cannot be used: give seconds above 0.")
-        self.timeout = min(timeout, LONGEST_TIMEOUT)
+        self.timeout = min(float(timeout), LONGEST_TIMEOUT)
 
     @property
     def url(self) -> str:
@@ -205,11 +206,11 @@ def built(kind: type[Built], **values: Any) -> Built:
 
 
 def model_path(model_id: str, *rest: str) -> str:
-    if not re.fullmatch(MODEL_ID_PATTERN, model_id):
+    if not isinstance(model_id, str) or not re.fullmatch(MODEL_ID_PATTERN, model_id):
         raise ConfigurationError(
             f"{model_id!r} is not a model id: give `name` or `org/name` of letters, digits and ._-"
         )
-    return "/".join(("/v1/models", model_id, *(quote(part, safe="") for part in rest)))
+    return "/".join(("/v1/models", model_id, *map(_path_part, rest)))
 
 
 def checkpoint_path(model_id: str, checkpoint: Checkpointish, *rest: str) -> str:
@@ -224,7 +225,24 @@ def checkpoint_text(checkpoint: Checkpointish) -> str:
 
 
 def job_path(job_id: str, *rest: str) -> str:
-    return "/".join(("/v1/jobs", quote(job_id, safe=""), *rest))
+    return "/".join(("/v1/jobs", _path_part(job_id), *rest))
+
+
+def _path_part(name: str) -> str:
+    """A name within a path; dots, which quoting leaves, would lead to another resource."""
+    if not isinstance(name, str) or name in {"", ".", ".."}:
+        raise ConfigurationError(f"{name!r} is no name of anything in a registry: give that of an alias or a job.")
+    return quote(name, safe="")
+
+
+def version_text(version: int) -> str:
+    try:
+        number = int(version)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1 or (not isinstance(version, str) and number != version):
+        raise ConfigurationError(f"version={version!r} is no version: give a whole number from 1 on.")
+    return str(number)
 
 
 def digest_text(digest: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradient_blueprints.cache import NotKept, Partial, copy_into_place
 from gradient_blueprints.calls import Connected
-from gradient_blueprints.errors import ConnectionFailed, OfflineMiss, RangeNotSatisfiable
+from gradient_blueprints.errors import ConfigurationError, ConnectionFailed, OfflineMiss, RangeNotSatisfiable
 from gradient_blueprints.transport import NoAnswer, Pause, ReadOn, Request, Steps, Work, jitter
 
 logger = logging.getLogger("gradient_blueprints")
@@ -17,6 +17,8 @@ logger = logging.getLogger("gradient_blueprints")
 class Downloading(Connected):
     def _fetch_file(self, path: str, digest: str, target: Path | None) -> Steps[Path]:
         """What stands at `path` and has that digest: at `target`, or in the cache."""
+        if target is not None and target.is_dir():
+            raise ConfigurationError(f"{target} is a folder: give the path of the file, such as {target / 'file'}.")
         cached: Path | None = yield Work(lambda: self.cache.locate(digest))
         if cached is None:
             if self.offline:

@@ -28,6 +28,7 @@ from gradient_blueprints.errors import (
 from gradient_blueprints.file_models import (
     FILE_PATH_PATTERN,
     FILE_SUFFIXES,
+    LONGEST_FILE_PATH,
     PICKLE_SUFFIXES,
     CheckpointFile,
     CheckpointFilePage,
@@ -37,7 +38,7 @@ from gradient_blueprints.transport import PASSING_STATUSES, FilePart, Pause, Req
 DEEPEST = 4  # names in a path
 MOST_RESTARTS = 2
 SETTLING = 0.5  # seconds in which the registry sees that a connection broke, and keeps what had arrived on it
-CUT_SHORT = (ConnectionFailed, ServiceUnavailable, RateLimited, InternalError, UnexpectedAnswer)
+CUT_SHORT = (ConnectionFailed, ServiceUnavailable, InternalError, UnexpectedAnswer)
 
 logger = logging.getLogger("gradient_blueprints")
 
@@ -60,9 +61,9 @@ class FileMethods(Downloading):
         """Put a folder as `save_pretrained` writes it into the registry's store, for its workers to profile.
 
         Weights (safetensors), configuration, tokenizer and texts (.txt, .jsonl, .parquet) are sent; anything else
-        stays, and weights that exist in a pickled format only are refused. A file whose upload broke off is gone on
-        with, also by a later call; one that is there already is not sent again. Only your lab and the workers can
-        read what you upload.
+        stays, as does a subfolder with weights, which is a checkpoint of its own. Weights that exist in a pickled
+        format only are refused. A file whose upload broke off is gone on with, also by a later call; one that is
+        there already is not sent again. Only your lab and the workers can read what you upload.
 
             client.upload_checkpoint("checkpoints/0.8", "foundation-7b", 0.8)
             client.submit_checkpoint("foundation-7b", 0.8, source="store", data={"bio": "store:texts/bio.jsonl"})
@@ -159,6 +160,7 @@ class FileMethods(Downloading):
             sending = FilePart(source, offset, _counting(progress, path, offset, size))
             request = Request("PUT", address, {}, headers | {"Upload-Offset": str(offset)}, sending, repeatable=False)
             failure: Exception | None = None
+            left = deadline - time.monotonic()
             try:
                 answer = yield from self._exchange(request, silence=self.timeout)
             except UploadConflict as conflict:
@@ -169,8 +171,11 @@ class FileMethods(Downloading):
             except CUT_SHORT as cut:
                 if isinstance(cut, UnexpectedAnswer) and cut.status not in PASSING_STATUSES:
                     raise
+                wait = (cut.retry_after if isinstance(cut, ApiError) else None) or 0.0
+                if wait > left:
+                    raise
                 failure = cut
-                yield Pause(SETTLING)
+                yield Pause(max(SETTLING, wait))
                 received = yield from self._received(address)
             else:
                 file = answer.parse(CheckpointFile)
@@ -198,6 +203,8 @@ class FileMethods(Downloading):
         """How much of a file the registry has."""
         try:
             answer = yield from self._exchange(Request("HEAD", address))
+        except (RateLimited, ServiceUnavailable):
+            raise
         except (ApiError, UnexpectedAnswer):  # the answer to a HEAD has no body that could tell why; the PUT's has
             return 0
         offset = answer.headers.get("upload-offset", "")
@@ -205,12 +212,16 @@ class FileMethods(Downloading):
 
 
 def _address(model_id: str, checkpoint: Checkpointish, path: str) -> str:
-    if not re.fullmatch(FILE_PATH_PATTERN, path):
+    _check_path(path)
+    return f"{checkpoint_path(model_id, checkpoint, 'files')}/{quote(path)}"
+
+
+def _check_path(path: str) -> None:
+    if not re.fullmatch(FILE_PATH_PATTERN, path) or len(path) > LONGEST_FILE_PATH:
         raise ConfigurationError(
             f"{path!r} is no name for a file in the registry: give letters, digits and ._-, in at most {DEEPEST - 1} "
-            "folders."
+            f"folders and {LONGEST_FILE_PATH} characters."
         )
-    return f"{checkpoint_path(model_id, checkpoint, 'files')}/{quote(path)}"
 
 
 def _counting(progress: UploadProgress | None, path: str, offset: int, size: int) -> Callable[[int], None] | None:
@@ -227,16 +238,25 @@ def _counting(progress: UploadProgress | None, path: str, offset: int, size: int
 
 
 def _uploadable(folder: Path) -> dict[str, Path]:
-    """The files of a folder that may be sent, by their path in it."""
+    """The files of a folder that may be sent, by their path in it; a subfolder with weights is another checkpoint."""
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder; give one written by model.save_pretrained(folder).")
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder, DEEPEST)}
-    sent = {path: file for path, file in found.items() if path.lower().endswith(FILE_SUFFIXES)}
+    others = {file.parent for path, file in found.items() if path.endswith(".safetensors")} - {folder}
+    sent = {
+        path: file
+        for path, file in found.items()
+        if path.lower().endswith(FILE_SUFFIXES) and others.isdisjoint(file.parents)
+    }
     if not any(path.endswith(".safetensors") for path in sent):
+        if others:
+            raise ConfigurationError(f"{folder} itself holds no safetensors; give {min(others)}, say.")
         pickled = [path for path in found if path.lower().endswith(PICKLE_SUFFIXES)]
         if pickled:
             raise ConfigurationError(_pickled(pickled))
         raise ConfigurationError(f"{folder} holds no safetensors; give a folder written by model.save_pretrained.")
+    for path in sent:
+        _check_path(path)
     if left := sorted(found.keys() - sent.keys()):
         logger.info("not uploaded: %s", ", ".join(left))
     return dict(sorted(sent.items(), key=lambda item: (item[0].endswith(".safetensors"), item[0])))

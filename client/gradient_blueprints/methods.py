@@ -23,6 +23,7 @@ from gradient_blueprints.calls import (
     model_path,
     new_idempotency_key,
     some,
+    version_text,
 )
 from gradient_blueprints.canonical import digest_of
 from gradient_blueprints.downloads import Downloading
@@ -33,6 +34,8 @@ from gradient_blueprints.errors import (
     ConnectionFailed,
     DigestMismatch,
     OfflineMiss,
+    RateLimited,
+    ServiceUnavailable,
     UnexpectedAnswer,
 )
 from gradient_blueprints.models import (
@@ -121,7 +124,7 @@ class RegistryMethods(Downloading):
         if version is not None:
             if nearest:
                 raise ConfigurationError("A version is of one checkpoint: leave out nearest.")
-            return (yield from self._fetch(path, some(version=int(version)), pinned=True, lab=lab))
+            return (yield from self._fetch(path, some(version=version_text(version)), pinned=True, lab=lab))
         query = some(lab=lab) | ({"nearest": "true"} if nearest else {})
         return (yield from self._fetch(path, query, pinned=False))
 
@@ -271,13 +274,13 @@ class RegistryMethods(Downloading):
         self, model_id: str, checkpoint: Checkpointish, version: int, *, reason: str
     ) -> Steps[VersionSummary]:
         """Take one of your versions out of resolution; who pinned it still gets it, with a warning."""
-        path = checkpoint_path(model_id, checkpoint, "versions", str(int(version)), "yank")
+        path = checkpoint_path(model_id, checkpoint, "versions", version_text(version), "yank")
         return (yield from self._write(VersionSummary, "POST", path, built(YankReason, reason=reason)))
 
     @method
     def unyank_version(self, model_id: str, checkpoint: Checkpointish, version: int) -> Steps[VersionSummary]:
         """Put a yanked version back."""
-        path = checkpoint_path(model_id, checkpoint, "versions", str(int(version)), "unyank")
+        path = checkpoint_path(model_id, checkpoint, "versions", version_text(version), "unyank")
         return (yield from self._write(VersionSummary, "POST", path))
 
     # --- aliases
@@ -330,6 +333,8 @@ class RegistryMethods(Downloading):
         path = _blob_path(digest)
         try:
             yield from self._exchange(Request("HEAD", path))
+        except (RateLimited, ServiceUnavailable):
+            raise
         except (
             ApiError,
             UnexpectedAnswer,
@@ -474,7 +479,7 @@ def _blob_path(digest: str) -> str:
 def _side(side: Checkpointish | tuple[Checkpointish, int]) -> str:
     if isinstance(side, tuple):
         checkpoint, version = side
-        return f"{checkpoint_text(checkpoint)}@{int(version)}"
+        return f"{checkpoint_text(checkpoint)}@{version_text(version)}"
     checkpoint, at, pinned = str(side).partition("@")
     if at and not pinned.isdigit():
         raise ConfigurationError(f"{side!r} is neither a checkpoint nor CHECKPOINT@VERSION, such as 0.8@2.")

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.record_models import NewRun, ReportedPoint, RunEnd
 from gradient_blueprints.run_models import Tally
+
+BLOCK = 4096  # bytes that are sought through at once for the end of the last whole line
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,34 @@ def find_journal(path: Path) -> RunJournal | None:
     return _journal(path, lines) if lines else None
 
 
-def journal_of(path: Path, run_id: uuid.UUID) -> RunJournal:
+class GrowingJournal:
     """That of a run that began in `path`, whether or not another has begun there since, or does at this moment."""
-    kept = find_journal(path)
-    return kept if kept is not None and kept.run.id == run_id else read_journal(aside(path, run_id))
+
+    def __init__(self, path: Path, run_id: uuid.UUID) -> None:
+        self.path = path
+        self.run_id = run_id
+        self._known: RunJournal | None = None
+        self._size = 0  # bytes of the lines that are known
+
+    def read(self) -> RunJournal:
+        """What it holds now; each line is read once, however often this is called."""
+        for place in (self.path, aside(self.path, self.run_id)):
+            lines = self._news(place)
+            if lines is not None:
+                self._known = _journal(place, lines, self._known)
+                self._size += len(lines)
+                return self._known
+        raise ConfigurationError(f"{self.path} does not hold the run {self.run_id}, nor does a file beside it.")
+
+    def _news(self, place: Path) -> bytes | None:
+        """The lines that are not known yet; None where the file is not that of the run."""
+        with suppress(FileNotFoundError), place.open("rb") as file:
+            first = file.readline()
+            if first.endswith(b"\n") and _journal(place, first).run.id == self.run_id:
+                file.seek(self._size)
+                lines = file.read()
+                return lines[: lines.rfind(b"\n") + 1]
+        return None
 
 
 def read_journal(path: Path) -> RunJournal:
@@ -74,8 +102,10 @@ def read_journal(path: Path) -> RunJournal:
     return _journal(path, _whole_lines(path))
 
 
-def _journal(path: Path, lines: bytes) -> RunJournal:
-    run, points, tally, end = None, [], None, None
+def _journal(path: Path, lines: bytes, known: RunJournal | None = None) -> RunJournal:
+    """What is `known`, and what the lines add to it."""
+    run, points, tally, end = (known.run, [*known.points], known.tally, known.end) if known else (None, [], None, None)
+    told = None
     try:
         for line in lines.splitlines():
             entry = json.loads(line)
@@ -83,9 +113,10 @@ def _journal(path: Path, lines: bytes) -> RunJournal:
                 run = NewRun.model_validate(entry["run"])
             elif "point" in entry:
                 points.append(ReportedPoint.model_validate(entry["point"]))
-                tally = tally if entry["tally"] is None else Tally.model_validate(entry["tally"])
+                told = told if entry["tally"] is None else entry["tally"]
             else:
                 end = RunEnd.model_validate(entry["end"])
+        tally = tally if told is None else Tally.model_validate(told)
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ConfigurationError(f"{path} is no journal of a run: {error}") from None
     if run is None:
@@ -98,12 +129,25 @@ def _whole_lines(path: Path) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
+def _cut_what_is_torn(file: BinaryIO) -> None:
+    """Leaves whole lines, and reads from the end no further than to the last newline."""
+    end = size = file.seek(0, os.SEEK_END)
+    whole = 0
+    while end and not whole:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        whole = start + newline + 1 if newline >= 0 else 0
+        end = start
+    if whole != size:
+        file.truncate(whole)
+
+
 def _add(path: Path, entry: dict[str, object]) -> None:
     """On the disk, not only in the system's memory, before anything is sent: the registry never has more than it."""
     line = json.dumps(entry).encode() + b"\n"
-    with path.open("ab") as file:
-        if file.tell() and (whole := len(_whole_lines(path))) != file.tell():
-            file.truncate(whole)
+    with path.open("a+b") as file:
+        _cut_what_is_torn(file)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

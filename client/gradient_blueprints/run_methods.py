@@ -211,11 +211,13 @@ class RunMethods(Connected):
                 tally=None if tally is None else tally.told(),
             )
             try:
-                handle.run = yield from self._repeatable(f"{_path(handle.run.id)}/points", batch)
+                run = yield from self._repeatable(f"{_path(handle.run.id)}/points", batch)
             except REFUSALS:
-                del points[: len(batch.points)]
+                _drop(points, batch)
                 raise
-            del points[: len(batch.points)]
+            _drop(points, batch)
+            if run.points > handle.run.points:  # no late answer: of an AsyncClient's handle several may be under way
+                handle.run = run
 
     def _end(self, run_id: uuid.UUID, tally: Tally, stopped: str | None) -> Steps[Run]:
         end = built(RunEnd, tally=tally.told(), stopped=stopped)
@@ -225,6 +227,12 @@ class RunMethods(Connected):
         content = body.model_dump_json(exclude_none=True).encode()
         answer = yield from self._exchange(Request("POST", path, {}, JSON_BODY, content))
         return answer.parse(Run)
+
+
+def _drop(points: list[ReportedPoint], batch: PointBatch) -> None:
+    """Those of the batch that are still there, which another sending may have dropped."""
+    last = batch.points[-1].step
+    points[:] = [point for point in points if point.step > last]
 
 
 def _path(run_id: str | uuid.UUID) -> str:

@@ -53,6 +53,7 @@ logger = logging.getLogger("gradient_blueprints")
 
 T = TypeVar("T")
 Parsed = TypeVar("Parsed", bound=BaseModel)
+AnyHttp = TypeVar("AnyHttp")  # httpx2.Client or httpx2.AsyncClient
 
 
 # --- what travels
@@ -281,6 +282,8 @@ def _error(answer: Answer) -> ApiError | UnexpectedAnswer:
 def _problem(answer: Answer) -> dict[str, Any] | None:
     if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != PROBLEM_MEDIA_TYPE:
         return None
+    if answer.request.method == "HEAD":  # whose answer has no body; its status tells the class
+        return {}
     with suppress(ValueError):
         problem = json.loads(answer.content)
         if isinstance(problem, dict) and "code" in problem:
@@ -386,9 +389,18 @@ def _httpx_arguments(origin: Origin, send: Send) -> dict[str, Any]:
     }
 
 
-def _client_arguments(origin: Origin) -> dict[str, Any]:
-    # Redirects are not followed: the key is for one origin only.
-    return {"headers": origin.headers(), "follow_redirects": False, "verify": _certificates()}
+def _http_client(kind: Callable[..., AnyHttp], origin: Origin) -> AnyHttp:
+    import httpx2
+
+    certificates = _certificates()
+    try:
+        # Redirects are not followed: the key is for one origin only.
+        return kind(headers=origin.headers(), follow_redirects=False, verify=certificates)
+    except (ImportError, ValueError, httpx2.InvalidURL):  # which may show the password of a proxy
+        raise ConfigurationError(
+            "A proxy that the environment names (ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) cannot be used: give one such as "
+            "http://proxy:3128, or set NO_PROXY='*' to go without. One of socks5:// needs: pip install httpx2[socks]"
+        ) from None
 
 
 @cache
@@ -541,7 +553,7 @@ class Blocking:
 
         with self._opening:  # of threads that call first at once, one opens the connections
             if self._http is None or self._process != os.getpid():  # a forked child must not share its parent's sockets
-                self._http = httpx2.Client(**_client_arguments(self._origin))
+                self._http = _http_client(httpx2.Client, self._origin)
                 self._process = os.getpid()
             return self._http
 
@@ -642,7 +654,7 @@ class Awaiting:
         import httpx2
 
         if self._http is None or self._process != os.getpid():  # a forked child must not share its parent's sockets
-            self._http = httpx2.AsyncClient(**_client_arguments(self._origin))
+            self._http = _http_client(httpx2.AsyncClient, self._origin)
             self._process = os.getpid()
         return self._http
 

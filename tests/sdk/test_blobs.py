@@ -82,6 +82,13 @@ async def test_a_download_starts_anew_where_ranges_are_not_known(connect: Connec
         assert (await connect(network.url).fetch_blob(DIGEST)).read_bytes() == CONTENT
 
 
+async def test_a_folder_is_no_place_for_a_file(connect: Connect, tmp_path: Path) -> None:
+    with FaultyNetwork(answer(200, b"x")) as network:
+        with pytest.raises(ConfigurationError, match="is a folder"):
+            await connect(network.url).fetch_blob(digest_of(b"x"), tmp_path)
+        assert network.connections == 0
+
+
 async def test_wrong_bytes_are_refused_and_not_kept(connect: Connect, tmp_path: Path) -> None:
     with FaultyNetwork(answer(200, b"something else")) as network:
         with pytest.raises(UnexpectedAnswer, match="another digest"):

@@ -396,6 +396,34 @@ def test_the_longest_unused_contents_go_first_and_recent_ones_never(tmp_path: Pa
     assert [cache.read(digest) is not None for digest in digests] == [True, False, False, True]
 
 
+def test_answers_count_and_go_as_contents_do(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    questions = [Question(registry="r", path=f"/{number}") for number in range(9)]
+    for question in questions:
+        answered = Remembered(question=question, digest=digest_of(b""), version=1, lab="a", seen_at=datetime.now(UTC))
+        cache.remember(answered)
+    for number, question in enumerate(questions):
+        path = cache._answer_path(question)
+        assert path is not None
+        os.utime(path, (number, number))
+    assert cache.recall(questions[0]) is not None  # used just now
+    Cache(tmp_path, max_bytes=1000).trim()
+    assert cache.recall(questions[0]) is not None
+    assert cache.recall(questions[1]) is None
+    assert sum(path.stat().st_size for path in (tmp_path / "answers").iterdir()) <= 1000
+
+
+async def test_a_version_that_is_no_whole_number_is_refused(connect: Connect) -> None:
+    for version in (1.9, 0, "x", None):
+        with pytest.raises(ConfigurationError, match="is no version"):
+            await connect("http://127.0.0.1:9").yank_version("m", 0.8, version, reason="r")
+
+
+def test_an_empty_folder_is_the_default_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BLUEPRINTS_CACHE", str(tmp_path))
+    assert Client("http://127.0.0.1:9", cache="").cache.folder == tmp_path
+
+
 def contents_of(folder: Path, digest: str) -> Path:
     return folder / "contents" / digest[7:9] / digest[9:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from gradient_blueprints import (
+    AsyncClient,
     Client,
     ConfigurationError,
     ConnectionFailed,
@@ -19,8 +21,16 @@ from gradient_blueprints import (
     run_methods,
 )
 from gradient_blueprints.record_models import NewRun, ReportedPoint, RunEnd
-from gradient_blueprints.run_journal import begin_journal, find_journal, journal_end, journal_point, read_journal
+from gradient_blueprints.run_journal import (
+    GrowingJournal,
+    begin_journal,
+    find_journal,
+    journal_end,
+    journal_point,
+    read_journal,
+)
 from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, Span, Tally
+from gradient_blueprints.transport import Pause
 from tests.conftest import Server
 from tests.sdk.test_cli import Run, blueprints, environment
 
@@ -120,6 +130,29 @@ async def test_a_run_that_is_gone_on_with_knows_its_last_step(lab_a: Any) -> Non
     await performed(again.append(101, 5.0, {"seconds": 1.0}))
 
 
+async def test_a_late_answer_takes_back_no_point(server: Server) -> None:
+    """The first of two appends is answered last, and a third point waits meanwhile."""
+    async with AsyncClient(server.url, api_key=server.key("lab-a"), cache=False) as client:
+        handle = await client.report_run("t", "m", metric="loss")
+        late, on_its_way = client._repeatable, asyncio.Event()
+
+        def held(path: str, body: Any) -> Any:
+            client._repeatable = late  # type: ignore[method-assign]
+            run = yield from late(path, body)
+            on_its_way.set()
+            yield Pause(1)
+            return run
+
+        client._repeatable = held  # type: ignore[method-assign]
+        first = asyncio.create_task(handle.append(1, 5.0, {"seconds": 1.0}))
+        await on_its_way.wait()
+        await handle.append(2, 4.0, {"seconds": 2.0})
+        handle._waiting.append(point(3))
+        await first
+        assert handle.run.points == 3
+        assert [p.step async for p in client.list_points(handle.run.id)] == [1, 2, 3]
+
+
 # --- journals
 
 
@@ -162,6 +195,34 @@ def test_a_journal_cut_off_anywhere_is_read_to_its_last_whole_line_and_goes_on_t
     kept = read_journal(path)
     assert [p.step for p in kept.points] == [*range(whole), 7]
     assert (kept.tally is None) is (whole == 0)
+
+
+def bytes_read() -> int:
+    """By this process, from files and sockets."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_long_journal_is_not_read_again_for_each_point(tmp_path: Path) -> None:
+    path, new = tmp_path / "run.jsonl", new_run()
+    begin_journal(path, new)
+    with path.open("a") as file:
+        for number in range(5000):
+            file.write(json.dumps({"point": point(number).model_dump(mode="json"), "tally": None}) + "\n")
+    growing = GrowingJournal(path, new.id)
+    assert growing.read() == read_journal(path)
+    with path.open("ab") as file:
+        file.write(b'{"point": {"ste')  # killed in the middle of a line
+    began = bytes_read()
+    assert len(growing.read().points) == 5000
+    journal_point(path, point(5000), tally(1.0))
+    kept = growing.read()
+    assert bytes_read() - began < path.stat().st_size / 5
+    assert kept == read_journal(path)
+    begin_journal(path, new_run())  # another begins in its file
+    assert growing.read().points == kept.points
+    (tmp_path / f"run-{new.id}.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=f"does not hold the run {new.id}"):
+        growing.read()
 
 
 def test_what_is_no_journal_is_said(tmp_path: Path) -> None:

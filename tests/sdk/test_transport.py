@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -231,6 +232,19 @@ async def test_a_host_that_cannot_be_is_found_out_by_the_first_call(connect: Con
         await connect(url).get_model("tiny")
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://u:secret@127.0.0.1:9", "http://u:secret@p:port"])
+async def test_a_proxy_that_cannot_be_used_is_said_with_its_variables(
+    connect: Connect, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with FaultyNetwork(json_answer(MODEL)) as network:
+        with pytest.raises(ConfigurationError, match="ALL_PROXY, HTTPS_PROXY, HTTP_PROXY") as raised:
+            await connect(network.url).get_model("tiny")
+        assert "secret" not in str(raised.value)
+        monkeypatch.setenv("NO_PROXY", "*")
+        assert (await connect(network.url).get_model("tiny")).model_id == "tiny"
+
+
 @pytest.mark.parametrize("seconds", [math.inf, 1e10])
 async def test_a_timeout_of_centuries_is_one_of_days(connect: Connect, seconds: float) -> None:
     with FaultyNetwork(json_answer(MODEL)) as network:
@@ -239,8 +253,8 @@ async def test_a_timeout_of_centuries_is_one_of_days(connect: Connect, seconds: 
         assert sdk.timeout == 1e6
 
 
-@pytest.mark.parametrize("timeout", [0, -1, math.nan])
-def test_a_timeout_that_no_call_can_keep_is_refused(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, None, "5"])
+def test_a_timeout_that_no_call_can_keep_is_refused(timeout: Any) -> None:
     with pytest.raises(ConfigurationError, match="timeout="):
         Client("http://127.0.0.1:9", cache=False, timeout=timeout)
 
@@ -251,11 +265,21 @@ async def test_a_registry_may_live_under_a_path(connect: Connect) -> None:
         assert network.requests[0].startswith(b"GET /registry/v1/models/org/tiny ")
 
 
-@pytest.mark.parametrize("model_id", ["../keys", "a/b/c", "", "a b", "tiny?x=1", "..", "a\n"])
+@pytest.mark.parametrize("model_id", ["../keys", "a/b/c", "", "a b", "tiny?x=1", "..", "a\n", 5])
 async def test_a_model_id_cannot_lead_to_another_path(connect: Connect, model_id: str) -> None:
     with FaultyNetwork(json_answer(MODEL)) as network:
         with pytest.raises(ConfigurationError):
             await connect(network.url).get_model(model_id)
+        assert network.connections == 0
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", 5])
+async def test_a_name_cannot_lead_to_another_path(connect: Connect, name: str) -> None:
+    with FaultyNetwork(json_answer(MODEL)) as network:
+        sdk = connect(network.url)
+        for call in (sdk.get_alias("tiny", name), sdk.delete_alias("tiny", name), sdk.cancel_job(name)):
+            with pytest.raises(ConfigurationError, match="is no name"):
+                await call
         assert network.connections == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from gradient_blueprints import (
     ConnectionFailed,
     DigestMismatch,
     PermissionDenied,
+    RateLimited,
     Scope,
+    ServiceUnavailable,
     UnexpectedAnswer,
 )
 from gradient_blueprints.canonical import digest_of
@@ -27,7 +30,7 @@ from gradient_blueprints.commands import app
 from tests.conftest import Server
 from tests.sdk.conftest import Connect
 from tests.sdk.cutting_proxy import CuttingProxy
-from tests.sdk.faulty_network import FaultyNetwork, answer, hang_up, json_answer, problem
+from tests.sdk.faulty_network import Act, FaultyNetwork, answer, hang_up, json_answer, problem
 
 WEIGHTS = random.Random(0).randbytes(12_000_000)
 NO_FILES = json_answer('{"files": []}')
@@ -135,6 +138,31 @@ async def test_pickles_and_folders_without_weights_are_refused_before_anything_i
         assert network.connections == 0
 
 
+async def test_the_checkpoints_in_the_folder_of_a_training_are_not_sent_with_it(
+    lab_a: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "checkpoint-500").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_bytes(b"{}")
+        (folder / "checkpoint-500" / name).write_bytes(b"{}")
+    with caplog.at_level("INFO"):
+        files = await lab_a.upload_checkpoint(folder, "tiny", 0.8)
+    assert [file.path for file in files] == ["config.json", "texts/bio.jsonl", "model.safetensors"]
+    assert "checkpoint-500/model.safetensors" in caplog.text
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"itself holds no safetensors; give .*checkpoint-500"):
+        await lab_a.upload_checkpoint(folder, "tiny", 0.8)
+
+
+@pytest.mark.parametrize("name", ["tokenizer (1).json", "x" * 200 + ".json"])
+async def test_every_name_is_checked_before_anything_is_sent(connect: Connect, folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    with FaultyNetwork(NO_FILES) as network:
+        with pytest.raises(ConfigurationError, match="is no name for a file"):
+            await connect(network.url).upload_checkpoint(folder, "tiny", 0.8)
+        assert network.connections == 0
+
+
 async def test_a_key_that_may_only_read_uploads_nothing(connect: Connect, server: Server, folder: Path) -> None:
     with pytest.raises(PermissionDenied):
         await connect(server.url, api_key=server.key("lab-a", Scope.READ)).upload_checkpoint(folder, "tiny", 0.8)
@@ -193,13 +221,60 @@ async def test_an_upload_that_something_else_answers_ends_at_once(connect: Conne
         assert network.connections == 2
 
 
-@pytest.mark.parametrize("fault", [problem(503, "service_unavailable"), page(502)])
-async def test_a_registry_that_keeps_nothing_is_given_up(connect: Connect, tmp_path: Path, fault: bytes) -> None:
+@pytest.mark.parametrize(
+    ("faults", "raised"),
+    [
+        ([problem(503, "service_unavailable")], ServiceUnavailable),
+        ([page(502)], ConnectionFailed),
+        ([problem(503, "service_unavailable"), answer(204, Upload_Offset="0")] * 20, ConnectionFailed),
+    ],
+)
+async def test_a_registry_that_keeps_nothing_is_given_up(
+    connect: Connect, tmp_path: Path, faults: list[bytes], raised: type[Exception]
+) -> None:
     (tmp_path / "a.json").write_text("{}")
-    with FaultyNetwork(NO_FILES, fault) as network:
+    with FaultyNetwork(NO_FILES, *faults) as network:
         client = connect(network.url, api_key="k", timeout=1)
-        with pytest.raises(ConnectionFailed, match=r"No progress with a\.json"):
+        with pytest.raises(raised):
             await client.upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
+
+
+LATER = {"Retry_After": "3600"}
+
+
+@pytest.mark.parametrize(
+    ("faults", "raised"),
+    [
+        ([problem(429, "rate_limited", **LATER)], RateLimited),
+        ([problem(503, "service_unavailable", **LATER)], ServiceUnavailable),
+        ([hang_up, answer(429, Content_Type="application/problem+json", **LATER)], RateLimited),
+    ],
+)
+async def test_an_upload_that_is_to_come_back_later_than_it_can_ends_at_once(
+    connect: Connect, tmp_path: Path, faults: list[bytes | Act], raised: type[Exception]
+) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with FaultyNetwork(NO_FILES, *faults) as network:
+        with pytest.raises(raised):
+            await connect(network.url).upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
+        assert network.connections == 1 + len(faults)
+
+
+async def test_an_upload_waits_as_long_as_it_is_asked_to(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    file = {"path": "a.json", "lab": "lab-a", "size": 2, "digest": digest_of(b"{}"), "received": 2, "complete": True}
+    busy = problem(503, "service_unavailable", Retry_After="1")
+    with FaultyNetwork(NO_FILES, busy, answer(204, Upload_Offset="0"), json_answer(json.dumps(file), 201)) as network:
+        began = time.monotonic()
+        assert (await connect(network.url).upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)).complete
+        assert time.monotonic() - began >= 1
+
+
+async def test_a_blob_is_not_sent_to_a_registry_that_asks_to_wait(connect: Connect) -> None:
+    with FaultyNetwork(answer(429, Content_Type="application/problem+json", **LATER)) as network:
+        with pytest.raises(RateLimited) as raised:
+            await connect(network.url).upload_blob(b"content")
+        assert (raised.value.retry_after, network.connections) == (3600, 1)
 
 
 def test_the_command_uploads_a_folder(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,14 @@ from gradient_blueprints.errors import (
     ServiceUnavailable,
 )
 from gradient_blueprints.record_models import ChosenPart, NewRun, ReportedPoint, Run, RunEnd
-from gradient_blueprints.run_journal import aside, begin_journal, find_journal, journal_end, journal_of, journal_point
+from gradient_blueprints.run_journal import (
+    GrowingJournal,
+    aside,
+    begin_journal,
+    find_journal,
+    journal_end,
+    journal_point,
+)
 from gradient_blueprints.run_models import RunPoint, Tally
 from gradient_blueprints.training.finetuning import SelectedAdamW
 from gradient_blueprints.training.flops import encodes_and_decodes, multiplied_parameters
@@ -62,7 +69,7 @@ class RunReporter:
         self.refused: Exception | None = None
         """Why the registry does not take the run."""
         self._client = client if client is not None else Client()
-        self._journal: tuple[Path, uuid.UUID] | None = None
+        self._journal: GrowingJournal | None = None
         """Where the run began, and its id: a later one may begin there while this one is still being sent."""
         self._last_step = -1
         self._news = threading.Event()
@@ -92,11 +99,11 @@ class RunReporter:
         if kept is not None and kept.end is None and kept.run == new.model_copy(update={"id": kept.run.id}):
             self._last_step = kept.points[-1].step if kept.points else -1
             tally = kept.tally
-            self._journal = journal, kept.run.id
+            self._journal = GrowingJournal(journal, kept.run.id)
         else:
             begin_journal(journal, new)
             self._last_step = -1
-            self._journal = journal, new.id
+            self._journal = GrowingJournal(journal, new.id)
         for point in earlier:
             self.add(point, None)
         self._news.set()
@@ -134,14 +141,14 @@ class RunReporter:
             logger.warning("The point of step %d is not reported: %s", point.step, invalid.errors()[0]["msg"])
             return
         self._last_step = point.step
-        journal_point(self._journal[0], reported, tally)
+        journal_point(self._journal.path, reported, tally)
         self._news.set()
 
     def finish(self, tally: Tally, stopped: str | None, patience: float | None = None) -> None:
         """The end; waits at most `patience` seconds (PATIENCE) for the registry to have it all."""
         if self._journal is None or self._thread is None:
             return
-        journal, run_id = self._journal
+        journal, run_id = self._journal.path, self._journal.run_id
         journal_end(journal, RunEnd(tally=tally, stopped=stopped))
         self._news.set()
         self._thread.join(PATIENCE if patience is None else patience)
@@ -159,9 +166,10 @@ class RunReporter:
             self._news.wait()
             self._news.clear()
             assert self._journal is not None
-            journal, run_id = self._journal
+            growing = self._journal
+            journal, run_id = growing.path, growing.run_id
             try:
-                run = self._client.send_run(journal_of(journal, run_id))
+                run = self._client.send_run(growing.read())
             except PASSING as passing:
                 logger.info("run %s waits in %s: %s", run_id, journal.parent, passing)
                 self._news.wait(pause)
