@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iter
 from decimal import Decimal
 from functools import update_wrapper
 from importlib.metadata import PackageNotFoundError, version
-from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -72,7 +71,7 @@ class Connected:
         self.offline = (
             _switch("BLUEPRINTS_OFFLINE", environment.get("BLUEPRINTS_OFFLINE", "")) if offline is None else offline
         )
-        if not isinstance(timeout, Real) or not timeout > 0:
+        if not isinstance(timeout, int | float) or not timeout > 0:
             raise ConfigurationError(f"timeout={timeout!r} cannot be used: give seconds above 0.")
         self.timeout = min(float(timeout), LONGEST_TIMEOUT)
 
@@ -235,7 +234,7 @@ def _path_part(name: str) -> str:
     return quote(name, safe="")
 
 
-def version_text(version: int) -> str:
+def version_text(version: int | str) -> str:
     try:
         number = int(version)
     except (TypeError, ValueError, OverflowError):

@@ -239,15 +239,12 @@ async def test_a_registry_that_keeps_nothing_is_given_up(
             await client.upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
 
 
-LATER = {"Retry_After": "3600"}
-
-
 @pytest.mark.parametrize(
     ("faults", "raised"),
     [
-        ([problem(429, "rate_limited", **LATER)], RateLimited),
-        ([problem(503, "service_unavailable", **LATER)], ServiceUnavailable),
-        ([hang_up, answer(429, Content_Type="application/problem+json", **LATER)], RateLimited),
+        ([problem(429, "rate_limited", Retry_After="3600")], RateLimited),
+        ([problem(503, "service_unavailable", Retry_After="3600")], ServiceUnavailable),
+        ([hang_up, answer(429, Content_Type="application/problem+json", Retry_After="3600")], RateLimited),
     ],
 )
 async def test_an_upload_that_is_to_come_back_later_than_it_can_ends_at_once(
@@ -271,7 +268,7 @@ async def test_an_upload_waits_as_long_as_it_is_asked_to(connect: Connect, tmp_p
 
 
 async def test_a_blob_is_not_sent_to_a_registry_that_asks_to_wait(connect: Connect) -> None:
-    with FaultyNetwork(answer(429, Content_Type="application/problem+json", **LATER)) as network:
+    with FaultyNetwork(answer(429, Content_Type="application/problem+json", Retry_After="3600")) as network:
         with pytest.raises(RateLimited) as raised:
             await connect(network.url).upload_blob(b"content")
         assert (raised.value.retry_after, network.connections) == (3600, 1)
