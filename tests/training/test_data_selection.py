@@ -582,6 +582,25 @@ def test_ridge_takes_the_strength_with_the_least_error_left_one_out() -> None:
     assert found.predict(x) == pytest.approx(y.mean() + z @ w)
 
 
+def test_the_error_left_one_out_is_that_of_refitting_where_features_are_clipped() -> None:
+    rng = np.random.default_rng(0)
+    x = np.exp(1.5 * rng.standard_normal((40, 5)))
+    y = np.log(x[:, 0] + 3.5) + 0.3 * rng.standard_normal(40)
+    found = Ridge.fit(x, y, np.ones(5))
+    z = (x - x.mean(0)) / x.std(0)
+    assert z.max() > 4.5
+    z = z.clip(-4, 4)
+    residuals = []
+    for left_out in range(40):
+        inside = np.arange(40) != left_out
+        centre, level = z[inside].mean(0), y[inside].mean()
+        a = z[inside] - centre
+        w = np.linalg.solve(a.T @ a + found.strength * np.eye(5), a.T @ (y[inside] - level))
+        residuals.append(y[left_out] - level - (z[left_out] - centre) @ w)
+    assert found.left_out_error == pytest.approx(float(np.mean(np.square(residuals))))
+    assert found.predict(x).mean() == pytest.approx(y.mean())
+
+
 def test_ridge_ignores_a_feature_that_never_varied() -> None:
     x = np.stack([np.arange(30.0), np.full(30, 7.0)], 1)
     ridge = Ridge.fit(x, np.arange(30.0), np.ones(2))

@@ -22,6 +22,7 @@ class Ridge:
     mean: Array  # (features,)
     scale: Array  # (features,) standard deviations over the importance, infinite where a feature never varied
     importance: Array  # (features,)
+    clipped_mean: Array  # (features,) of the standardised and clipped columns, 0 where nothing was clipped
     weights: Array  # (features,)
     intercept: float
     strength: float
@@ -40,6 +41,8 @@ class Ridge:
         mean, deviation = features.mean(0), features.std(0)
         scale = np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation / importance, np.inf)
         x = _standardised(features, mean, scale, importance)
+        clipped_mean = x.mean(0)
+        x -= clipped_mean  # the intercept and the leverages are those of centred columns
         intercept = float(targets.mean())
         u, s, vt = np.linalg.svd(x, full_matrices=False)
         along = u.T @ (targets - intercept)  # (rank,)
@@ -53,13 +56,12 @@ class Ridge:
                 best = error, float(strength)
         assert best is not None
         weights = vt.T @ (s / (s**2 + best[1]) * along)
-        return cls(mean, scale, importance, weights, intercept, best[1], best[0])
+        return cls(mean, scale, importance, clipped_mean, weights, intercept, best[1], best[0])
 
     def predict(self, features: Array) -> Array:
         """(n,); NaN where a feature is."""
-        return np.asarray(
-            self.intercept + _standardised(features, self.mean, self.scale, self.importance) @ self.weights
-        )
+        x = _standardised(features, self.mean, self.scale, self.importance) - self.clipped_mean
+        return np.asarray(self.intercept + x @ self.weights)
 
 
 def out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
