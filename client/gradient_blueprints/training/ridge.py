@@ -64,13 +64,22 @@ class Ridge:
         return np.asarray(self.intercept + x @ self.weights)
 
 
-def out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
-    """Every target predicted by a fit to the examples of the other folds, (n,)."""
-    predicted = np.empty(len(targets))
+def places_out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
+    """Every example's place among all, as a fit to the examples of the other folds ranks them, (n,).
+
+    Predictions of several fits are no one ranking: each lies about its own training mean, which is high where the mean
+    of the examples left out is low, and has its own spread. Pooled, those of pure noise correlate with the targets at
+    -0.24 (24 examples) to -0.12 (128); places do at 0, and of a signal they correlate as fresh examples do.
+    """
+    places = np.empty(len(targets))
     for fold in np.unique(folds):
-        inside = folds != fold
-        predicted[~inside] = Ridge.fit(features[inside], targets[inside], importance).predict(features[~inside])
-    return predicted
+        left_out = folds == fold
+        predicted = Ridge.fit(features[~left_out], targets[~left_out], importance).predict(features)
+        order = np.sort(predicted)
+        below = np.searchsorted(order, predicted[left_out], "left")
+        up_to = np.searchsorted(order, predicted[left_out], "right")
+        places[left_out] = (below + up_to + 1) / 2  # ties by mean rank
+    return places
 
 
 def _standardised(features: Array, mean: Array, scale: Array, importance: Array) -> Array:
