@@ -58,17 +58,20 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float
 
 
 def sign_flip(values: Sequence[float] | np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of a mean of zero, over all assignments of signs (random ones of them for many values).
+    """Two-sided p of a mean of zero, over all assignments of signs: of more than 14 values over 10,000 random ones.
 
-    With n values it cannot be below 2/2^n: 0.0625 for 5, 0.002 for 10.
+    With n values it cannot be below 2/2^n: 0.0625 for 5, 0.002 for 10. Beside random signs the observed ones count too
+    (Phipson and Smyth 2010), so p is never below 1/10,001.
     """
     values = np.asarray(values, float)
-    if len(values) <= EXACT_UP_TO:
+    exact = len(values) <= EXACT_UP_TO
+    if exact:
         signs = np.array(list(product((-1.0, 1.0), repeat=len(values))))
     else:
         signs = np.random.default_rng(seed).choice((-1.0, 1.0), (RESAMPLES, len(values)))
     means = np.abs((signs * values).mean(1))
-    return float((means >= abs(values.mean()) - 1e-12).mean())
+    as_far = int((means >= abs(values.mean()) - 1e-12 * np.abs(values).max()).sum())
+    return as_far / len(signs) if exact else (as_far + 1) / (len(signs) + 1)
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:

@@ -17,6 +17,18 @@ def test_values_around_zero_are_no_evidence() -> None:
     assert sign_flip([0.3, -0.3, 0.2, -0.2]) == 1.0
 
 
+def test_no_p_of_random_signs_is_zero() -> None:
+    values = np.random.default_rng(1).normal(5, 1, 16)
+    assert sign_flip(values) == pytest.approx(1 / 10_001)
+    assert sign_flip(np.tile([1.0, -1.0], 8)) == 1.0
+
+
+@pytest.mark.parametrize("unit", [1e-13, 1e13])
+def test_a_p_has_no_unit(unit: float) -> None:
+    assert sign_flip(unit * np.array([0.1, 0.2, 0.3, 0.4, 0.5])) == pytest.approx(2 / 32)
+    assert sign_flip(unit * np.array([0.1, 0.2, -0.3, 0.7, 0.7])) == sign_flip([0.1, 0.2, -0.3, 0.7, 0.7])
+
+
 def test_holms_correction_is_the_textbooks() -> None:
     adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
     assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from datasets import Dataset
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -25,11 +26,12 @@ from gradient_blueprints.training.data_selection import (
     Strategy,
     exact_influences,
     fit_influence,
+    held_out_correlation,
     keep_top,
     select_data,
 )
 from gradient_blueprints.training.gradient_similarity import GradientSimilarity
-from gradient_blueprints.training.ridge import STRENGTHS, Ridge, out_of_fold
+from gradient_blueprints.training.ridge import STRENGTHS, Ridge, places_out_of_fold
 from gradient_blueprints.training.selection import Budget, LocalStatistics
 from tests.training.profiling.small_models import VOCABULARY, Batch, bart, bert, llama, t5, untied_llama
 
@@ -459,13 +461,39 @@ def test_without_the_loss_only_the_first_blocks_run(model: nn.Module, sample: li
     assert np.isfinite(predicted).all()
 
 
-def test_noise_is_predicted_by_nothing_and_shrunk_to_the_mean() -> None:
-    rng = np.random.default_rng(0)
-    x, noise = rng.standard_normal((150, 300)), rng.standard_normal(150)
-    predicted = out_of_fold(x, noise, np.ones(300), rng.integers(0, 5, 150))
-    assert abs(np.corrcoef(predicted, noise)[0, 1]) < 0.25
-    signal = out_of_fold(x, x[:, 0] + 0.1 * noise, np.append(1, np.full(299, 0.05)), rng.integers(0, 5, 150))
-    assert np.corrcoef(signal, x[:, 0])[0, 1] > 0.9
+def test_noise_is_predicted_by_nothing_and_intervals_say_so() -> None:
+    found = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        x, noise = rng.standard_normal((24, 6)), rng.standard_normal(24)
+        found.append(held_out_correlation(x, noise, np.ones(6), noise, seed))
+    assert abs(np.mean([correlation for correlation, _ in found])) < 0.06  # of pooled predictions -0.24
+    assert sum(high < 0 for _, (_, high) in found) <= 5
+    assert sum(low > 0 for _, (low, _) in found) <= 5
+
+
+@pytest.mark.parametrize("strength", [0.6, 3.0])
+def test_the_correlation_out_of_fold_is_that_with_fresh_examples(strength: float) -> None:
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((64, 34))
+        y = strength * x[:, 0] + rng.standard_normal(64)
+        importance = np.append(1, np.full(33, 33**-0.5))
+        correlation, (low, high) = held_out_correlation(x, y, importance, y, seed)
+        unseen = rng.standard_normal((2000, 34))
+        truth = strength * unseen[:, 0] + rng.standard_normal(2000)
+        expected = stats.spearmanr(Ridge.fit(x, y, importance).predict(unseen), truth).statistic
+        found.append((correlation, expected, low <= expected <= high))
+    correlation, expected, covered = np.mean(found, axis=0)
+    assert correlation == pytest.approx(expected, abs=0.05)
+    assert covered >= 0.9
+
+
+def test_equal_features_have_equal_places() -> None:
+    x, folds = np.repeat(np.arange(10.0), 4)[:, None], np.tile(np.arange(4), 10)
+    places = places_out_of_fold(x, x[:, 0], np.ones(1), folds)
+    assert places.tolist() == np.repeat(np.arange(2.5, 40, 4), 4).tolist()
 
 
 def test_an_outlier_bends_neither_the_fit_nor_the_ranking(model: nn.Module, sample: list[Batch]) -> None:
@@ -580,6 +608,25 @@ def test_ridge_takes_the_strength_with_the_least_error_left_one_out() -> None:
     assert found.left_out_error == pytest.approx(errors[best])
     w = np.linalg.solve(z.T @ z + best * np.eye(6), z.T @ (y - y.mean()))
     assert found.predict(x) == pytest.approx(y.mean() + z @ w)
+
+
+def test_the_error_left_one_out_is_that_of_refitting_where_features_are_clipped() -> None:
+    rng = np.random.default_rng(0)
+    x = np.exp(1.5 * rng.standard_normal((40, 5)))
+    y = np.log(x[:, 0] + 3.5) + 0.3 * rng.standard_normal(40)
+    found = Ridge.fit(x, y, np.ones(5))
+    z = (x - x.mean(0)) / x.std(0)
+    assert z.max() > 4.5
+    z = z.clip(-4, 4)
+    residuals = []
+    for left_out in range(40):
+        inside = np.arange(40) != left_out
+        centre, level = z[inside].mean(0), y[inside].mean()
+        a = z[inside] - centre
+        w = np.linalg.solve(a.T @ a + found.strength * np.eye(5), a.T @ (y[inside] - level))
+        residuals.append(y[left_out] - level - (z[left_out] - centre) @ w)
+    assert found.left_out_error == pytest.approx(float(np.mean(np.square(residuals))))
+    assert found.predict(x).mean() == pytest.approx(y.mean())
 
 
 def test_ridge_ignores_a_feature_that_never_varied() -> None:

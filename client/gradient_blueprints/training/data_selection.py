@@ -46,7 +46,7 @@ from gradient_blueprints.training.profiling.losses import (
     target_tokens,
     token_losses,
 )
-from gradient_blueprints.training.ridge import Ridge, out_of_fold
+from gradient_blueprints.training.ridge import Ridge, places_out_of_fold
 
 Scores = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
@@ -177,11 +177,14 @@ class Calibration:
 
     examples: int
     predicted: float
-    """Spearman correlation of predicted and true J, out of fold."""
+    """`held_out_correlation` of f_φ with true J; 0 on average where nothing can be predicted."""
     interval: tuple[float, float]
-    """95 %, bootstrap over examples."""
+    """95 %, bootstrap over examples; wider than need be where the correlation is strong."""
     by_loss: float | None
-    """What the loss alone reaches on the same examples; None where it was not read."""
+    """Spearman correlation that the loss alone reaches on the same examples; None where it was not read.
+
+    No fold changes how a loss or a length ranks them, so these compare with `predicted`.
+    """
     by_length: float | None
     """What the number of target tokens alone reaches; None where all are as long."""
 
@@ -249,23 +252,37 @@ def fit_influence(
     width = x.shape[1] - scalars
     importance = np.append(np.full(width, width**-0.5), np.ones(scalars))
     clipped = np.clip(targets, *np.quantile(targets, [winsorise, 1 - winsorise]))
-    rng = np.random.default_rng(seed)
-    folds = rng.permutation(np.arange(len(known)) % _FOLDS)
-    predicted = out_of_fold(x, clipped, importance, folds)
-    resampled = [
-        correlation
-        for draw in rng.integers(0, len(known), (_RESAMPLES, len(known)))
-        if (correlation := spearman(predicted[draw].tolist(), targets[draw].tolist())) is not None
-    ]
-    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled else (0.0, 0.0)
+    predicted, interval = held_out_correlation(x, clipped, importance, targets, seed)
     calibration = Calibration(
         examples=len(known),
-        predicted=spearman(predicted.tolist(), targets.tolist()) or 0.0,
-        interval=(float(low), float(high)),
+        predicted=predicted,
+        interval=interval,
         by_loss=spearman(x[:, -1].tolist(), targets.tolist()) if with_loss else None,
         by_length=spearman(x[:, -scalars].tolist(), targets.tolist()),
     )
     return InfluencePredictor(Ridge.fit(x, clipped, importance), block, with_loss, calibration, influences)
+
+
+def held_out_correlation(
+    features: Scores, targets: Scores, importance: Scores, truth: Scores, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Spearman correlation of the truth with the places out of five folds, 0 for one constant side, and 95 % interval.
+
+    Features (n, p), targets to fit to (n,), importance (p,), truth (n,). The interval is a bootstrap over examples, the
+    fits as they are, with n/2 draws: two examples of different folds judge the fits to each other by the same product,
+    so without signal the estimate varies as that of half as many independent examples (of 64 without signal 0.16 as
+    standard deviation; n draws leave 0 outside of 14 to 18 % of the intervals, n/2 of 3 to 5 %).
+    """
+    rng = np.random.default_rng(seed)
+    folds = rng.permutation(np.arange(len(targets)) % _FOLDS)
+    places = places_out_of_fold(features, targets, importance, folds)
+    resampled = [
+        correlation
+        for draw in rng.integers(0, len(targets), (_RESAMPLES, len(targets) // 2))
+        if (correlation := spearman(places[draw].tolist(), truth[draw].tolist())) is not None
+    ]
+    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled else (0.0, 0.0)
+    return spearman(places.tolist(), truth.tolist()) or 0.0, (float(low), float(high))
 
 
 def _features(model: nn.Module, batches: Iterable[Batch], block: str, *, with_loss: bool) -> Iterator[Scores]:

@@ -22,6 +22,7 @@ class Ridge:
     mean: Array  # (features,)
     scale: Array  # (features,) standard deviations over the importance, infinite where a feature never varied
     importance: Array  # (features,)
+    clipped_mean: Array  # (features,) of the standardised and clipped columns, 0 where nothing was clipped
     weights: Array  # (features,)
     intercept: float
     strength: float
@@ -40,6 +41,8 @@ class Ridge:
         mean, deviation = features.mean(0), features.std(0)
         scale = np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation / importance, np.inf)
         x = _standardised(features, mean, scale, importance)
+        clipped_mean = x.mean(0)
+        x -= clipped_mean  # the intercept and the leverages are those of centred columns
         intercept = float(targets.mean())
         u, s, vt = np.linalg.svd(x, full_matrices=False)
         along = u.T @ (targets - intercept)  # (rank,)
@@ -53,22 +56,30 @@ class Ridge:
                 best = error, float(strength)
         assert best is not None
         weights = vt.T @ (s / (s**2 + best[1]) * along)
-        return cls(mean, scale, importance, weights, intercept, best[1], best[0])
+        return cls(mean, scale, importance, clipped_mean, weights, intercept, best[1], best[0])
 
     def predict(self, features: Array) -> Array:
         """(n,); NaN where a feature is."""
-        return np.asarray(
-            self.intercept + _standardised(features, self.mean, self.scale, self.importance) @ self.weights
-        )
+        x = _standardised(features, self.mean, self.scale, self.importance) - self.clipped_mean
+        return np.asarray(self.intercept + x @ self.weights)
 
 
-def out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
-    """Every target predicted by a fit to the examples of the other folds, (n,)."""
-    predicted = np.empty(len(targets))
+def places_out_of_fold(features: Array, targets: Array, importance: Array, folds: npt.NDArray[np.int64]) -> Array:
+    """Every example's place among all, as a fit to the examples of the other folds ranks them, (n,).
+
+    Predictions of several fits are no one ranking: each lies about its own training mean, which is high where the mean
+    of the examples left out is low, and has its own spread. Pooled, those of pure noise correlate with the targets at
+    -0.24 (24 examples) to -0.12 (128); places do at 0, and of a signal they correlate as fresh examples do.
+    """
+    places = np.empty(len(targets))
     for fold in np.unique(folds):
-        inside = folds != fold
-        predicted[~inside] = Ridge.fit(features[inside], targets[inside], importance).predict(features[~inside])
-    return predicted
+        left_out = folds == fold
+        predicted = Ridge.fit(features[~left_out], targets[~left_out], importance).predict(features)
+        order = np.sort(predicted)
+        below = np.searchsorted(order, predicted[left_out], "left")
+        up_to = np.searchsorted(order, predicted[left_out], "right")
+        places[left_out] = (below + up_to + 1) / 2  # ties by mean rank
+    return places
 
 
 def _standardised(features: Array, mean: Array, scale: Array, importance: Array) -> Array:
