@@ -89,16 +89,17 @@ async def check(
             f"The published blueprint holds no {statistic}; send the statistic gradient_norm, which all hold."
         )
     domain = GENERAL if norms is None else request.domain
-    checked = await anyio.to_thread.run_sync(
-        judge, found, published, local, request, statistic, domain, other_digest, abandon_on_cancel=True
-    )
+
+    async def judged(asked: StalenessRequest) -> Staleness:
+        return await anyio.to_thread.run_sync(
+            judge, found, published, local, asked, statistic, domain, other_digest, abandon_on_cancel=True
+        )
+
+    checked = await judged(request)
     if request.keep and caller is not None:
         counted = checked
         if request.threshold != DEFAULT_THRESHOLD:  # evidence is judged by one measure, whoever asked by which
-            alike = request.model_copy(update={"threshold": DEFAULT_THRESHOLD})
-            counted = await anyio.to_thread.run_sync(
-                judge, found, published, local, alike, statistic, domain, other_digest, abandon_on_cancel=True
-            )
+            counted = await judged(request.model_copy(update={"threshold": DEFAULT_THRESHOLD}))
         offered = _norms(local) if request.offer_norms else None
         kept = await evidence.keep(session, caller, found, counted, offered)
         checked = checked.model_copy(update={"kept": kept, "not_kept": None if kept else evidence.ALREADY_TODAY})

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.selection import Selection
-from gradient_blueprints.training.selection.indices import pack, unpack
+from gradient_blueprints.training.selection.indices import NOT_WHOLE, pack, unpack
 from gradient_blueprints.training.selection.listed_tensors import listing
 
 DELTA_FORMAT = 1
@@ -74,7 +73,7 @@ class Delta:
                     for name, base in header["base"].items()
                 }
                 return cls(changes, header["blueprint_digest"])
-        except (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError) as error:
+        except NOT_WHOLE as error:
             raise ConfigurationError(f"{path} holds no whole delta: {error}") from error
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -13,13 +12,21 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from gradient_blueprints.allocation import BYTES_PER_DENSE_PARAMETER, bytes_each, count
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.selection_models import SelectionUnit, format_bytes
-from gradient_blueprints.training.selection.indices import Indices, best, pack, prefixes, random_scores, unpack
+from gradient_blueprints.training.selection.indices import (
+    NOT_WHOLE,
+    Indices,
+    best,
+    pack,
+    prefixes,
+    random_scores,
+    unpack,
+)
 
 SELECTION_FORMAT = 2
 
@@ -233,7 +240,7 @@ class Selection:
                 parts = {name: unpack(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
             header["layers"] = tuple(SelectedLayer(**layer) for layer in header["layers"])
             return cls(**header, parts=parts)
-        except (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError) as error:
+        except NOT_WHOLE as error:
             raise ConfigurationError(f"{path} holds no whole selection: {error}") from error
 
 

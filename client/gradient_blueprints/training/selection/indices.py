@@ -8,9 +8,12 @@ import zlib
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 
 Indices = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float32]
+NOT_WHOLE = (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError)
+"""What reading a damaged file of packed indices and their header raises."""
 _ESCAPE = 255
 _CHUNK = 1 << 18
 """Entries hashed, or drawn for, at a time: 64-bit numbers for all of an embedding take more memory than the choice."""
