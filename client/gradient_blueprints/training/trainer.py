@@ -87,7 +87,8 @@ def trainer_arguments(
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
-        max_norm=arguments.max_grad_norm or math.inf,  # the norm is logged where nothing is clipped too
+        # as the Trainer reads it, which clips by norms above 0; the norm is logged where nothing is clipped too
+        max_norm=arguments.max_grad_norm if (arguments.max_grad_norm or 0) > 0 else math.inf,
         process_group=distributed.group.WORLD if arguments.world_size > 1 else None,
     )
     return {"optimizers": (optimizer, None), "callbacks": FirstInFront([SelectionCallback(optimizer), *callbacks])}
