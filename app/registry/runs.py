@@ -16,6 +16,7 @@ from app.registry import audit, paging, tables
 from app.registry.callers import Caller
 from app.registry.capability import better, envelope, window_ratio
 from app.registry.plausibility import marks_of
+from app.registry.threads import in_thread_unless
 from gradient_blueprints.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -37,6 +38,8 @@ from gradient_blueprints.record_models import (
     RunPointPage,
 )
 from gradient_blueprints.run_models import Resource, Tally
+
+_BRIEF_POINTS = 1_000  # curves of more are made in a thread: 20,000 points of all resources take half a second
 
 # --- writing
 
@@ -114,9 +117,24 @@ async def finish(session: AsyncSession, caller: Caller, name: UUID, end: RunEnd)
         if Tally.model_validate(row.tally) == Tally.model_validate(told) and row.stopped == end.stopped:
             return await _described(session, row, caller.lab)
         raise RunFinished(f"Run {name} has finished with other figures, which cannot be changed.")
-    run = NewRun.model_validate(row.begun)
     points = await _points(session, row)
-    marks, unchecked = marks_of(run, points, end.tally)
+    outcome, curves = await in_thread_unless(
+        len(points) <= _BRIEF_POINTS, _closed, NewRun.model_validate(row.begun), points, end.tally
+    )
+    row.tally, row.stopped, row.outcome, row.curves = told, end.stopped, outcome, curves
+    row.finished_at = func.now()
+    await session.flush()
+    await session.refresh(row)
+    marks = [mark["code"] for mark in outcome["marks"]]
+    await audit.record(session, caller, "run.finish", str(name), points=row.points, marks=marks)
+    return await _described(session, row, caller.lab)
+
+
+def _closed(
+    run: NewRun, points: Sequence[ReportedPoint], tally: Tally
+) -> tuple[dict[str, Any], dict[str, list[tuple[float, float]]]]:
+    """What a finished run came to, and its curve of each resource that was counted."""
+    marks, unchecked = marks_of(run, points, tally)
     outcome: dict[str, Any] = {
         "marks": [mark.model_dump(mode="json") for mark in marks],
         "unchecked": list(unchecked),
@@ -126,15 +144,9 @@ async def finish(session: AsyncSession, caller: Caller, name: UUID, end: RunEnd)
         best = points[0].psi
         for point in points:
             best = better(best, point.psi, run.goal)
-        amounts = {**points[-1].gamma, **end.tally.amounts()}
+        amounts = {**points[-1].gamma, **tally.amounts()}
         outcome["final"] = LastPair(psi=points[-1].psi, best_psi=best, gamma=amounts).model_dump(mode="json")
-    row.tally, row.stopped, row.outcome = told, end.stopped, outcome
-    row.curves = {resource: curve for resource in Resource if (curve := _curve(run, points, resource))}
-    row.finished_at = func.now()
-    await session.flush()
-    await session.refresh(row)
-    await audit.record(session, caller, "run.finish", str(name), points=row.points, marks=[mark.code for mark in marks])
-    return await _described(session, row, caller.lab)
+    return outcome, {resource.value: curve for resource in Resource if (curve := _curve(run, points, resource))}
 
 
 def _curve(run: NewRun, points: Sequence[ReportedPoint], resource: Resource) -> list[tuple[float, float]]:

@@ -75,6 +75,19 @@ def test_a_run_is_begun_appended_and_finished_with_what_the_registry_works_out(p
     assert "| seconds | 5 s | measured: given |" in card.text
 
 
+def test_a_long_run_comes_to_the_same_as_a_short_one(publisher: httpx2.Client) -> None:
+    path = begin(publisher, window=1)
+    curve = [(float(second), 9.0 - second / 500) for second in range(1, 1501)]
+    for first in range(0, len(curve), 500):
+        publisher.post(f"{path}/points", json=points(*curve[first : first + 500], first=first)).raise_for_status()
+    finished = publisher.post(f"{path}/finish", json={"tally": tally(seconds=1500.0)}).raise_for_status().json()
+    assert finished["final"] == {"psi": 6.0, "best_psi": 6.0, "gamma": {"seconds": 1500.0}}
+    assert finished["last_ratio"] == {"seconds": pytest.approx(1 / 500)}
+    assert finished["marks"] == []
+    board = publisher.get("/v1/leaderboard", params={"task": "code/loss", "resource": "seconds", "at": "psi:7"}).json()
+    assert board["groups"][0]["entries"][0]["value"] == pytest.approx(1000.0)
+
+
 def test_neither_spans_nor_names_of_sensors_are_kept(publisher: httpx2.Client) -> None:
     path = begin(publisher)
     span = {"sensor": "host-7f", "resource": "seconds", "started": 0, "ended": 1, "amount": 1.0}
