@@ -58,6 +58,15 @@ def make_selection(budget: float = 0.3, unit: Unit = "coordinate", seed: int = 0
     return select(blueprint, budget=budget, unit=unit, seed=seed)
 
 
+def ranked_selection(model: nn.Module, budget: float = 0.3) -> Selection:
+    gradients = {name: torch.rand(parameter.shape) for name, parameter in model.named_parameters()}
+    layers = [
+        {"id": name, "gradient_norm": 1.0, "parameters": gradient.numel()} for name, gradient in gradients.items()
+    ]
+    blueprint = Blueprint.from_dict({"model_id": "m", "training_checkpoint": 1.0, "layers": layers})
+    return select(blueprint, budget=budget, gradients=gradients, model=model)
+
+
 def decaying(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 
@@ -642,3 +651,14 @@ def test_a_selection_for_a_smaller_model_is_warned_of() -> None:
 def test_a_selection_for_another_model_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="selects nothing"):
         apply_selection(nn.ModuleDict({"other": nn.Linear(2, 2)}), make_selection())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chosen_coordinate_is_held_in_4_bytes_by_the_selection_and_its_training_together(tmp_path: Path) -> None:
+    model = make_model()
+    selection = ranked_selection(model)
+    for held in (selection, Selection.load(selection.save(tmp_path / "selection.safetensors")), copy.copy(selection)):
+        for entry in apply_selection(model, held):
+            assert entry.indices is not None
+            assert held.parts[entry.name].nbytes == 4 * entry.selected
+            assert entry.indices.data_ptr() == held.parts[entry.name].ctypes.data

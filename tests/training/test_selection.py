@@ -308,6 +308,16 @@ def test_coordinates_are_not_taken_for_those_of_a_transposed_tensor(
         again.units("w", other)
 
 
+def test_rows_of_a_tensor_above_2_31_entries_are_its_own_coordinates() -> None:
+    small = select(make_blueprint({"w": 1.0}, {"w": 8}), budget=0.5, unit="row", gradients={"w": torch.ones(4, 2)})
+    selection = replace(small, parts={"w": np.array([3_000_000])}, columns={"w": 1_000})
+    assert selection.parts["w"].itemsize == 4
+    chosen = selection.indices("w", (4_000_000, 1_000))
+    assert chosen is not None
+    assert (chosen[0], chosen[-1], len(chosen)) == (3_000_000_000, 3_000_000_999, 1_000)
+    assert replace(small, parts={"w": np.array([2**31])}).parts["w"].tolist() == [2**31]
+
+
 def test_a_selection_of_a_million_coordinates_is_a_small_file(tmp_path: Path) -> None:
     blueprint = make_blueprint({"w": 1.0}, {"w": 1_000_000})
     selection = select(blueprint, budget=0.1, gradients={"w": torch.randn(1000, 1000)})

@@ -46,12 +46,16 @@ def base() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def selection(base: PreTrainedModel) -> Selection:
+    return select_of(base, 0.3)
+
+
+def select_of(base: PreTrainedModel, budget: float) -> Selection:
     layers = [
         {"id": name, "gradient_norm": 1.0, "parameters": parameter.numel()}
         for name, parameter in base.named_parameters()
     ]
     blueprint = Blueprint.from_dict({"model_id": "tiny", "training_checkpoint": 1.0, "layers": layers})
-    return select(blueprint, budget=0.3)
+    return select(blueprint, budget=budget)
 
 
 def train(base: PreTrainedModel, selection: Selection, folder: Path, resume: bool = False, **options: Any) -> Trainer:
@@ -69,14 +73,12 @@ def make_trainer(
         max_steps=4,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
         save_steps=2,
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        **{"report_to": [], "max_grad_norm": 0.05, **options},
+        **{"report_to": [], "max_grad_norm": 0.05, "learning_rate": 1e-2, "weight_decay": 0.1, **options},
     )
     given = trainer_arguments(model, selection, arguments, callbacks)
     return Trainer(model=model, args=arguments, train_dataset=Rows(), **given)
@@ -108,6 +110,37 @@ def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
     resumed = train(base, selection, tmp_path, resume=True)
     for expected, found in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+def test_with_all_selected_a_training_is_the_trainers_own(base: PreTrainedModel, tmp_path: Path) -> None:
+    """Rate, warm-up, betas, epsilon, decay and clipping are those of its AdamW, and the epsilon tells."""
+    options = {
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "weight_decay": 0.7,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.8,
+        "adam_epsilon": 1e-2,
+        "save_strategy": "no",
+        "optim": "adamw_torch",
+    }
+    selected = train(base, select_of(base, 1.0), tmp_path, **options)
+    assert isinstance(selected.optimizer.optimizer, SelectedAdamW)
+    own = Trainer(model=copy.deepcopy(base), args=selected.args, train_dataset=Rows())
+    own.train()
+    changed = 0
+    for before, expected, found in zip(
+        *map(PreTrainedModel.parameters, (base, own.model, selected.model)), strict=True
+    ):
+        changed += not torch.equal(before, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert changed == len(list(base.parameters()))
+    logs = [
+        [entry[key] for entry in each.state.log_history[:4]]
+        for each in (own, selected)
+        for key in ("grad_norm", "learning_rate")
+    ]
+    assert logs[2:] == [pytest.approx(each, rel=1e-5) for each in logs[:2]]
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ class SelectedAdamW(torch.optim.Optimizer):
     `process_group` and options of torch's AdamW that are not here; other members of a group are yours, and left alone.
 
     Several processes: with replicas of the model give `process_group` (`torch.distributed.group.WORLD`); the selected
-    gradients, and nothing else, are averaged over it in `step`; replicas that do not start equal, or train different
-    selections, are refused. Leave
-    `DistributedDataParallel` away: it would keep, and send, whole gradients; `step` refuses it, unless it was made with
-    `find_unused_parameters`, which hides it. Shards (FSDP2) are averaged by `fully_shard` itself and need no group.
-    `process_group="alone"` says that this process trains a model of its own.
+    gradients, and nothing else, are averaged over it in `step`; replicas whose trained tensors do not start equal, or
+    that train different selections, are refused. Leave `DistributedDataParallel` away: it would keep, and send, whole
+    gradients; `step` refuses it, unless it was made with `find_unused_parameters`, which hides it. Shards
+    (FSDP2) are averaged by `fully_shard` itself and need no group. `process_group="alone"` says that this process
+    trains a model of its own.
     """
 
     def __init__(

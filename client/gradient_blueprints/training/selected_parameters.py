@@ -15,9 +15,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection, Units
+from gradient_blueprints.training.selection.indices import Indices, narrow
 from gradient_blueprints.training.selection.listed_tensors import freeze, kept_fixed, listing, some, tied_names
-
-INT32_ENTRIES = 2**31 - 1
 
 
 @dataclass(eq=False)
@@ -162,11 +161,17 @@ def _on_this_process(model: nn.Module, name: str, parameter: nn.Parameter, units
             first = offsets[0] * math.prod(parameter.shape[1:]) // units.width if held.numel() else 0
             start, end = np.searchsorted(indices, [first, first + held.numel() // max(1, units.width)])
             indices = indices[start:end] - first
-    dtype = torch.int32 if held.numel() <= INT32_ENTRIES else torch.int64
-    on_device = None if indices is None else torch.tensor(indices, dtype=dtype, device=held.device)
+    on_device = None if indices is None else _on_device(indices, held)
     # FSDP itself puts the whole tensor in the shard's place, and may leave it there
     module = None if isinstance(parameter, DTensor) else model.get_submodule(name.rpartition(".")[0])
     return SelectedParameter(name, parameter, on_device, units.width, group, of_all, module)
+
+
+def _on_device(indices: Indices, held: torch.Tensor) -> torch.Tensor:
+    """The indices beside the weights: on the processor the selection's own, which nobody writes to."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of memory that is not to be written to
+        shared = torch.from_numpy(narrow(indices))
+    return shared.to(held.device)
 
 
 def _shard_group(name: str, parameter: DTensor) -> ProcessGroup | None:

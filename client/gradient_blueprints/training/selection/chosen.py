@@ -22,6 +22,7 @@ from gradient_blueprints.training.selection.indices import (
     NOT_WHOLE,
     Indices,
     best,
+    narrow,
     pack,
     prefixes,
     random_scores,
@@ -69,8 +70,9 @@ class Selection:
     """Which parameters to train: immutable, deterministic, a small file.
 
     `parts` holds the chosen parts of tensors that were ranked: flat indices, or rows with `unit="row"`; an empty entry
-    keeps a tensor out. One without an entry is trained whole where its layer's fraction is 1, else at the parts that
-    `units` derives from `seed` and its name.
+    keeps a tensor out. They take 4 bytes each in tensors below 2³¹ entries, and a training on the processor shares
+    them. A tensor without an entry is trained whole where its layer's fraction is 1, else at the parts that `units`
+    derives from `seed` and its name.
     """
 
     model_id: str
@@ -97,7 +99,7 @@ class Selection:
     coordinate. Empty in files of versions that did not write it."""
 
     def __post_init__(self) -> None:
-        frozen = {name: chosen.view() for name, chosen in sorted(self.parts.items())}
+        frozen = {name: narrow(chosen).view() for name, chosen in sorted(self.parts.items())}
         for chosen in frozen.values():
             chosen.flags.writeable = False
         object.__setattr__(self, "parts", MappingProxyType(frozen))
@@ -141,7 +143,7 @@ class Selection:
         chosen, width = self.units(parameter, shape)
         if chosen is None or width == 1:
             return chosen
-        return np.asarray((chosen[:, None] * width + np.arange(width)).ravel())
+        return np.asarray((chosen.astype(np.int64)[:, None] * width + np.arange(width)).ravel())
 
     def layer_of(self, parameter: str) -> SelectedLayer | None:
         """The layer of the blueprint that lists this tensor."""
@@ -237,7 +239,7 @@ class Selection:
                 header = json.loads((file.metadata() or {}).get("selection", "{}"))
                 if header.pop("format", None) != SELECTION_FORMAT:
                     raise ConfigurationError(f"{path} holds no selection, or one of another version of this package")
-                parts = {name: unpack(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
+                parts = {name: narrow(unpack(file.get_tensor(name))) for name in file.keys()}  # noqa: SIM118 - no mapping
             header["layers"] = tuple(SelectedLayer(**layer) for layer in header["layers"])
             return cls(**header, parts=parts)
         except NOT_WHOLE as error:

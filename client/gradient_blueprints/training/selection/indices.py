@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-Indices = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int32 | np.int64]
 Scores = npt.NDArray[np.float32]
 NOT_WHOLE = (SafetensorError, zlib.error, AttributeError, LookupError, TypeError, ValueError)
 """What reading a damaged file of packed indices and their header raises."""
+INT32_ENTRIES = 2**31 - 1
 _ESCAPE = 255
 _CHUNK = 1 << 18
 """Entries hashed, or drawn for, at a time: 64-bit numbers for all of an embedding take more memory than the choice."""
@@ -45,6 +46,11 @@ def drawn(scores: Scores, temperature: float, name: str, seed: int) -> Scores:
             uniform = _lots(f"{name}#drawn", range(part.start, part.stop), seed).astype(np.float64) + 2.0**-25
             keys[part] = np.log(scores[part]) - temperature * np.log(-np.log(uniform))
     return keys
+
+
+def narrow(chosen: Indices) -> Indices:
+    """Ascending indices in 4 bytes each, or in 8 where the last of them needs it; their own memory where it can be."""
+    return chosen.astype(np.int32 if len(chosen) == 0 or chosen[-1] < INT32_ENTRIES else np.int64, copy=False)
 
 
 def _largest(scores: Scores, count: int, name: str, seed: int) -> Indices:

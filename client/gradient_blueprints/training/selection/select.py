@@ -17,7 +17,7 @@ from gradient_blueprints.models import Blueprint, Layer
 from gradient_blueprints.selection_models import Criterion, SelectionUnit
 from gradient_blueprints.statistics_models import Staleness
 from gradient_blueprints.training.selection.chosen import SelectedLayer, Selection, parts_of, width_of
-from gradient_blueprints.training.selection.indices import Indices, best, drawn
+from gradient_blueprints.training.selection.indices import Indices, best, drawn, narrow
 from gradient_blueprints.training.selection.listed_tensors import (
     ListedTensor,
     ModelTensors,
@@ -184,7 +184,8 @@ def select(
     chosen: dict[str, _Chosen] = {}
     if unit != "layer":
         rank = score if callable(score) else known.score(score or DEFAULT_SCORE, seed)
-        for name, tensor in partial.items():
+        for name, tensor in sorted(partial.items(), key=lambda each: -math.prod(each[1].shape)):
+            # the largest first, which takes the most memory, while no others' choices are held beside it
             found = _choose(name, tensor.shape, fractions[tensor.layer], unit, rank, random_share, temperature, seed)
             if found is not None:
                 chosen[name] = found
@@ -199,7 +200,7 @@ def select(
             layers, sizes, spent.fractions, spent.shares, trained, strict=True
         )
     ]
-    parts = {tensors[name].listed_as: found.parts for name, found in chosen.items()}
+    parts = {tensors[name].listed_as: chosen[name].parts for name in partial if name in chosen}
     selection = Selection(
         model_id=blueprint.model_id,
         training_checkpoint=blueprint.training_checkpoint,
@@ -215,7 +216,7 @@ def select(
         layers=(*decided, *(SelectedLayer(name, size, 1.0, 0.0, 1.0, size) for name, size in held.also.items())),
         parts=parts | {name: np.empty(0, np.int64) for name in held.fixed},
         random_tensors=None if model is None else len(partial.keys() - chosen.keys()),
-        columns={tensors[name].listed_as: width_of("row", tensors[name].shape) for name in chosen},
+        columns={tensors[name].listed_as: width_of("row", tensors[name].shape) for name in partial if name in chosen},
     )
     mean = known.statistics.mean
     return _with_retained_gradient(selection, tensors, mean) if mean else selection
@@ -332,7 +333,7 @@ def _choose(
         by_part = drawn(by_part, temperature, name, seed)
     parts = best(by_part, parts_of(fraction, shape, width), name, seed, random_share)
     kept = scores.reshape(-1, width)[parts].sum(dtype=np.float64)
-    return _Chosen(parts, float(kept) / total, total)
+    return _Chosen(narrow(parts), float(kept) / total, total)
 
 
 def _retained_score(
