@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evidence.plan import FULL, SEEDS, Cell, cells_of, ours
 from evidence.runs import Choice, Data, Result, Store
@@ -76,6 +76,17 @@ def full_of(cell: Cell, plan: Sequence[Cell]) -> Cell:
         and (each.model, each.domain, each.purpose) == (cell.model, cell.domain, cell.purpose)
         and (each.steps, each.schedule) == (None, "linear")
     )
+
+
+def at_constant_rate(model: str, plan: Sequence[Cell], store: Store) -> dict[Choice, Finding]:
+    """Arms at 10 % of code with a rate that stays constant, in shares of what full fine-tuning gained with one."""
+    found = {each.cell.choice: each for each in find_all(cells_of("schedule", model, "code", plan), plan, store)}
+    of_full = found[FULL].shares if FULL in found else {}
+    shares = {
+        choice: {seed: share / of_full[seed] for seed, share in each.shares.items() if seed in of_full}
+        for choice, each in found.items()
+    }
+    return {choice: replace(found[choice], shares=known) for choice, known in shares.items() if known}
 
 
 @dataclass(frozen=True)
