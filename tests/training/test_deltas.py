@@ -45,6 +45,14 @@ def test_packed_random_indices_are_near_their_entropy(share: float) -> None:
     assert pack(indices).nbytes < 1.05 * entropy
 
 
+def test_a_delta_s_file_is_its_values_and_the_entropy_of_their_places(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(1000, 1000, dtype=torch.bfloat16)}
+    tuned = {"w": (torch.rand(1000, 1000, generator=torch.Generator().manual_seed(0)) < 0.1).bfloat16()}
+    count = int(tuned["w"].count_nonzero())
+    entropy = -(0.1 * np.log2(0.1) + 0.9 * np.log2(0.9)) * 1_000_000 / 8
+    assert save_delta(base, tuned, None, tmp_path / "d").stat().st_size < 2 * count + 1.05 * entropy + 1_000
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_delta_gives_the_tuned_model_and_its_removal_the_base_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     base, selection = make_model(dtype), make_selection()

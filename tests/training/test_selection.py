@@ -94,9 +94,11 @@ def test_trust_follows_the_precision_of_the_two_sides() -> None:
     norms = {"a": 3.0, "b": 1.0, "c": 2.0}
     tight = {name: [norm * 0.95, norm * 1.05] for name, norm in norms.items()}
     wide = {name: [norm * 0.8, norm * 1.2] for name, norm in norms.items()}
-    surer, less_sure = make_blueprint(norms, gradient_norm_ci=tight), make_blueprint(norms, gradient_norm_ci=wide)
+    surer, less_sure = (make_blueprint(norms, SIZES, gradient_norm_ci=width) for width in (tight, wide))
     assert default_trust(surer.layers, less_sure.layers) == pytest.approx(16 / 17)
     assert default_trust(less_sure.layers, surer.layers) == pytest.approx(1 / 17)
+    assert select(surer, less_sure).trust == pytest.approx(16 / 17)
+    assert select(less_sure, surer, staleness=checked(Verdict.INDETERMINATE)).trust == pytest.approx(0.5 / 17)
     assert default_trust(make_blueprint(norms).layers, surer.layers) == 0.5
 
 
@@ -106,6 +108,12 @@ def test_trust_follows_the_precision_of_the_two_sides() -> None:
 )
 def test_a_budget_is_spent_and_not_exceeded(budget: float | Budget, coordinates: int) -> None:
     assert select(PUBLISHED, budget=budget).selected == coordinates
+
+
+@pytest.mark.parametrize(("short", "expected"), [(0, ["a", "c"]), (1, ["a"])])
+def test_bytes_buy_whole_layers_as_full_adamw_prices_them(short: int, expected: list[str]) -> None:
+    budget = Budget.bytes(1200 * BYTES_PER_DENSE_PARAMETER - short)
+    assert [layer.id for layer in select(PUBLISHED, budget=budget, unit="layer").layers if layer.selected] == expected
 
 
 def test_a_budget_in_an_unknown_measure_is_refused() -> None:
