@@ -8,6 +8,12 @@ mkdir -p "$1/database" && chmod 700 "$1"
 folder=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 
+if [ -f "$folder/secrets/secret" ] && [ "$(cat "$folder/secrets/secret")" != "$(cat secrets/secret)" ]; then
+    echo "secrets/secret is not that of $folder, so they belong to two registries. Nothing was backed up and no dump" >&2
+    echo "dropped. Give this registry a folder of its own." >&2
+    exit 1
+fi
+
 # By the program of the server's own version. The store's files come after it: what the dump names is there by then.
 $compose exec -T postgres pg_dump --username=blueprints --format=custom --no-owner --no-privileges --no-comments \
     blueprints >"$folder/database/incoming"

@@ -347,14 +347,15 @@ def test_the_command_verify_fails_when_there_is_a_fault(kept: Kept) -> None:
     assert found.stdout.startswith(f"FAULT document {kept.digests[0]}: its bytes have the digest sha256:")
 
 
-# --- deploy/restore.sh, with an `echo` for docker compose: what it does before that
+# --- deploy/restore.sh and backup.sh, with an `echo` for docker compose: what they do besides
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the script, and beside it a backup."""
+    """A folder with the scripts, and beside it a backup."""
     (tmp_path / "checkout" / "deploy").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "deploy" / "restore.sh", tmp_path / "checkout" / "deploy")
+    for script in ("restore.sh", "backup.sh"):
+        shutil.copy(REPOSITORY / "deploy" / script, tmp_path / "checkout" / "deploy")
     for name in ("database", "secrets"):
         (tmp_path / "backup" / name).mkdir(parents=True)
     write(tmp_path / "backup" / "database" / "2026-11-22T09-31-05Z.dump", b"a dump")
@@ -362,9 +363,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def run_restore(checkout: Path) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", checkout / "deploy" / "restore.sh", checkout.parent / "backup"],
+        ["sh", checkout / "deploy" / name, checkout.parent / "backup"],
         env=os.environ | {"COMPOSE": "echo compose"},
         capture_output=True,
         text=True,
@@ -379,12 +380,32 @@ def test_the_script_refuses_a_secret_with_which_no_restored_key_is_valid(checkou
             (checkout / "secrets" / "secret").unlink()
         else:
             write(checkout / "secrets" / "secret", kept)
-        refused = run_restore(checkout)
+        refused = run_script("restore.sh", checkout)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "mv secrets secrets.old" in refused.stderr
     (checkout / "secrets").rename(checkout / "secrets.old")
     for _ in range(2):  # once it takes those of the backup, then it finds them
-        restored = run_restore(checkout)
+        restored = run_script("restore.sh", checkout)
         assert restored.returncode == 0, restored.stderr
         assert "compose up -d postgres\n" in restored.stdout
         assert (checkout / "secrets" / "secret").read_bytes() == b"the backup's"
+
+
+def test_the_script_backs_no_other_registry_up_over_the_only_copy_of_a_secret(checkout: Path) -> None:
+    secret, backup = checkout / "secrets" / "secret", checkout.parent / "backup"
+    secret.parent.mkdir()
+    before = files(backup)
+    for kept in (b"another", None):
+        if kept is None:
+            secret.unlink()
+        else:
+            write(secret, kept)
+        refused = run_script("backup.sh", checkout)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "two registries" in refused.stderr
+        assert files(backup) == before
+        assert (backup / "secrets" / "secret").read_bytes() == b"the backup's"
+    write(secret, b"the backup's")
+    write(secret.with_name("admin_key"), b"of now")
+    assert run_script("backup.sh", checkout).returncode == 0
+    assert (backup / "secrets" / "admin_key").read_bytes() == b"of now"

@@ -9,6 +9,7 @@ import pytest
 
 from app.api.application import create_app
 from app.settings import Settings
+from gradient_blueprints.models import RESERVED_SEGMENTS, ProfileOptions
 from tests import settings_reference
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +31,19 @@ def test_every_endpoint_is_documented(settings: Settings) -> None:
         for path in create_app(settings).openapi()["paths"]
         if not path.endswith("}")
     }
-    workers_own = {"claim", "heartbeat", "result", "outcome"}  # docs/jobs.md
-    assert {part for part in last_parts - workers_own if part not in page} == set()
+    assert {part for part in last_parts if part not in page} == set()
+
+
+def test_the_options_of_a_job_stand_on_its_page_with_their_defaults() -> None:
+    page = (ROOT / "docs" / "jobs.md").read_text()
+    for name, field in ProfileOptions.model_fields.items():
+        default = f"`{field.default}`" if isinstance(field.default, str) else f"{field.default}"
+        assert f"| `{name}` | {default} |" in page
+
+
+def test_the_reserved_names_of_models_stand_on_the_page_of_the_format() -> None:
+    page = (ROOT / "docs" / "blueprint-format.md").read_text()
+    assert ", ".join(f"`{name}`" for name in RESERVED_SEGMENTS) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -144,6 +144,7 @@ def test_the_card_gives_grams_that_the_hubs_own_reader_reads(kilograms: float) -
     assert metadata["geographical_location"] == 'Rhône: "east"'
     assert metadata["hardware_used"] == "2 × NVIDIA A100"
     assert "a lower bound, without memory" in metadata["source"]
+    assert "training_type" not in tally.model_card()
 
 
 def test_a_card_without_a_carbon_figure_claims_none() -> None:

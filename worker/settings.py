@@ -52,7 +52,9 @@ class WorkerSettings(BaseSettings):
         description="cpu, cuda, cuda:1, mps; auto takes the first accelerator there is, "
         "and a worker does not start without the one that is named",
     )
-    max_model_bytes: int = Field(64 * GIBIBYTE, gt=0, description="largest weights, as they stand in memory")
+    max_model_bytes: int = Field(
+        64 * GIBIBYTE, gt=0, description="largest weights: of all their files, and as the model takes them in memory"
+    )
     max_text_bytes: int = Field(GIBIBYTE // 4, gt=0, description="largest text file of a domain")
     max_memory_bytes: int | None = Field(
         None,

@@ -313,7 +313,10 @@ class _Gathered:
             moved = combined.without - combined.log_norm
             factor = _power(moved) if math.isfinite(moved) else None
             influence = Influence(lab=row.labs[combined.influential], factor=factor)
-        weights = {tag: DomainWeight(weight=w, labs=labs) for tag, (w, labs) in sorted((row.domain_tags or {}).items())}
+        weights = {
+            tag: DomainWeight(weight=_digits(weight), labs=labs)
+            for tag, (weight, labs) in sorted((row.domain_tags or {}).items())
+        }
         layer = ConsensusLayer(
             id=row.layer_id,
             gradient_norm=_power(combined.log_norm + self._scale),
@@ -358,14 +361,21 @@ _Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
 def _power(log: float) -> float:
-    """e^log, at most the largest float64; 12 significant digits."""
-    if log == -math.inf:
-        return 0.0
-    return float(f"{math.exp(min(log, 709.0)):.{_DIGITS}g}")
+    """e^log, at most the largest float64."""
+    return 0.0 if log == -math.inf else _digits(math.exp(min(log, 709.0)))
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.{_DIGITS}g}")
+    return None if value is None else _digits(value)
+
+
+def _rounded_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    return _digits(interval[0]), _digits(interval[1])
+
+
+def _digits(value: float) -> float:
+    """12 significant digits."""
+    return float(f"{value:.{_DIGITS}g}")
 
 
 # --- the course over training
@@ -434,7 +444,7 @@ def _neighbours(
         to_checkpoint=later.training_checkpoint,
         layers=len(common),
         spearman=_rounded(rho),
-        spearman_ci=None if rho is None else spearman_interval(rho, len(common)),
+        spearman_ci=None if rho is None else _rounded_interval(spearman_interval(rho, len(common))),
         kendall=_rounded(tau),
-        kendall_ci=None if tau is None else kendall_interval(tau, len(common)),
+        kendall_ci=None if tau is None else _rounded_interval(kendall_interval(tau, len(common))),
     )

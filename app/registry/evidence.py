@@ -12,9 +12,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import audit, catalog, jobs, paging, tables, webhooks
-from app.registry.blueprints import Found, digest_bytes, version_path
+from app.registry.blueprints import Found, digest_bytes, explain_miss, version_path
 from app.registry.callers import Caller
-from gradient_blueprints.errors import CheckpointNotFound, JobNotFound
+from gradient_blueprints.errors import JobNotFound
 from gradient_blueprints.models import Job, JobState, NewJob
 from gradient_blueprints.statistics_models import (
     DomainEvidence,
@@ -186,7 +186,7 @@ async def list_evidence(
         .where(tables.Model.name == model_id, tables.Checkpoint.fraction == checkpoint)
     )
     if place is None:
-        raise CheckpointNotFound(f"{model_id} has no checkpoint {checkpoint.normalize():f}.")
+        raise await explain_miss(session, model_id, checkpoint)
     query = (
         select(tables.Evidence, tables.Document.digest)
         .join(tables.Document, tables.Document.id == tables.Evidence.document_id)

@@ -192,13 +192,17 @@ async def get_run(session: AsyncSession, name: UUID) -> Run:
 
 
 async def get_model_card(session: AsyncSession, name: UUID) -> str:
-    """The disclosure of a finished run, to paste into a model card."""
+    """The disclosure of a finished run, to paste into a model card.
+
+    A run that names nothing it began from may still be a full fine-tuning: it says of no training type.
+    """
     row, _, _ = await _find(session, name)
     if row.finished_at is None:
         raise RunNotFound(f"Run {name} has not finished; its disclosure is made then.")
     begun = NewRun.model_validate(row.begun)
-    from_scratch = begun.training_checkpoint is None and begun.blueprint is None and begun.selection is None
-    return Tally.model_validate(row.tally).model_card("pre-training" if from_scratch else "fine-tuning")
+    began_from = (begun.training_checkpoint, begun.blueprint, begun.selection)
+    fine_tuning = any(given is not None for given in began_from)
+    return Tally.model_validate(row.tally).model_card("fine-tuning" if fine_tuning else None)
 
 
 async def list_points(session: AsyncSession, name: UUID, *, limit: int, cursor: str | None) -> RunPointPage:

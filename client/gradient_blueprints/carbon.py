@@ -20,7 +20,7 @@ UNITS = {
 }
 
 
-def model_card(tally: Tally, training_type: str) -> str:
+def model_card(tally: Tally, training_type: str | None) -> str:
     """The YAML front matter and the Markdown section, in this order.
 
     The hub wants emissions in grams. Where carbon was not read there is no `co2_eq_emissions`: zero would be a claim.
@@ -34,7 +34,7 @@ def hardware_used(tally: Tally) -> str:
     return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts)
 
 
-def _metadata(tally: Tally, training_type: str) -> list[str]:
+def _metadata(tally: Tally, training_type: str | None) -> list[str]:
     if tally.carbon_kg is None:
         return []
     fields = {

@@ -33,12 +33,15 @@ from gradient_blueprints.client import Client
 from gradient_blueprints.errors import ConfigurationError, Unauthenticated
 from gradient_blueprints.models import (
     MAX_SHARDS,
+    MAX_TIME_LIMIT,
     Alias,
     Blueprint,
+    Granularity,
     Job,
     JobEvent,
     JobState,
     Publication,
+    Statistic,
     VersionSummary,
     format_checkpoint,
 )
@@ -687,7 +690,12 @@ def submit(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    granularity: Annotated[Granularity | None, typer.Option(help="what is a layer")] = None,
+    statistic: Annotated[Statistic | None, typer.Option(help="how norms of batches are combined")] = None,
     shards: Annotated[int | None, typer.Option(min=1, max=MAX_SHARDS, help="parts for as many workers at once")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(max=MAX_TIME_LIMIT, help="seconds of one attempt, after which the job has failed")
+    ] = None,
     follow: Annotated[bool, typer.Option("--watch", help="stay and watch the job")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -701,7 +709,8 @@ def submit(
             raise typer.BadParameter(f"{domain} is given twice: join its texts in one file", param_hint="--data")
         texts[domain] = path
     options: dict[str, Any] = {"batches": batches, "batch_size": batch_size, "sequence_length": sequence_length}
-    options |= {"seed": seed, "shards": shards}
+    options |= {"seed": seed, "granularity": granularity, "statistic": statistic, "shards": shards}
+    options |= {"time_limit": time_limit}
     options = {name: value for name, value in options.items() if value is not None}
     with _registry(context) as client:
         job = client.submit_checkpoint(model, checkpoint, source=source, data=texts, **options)

@@ -272,7 +272,9 @@ class TailFit(Wire):
     entries: Count | None = Field(None, description="entries in the tail")
     ks: Share | None = Field(None, description="Kolmogorov-Smirnov distance between the tail and the fit")
     versus_lognormal: float | None = Field(
-        None, description="log likelihood ratio of the power law against the log-normal; positive favours the power law"
+        None,
+        description="log likelihood ratio of the power law against the log-normal, plus ln(entries)/2 for the "
+        "log-normal's second parameter; positive favours the power law",
     )
 
 
@@ -295,7 +297,11 @@ class Layer(Wire):
     gradient_norm: NonNegative = Field(description="mean or median over batches of the norm of the batch gradient")
     alpha: NonNegative | None = Field(None, description="rank-size exponent of coordinate magnitudes, paper eq. 1")
     gamma: NonNegative | None = Field(None, description="1/(1 + alpha), paper Appendix A.1")
-    k_star: NonNegative | None = Field(None, description="fraction worth updating, paper eq. 15")
+    k_star: NonNegative | None = Field(
+        None,
+        description="fraction worth updating: of the profiler the k that gains most per cost on the measured curve, or "
+        "paper eq. 15 where the power law holds",
+    )
     domain_tags: Weights | None = Field(None, description="weight per domain")
     parameters: Count | None = Field(None, description="number of parameters")
     kind: LayerKind | None = None
@@ -813,12 +819,15 @@ class DataSource(Wire):
     )
 
 
+Granularity = Literal["tensor", "submodule", "block"]
+
+
 class ProfileOptions(Wire):
     sequence_length: Annotated[int, Field(strict=True, ge=2, le=131_072)] = 256
     batch_size: Annotated[int, Field(strict=True, ge=1, le=4_096)] = 4
     batches: Annotated[int, Field(strict=True, ge=1, le=100_000)] = Field(8, description="batches per domain")
     seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 0
-    granularity: Literal["tensor", "submodule", "block"] = "submodule"
+    granularity: Granularity = "submodule"
     statistic: Statistic = Statistic.MEAN
     shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARDS)] = Field(
         1, description="parts that the batches are spread over, for as many workers at once"

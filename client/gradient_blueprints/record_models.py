@@ -189,7 +189,7 @@ class BoardRun(Wire):
     area: float | None = None
     psi: float = Field(description="the best it reached")
     gamma: float = Field(description="all that it spent")
-    on_front: bool = Field(description="no run of the group got a better score for less")
+    on_front: bool = Field(description="no run of the group got as good a score for less, or a better one for as much")
     marks: tuple[Implausible, ...] = ()
 
 
@@ -222,7 +222,9 @@ class BoardGroup(Wire):
     at: At
     area_range: Interval | None = Field(None, description="of gamma, common to the group")
     entries: tuple[BoardEntry, ...]
-    front: tuple[tuple[float, float], ...] = Field(description="the Pareto front of the final pairs (gamma, psi)")
+    front: tuple[tuple[float, float], ...] = Field(
+        description="the Pareto front of the runs' pairs: all that was spent, gamma, and the best psi that was reached"
+    )
 
 
 class LeftOutReason(StrEnum):

@@ -163,8 +163,11 @@ class Tally(Wire):
         names = {str(number): name for number, name in enumerate(self.hardware.values(), 1)}
         return self.model_copy(update={"spans": (), "hardware": names})
 
-    def model_card(self, training_type: Literal["pre-training", "fine-tuning"] = "fine-tuning") -> str:
-        """What to paste into a Hugging Face model card: its metadata, and the disclosure for people."""
+    def model_card(self, training_type: Literal["pre-training", "fine-tuning"] | None = None) -> str:
+        """What to paste into a Hugging Face model card: its metadata, and the disclosure for people.
+
+        A tally does not know its training's type: the metadata have the one that is given.
+        """
         from gradient_blueprints.carbon import model_card  # it reads this type
 
         return model_card(self, training_type)

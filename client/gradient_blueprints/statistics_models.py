@@ -363,7 +363,7 @@ class Staleness(Wire):
     top_overlap: float | None = None
     top_by_chance: float | None = None
     rank_biased_overlap: float | None = None
-    persistence: float | None = Field(None, description="p of the rank-biased overlap, 1 - 1/top")
+    persistence: float | None = Field(None, description="p of the rank-biased overlap, 1 - 1/top, at least 0.5")
     matched: int
     rolled_up: tuple[LayerId, ...] = Field((), description="matched after putting finer layers together")
     only_published: tuple[LayerId, ...] = ()

@@ -342,10 +342,10 @@ def test_domain_weights_combine_per_tag_and_intervals_tell_heterogeneity(registr
         document = with_norms(a=norm, b=1, c=1)
         for layer in document["layers"]:
             layer["gradient_norm_ci"] = [layer["gradient_norm"] * 0.9, layer["gradient_norm"] / 0.9]
-        document["layers"][0]["domain_tags"] = {"bio": bio} | ({"legal": 1.0} if lab == "lab-a" else {})
+        document["layers"][0]["domain_tags"] = {"bio": bio} | ({"legal": bio / 2} if lab != "lab-c" else {})
         registry.publish(lab, document)
     layers = {layer["id"]: layer for layer in registry.consensus()["layers"]}
-    assert layers["a"]["domain_tags"] == {"bio": {"weight": 0.4, "labs": 3}, "legal": {"weight": 1.0, "labs": 1}}
+    assert layers["a"]["domain_tags"] == {"bio": {"weight": 0.4, "labs": 3}, "legal": {"weight": 0.15, "labs": 2}}
     assert layers["a"]["i_squared"] > 0.9
     assert layers["b"]["i_squared"] == 0
     only = {layer["id"]: layer for layer in registry.consensus(tags=["legal"], labs=["lab-a"])["layers"]}
@@ -382,5 +382,7 @@ def test_the_course_tells_what_rises_and_falls(registry: Registry) -> None:
     assert [(pair["layers"], pair["spearman"]) for pair in course["neighbours"]] == [(5, 0.9), (4, pytest.approx(0.4))]
     low, high = course["neighbours"][0]["spearman_ci"]
     assert low < 0.9 < high
+    bounds = [low, high, *course["neighbours"][0]["kendall_ci"]]
+    assert bounds == [float(f"{bound:.12g}") for bound in bounds]
     lines = registry.ask("text/csv", result="course", models=["tiny"]).text.splitlines()
     assert len(lines) == 1 + 15

@@ -75,6 +75,18 @@ def test_a_run_is_begun_appended_and_finished_with_what_the_registry_works_out(p
     assert "| seconds | 5 s | measured: given |" in card.text
 
 
+@pytest.mark.parametrize("fields", [{}, {"training_checkpoint": 0.8}, {"selection": {"trained": 1, "parameters": 2}}])
+def test_the_card_tells_a_training_type_where_the_run_began_from_something(
+    publisher: httpx2.Client, fields: dict[str, Any]
+) -> None:
+    path = begin(publisher, **fields)
+    publisher.post(f"{path}/finish", json={"tally": tally(carbon_kg=2.0)}).raise_for_status()
+    card = publisher.get(f"{path}/model-card").text
+    assert "emissions: 2000.0" in card
+    assert ('training_type: "fine-tuning"' in card) is bool(fields)
+    assert ("training_type" in card) is bool(fields)
+
+
 def test_a_long_run_comes_to_the_same_as_a_short_one(publisher: httpx2.Client) -> None:
     path = begin(publisher, window=1)
     curve = [(float(second), 9.0 - second / 500) for second in range(1, 1501)]

@@ -368,7 +368,8 @@ def test_evidence_is_paged_and_says_nobodys_name(publisher: httpx2.Client, serve
     assert len(first.json()["evidence"]) == 2
     assert len(publisher.get(first.json()["next"]).json()["evidence"]) == 1
     assert publisher.get("/v1/models/none/evidence").json()["code"] == "model_not_found"
-    assert publisher.get(path.replace("0.8", "0.9")).json()["code"] == "checkpoint_not_found"
+    missing = publisher.get(path.replace("0.8", "0.9")).json()
+    assert (missing["code"], missing["checkpoints"]) == ("checkpoint_not_found", [0.8])
 
 
 @pytest.mark.parametrize("table", ["evidence", "staleness_events"])

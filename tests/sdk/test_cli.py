@@ -142,7 +142,13 @@ def test_a_job_is_submitted_watched_listed_and_cancelled(blueprints: Run, server
     events = [json.loads(line) for line in blueprints("watch", job["id"], "--json").stdout.splitlines()]
     assert events[-1]["state"] == "succeeded"
 
-    second = json.loads(blueprints(*submit, "--shards", 2, "--json").stdout)
+    options = ("--granularity", "block", "--statistic", "median", "--time-limit", 60)
+    second = json.loads(blueprints(*submit, *options, "--shards", 2, "--json").stdout)
+    assert {name: second["options"][name] for name in ("granularity", "statistic", "time_limit")} == {
+        "granularity": "block",
+        "statistic": "median",
+        "time_limit": 60,
+    }
     assert [part["state"] for part in second["parts"]] == ["queued", "queued"]
     assert "cancelled" in blueprints("cancel", second["id"]).stdout
     watched = blueprints("watch", second["id"], code=1).stdout

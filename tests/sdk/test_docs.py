@@ -7,8 +7,10 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from gradient_blueprints import Blueprint, Client, Scope
 from gradient_blueprints.commands import app
@@ -58,6 +60,18 @@ def test_the_python_of_the_page_runs(server: Server, tmp_path: Path, monkeypatch
             client.close()
 
 
+def test_the_page_names_every_method() -> None:
+    methods = {name for name in dir(Client) if not name.startswith("_")}
+    assert [name for name in sorted(methods) if f"`{name}`" not in PAGE and f"client.{name}(" not in PAGE] == []
+
+
+def test_the_page_names_every_option_of_submit_and_select() -> None:
+    group: Any = get_command(app)
+    chosen = [group.commands["submit"], group.commands["select"]]
+    options = {option for command in chosen for each in command.params for option in each.opts if option[:2] == "--"}
+    assert [option for option in sorted(options) if option not in PAGE] == []
+
+
 def test_the_page_names_every_command() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert [name for name in commands - {"whoami"} if not re.search(rf"\b{name}\b", PAGE)] == []
+    assert [name for name in commands if not re.search(rf"\b{name}\b", PAGE)] == []

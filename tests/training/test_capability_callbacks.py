@@ -298,6 +298,12 @@ def test_lightning_is_stopped_by_the_rule_and_its_checkpoint_holds_the_state(tmp
     assert [point.step for point in second.run.points] == [2, 4, 6]
 
 
+def test_lightning_too_takes_meter_and_rule_as_mappings() -> None:
+    callback = LightningCapability({"eta": 2.0, "patience": 1}, "tokens", meter={"region": "France"})
+    assert callback.run.rule is not None
+    assert (callback.run.meter.region, callback.run.rule.settings()["eta"]) == ("France", 2.0)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
 def test_lightning_too_begins_a_second_training_afresh(tmp_path: Path) -> None:

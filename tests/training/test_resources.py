@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from gradient_blueprints.run_models import Basis, Instrument, Resource
 from gradient_blueprints.training.flops import FlopRate, flops_by_counting, flops_by_formula
 from gradient_blueprints.training.profiling.losses import IGNORED
 from gradient_blueprints.training.resources import JOULES_PER_KWH, ResourceMeter
-from gradient_blueprints.training.sensors import NvidiaDevice, rapl_domains, usable_cores
+from gradient_blueprints.training.sensors import NvidiaDevice, rapl_domains
 from tests.training.profiling.small_models import VOCABULARY, bart, batch, llama, mixtral, t5
 
 
@@ -207,12 +208,27 @@ def test_watts_that_are_given_make_an_estimate_that_says_so(no_counters: Path) -
     tally = meter.tally()
     assert tally.processor_hours is not None
     assert tally.seconds is not None
-    joules = 100 / usable_cores() * tally.processor_hours * 3600 + 10 * tally.seconds
+    joules = 100 / (os.cpu_count() or 1) * tally.processor_hours * 3600 + 10 * tally.seconds
     assert tally.energy_kwh == pytest.approx(joules / JOULES_PER_KWH)
     assert tally.carbon_kg == pytest.approx(joules / JOULES_PER_KWH * 0.5)
     method = tally.methods[Resource.ENERGY_KWH]
     assert method.basis is Basis.ESTIMATED
     assert method.instruments == (Instrument.MEMORY_WATTS, Instrument.PROCESSOR_WATTS)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be pinned here")
+def test_a_process_that_may_use_one_core_is_charged_its_share_of_the_machines_watts(no_counters: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with ResourceMeter(processor_watts=100, powercap=no_counters) as meter:
+            work(0.05)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    tally = meter.tally()
+    assert tally.processor_hours is not None
+    joules = 100 / (os.cpu_count() or 1) * tally.processor_hours * 3600
+    assert tally.energy_kwh == pytest.approx(joules / JOULES_PER_KWH)
 
 
 def test_an_estimate_of_the_processor_alone_is_a_lower_bound(no_counters: Path) -> None:

@@ -40,9 +40,11 @@ class CapabilityCallback(Callback):
     """The counterpart of `trainer_callback.CapabilityCallback`: a point (Ψ, Γ) at each validation.
 
     Ψ is what the module logs as `metric`. Tokens and FLOPs are counted where `network(module)`, by default its
-    attribute `model`, is called with `input_ids`. The state lies in the checkpoints, as that of Lightning's own
-    EarlyStopping does, and comes back with `fit(ckpt_path=...)`. With `report` the run is uploaded as there, kept in
-    `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Each training has a
+    attribute `model`, is called with `input_ids`. `meter` and `rule` may be their arguments as mappings, as there. The
+    state lies in the checkpoints, as that of Lightning's own EarlyStopping does, and comes back with
+    `fit(ckpt_path=...)`. No file is kept beside it, for `default_root_dir` is often shared: what was spent between the
+    last checkpoint and a kill is counted as far as a `report` told it. With `report` the run is uploaded as there, kept
+    in `default_root_dir/run.jsonl`; Lightning tells no seed, so put it in `report`. Each training has a
     `run` of its own, as there; a further `fit` of the same trainer without `ckpt_path` goes on with its run. Raises
     ConfigurationError where Lightning would clip the gradients of a `SelectedAdamW`, which it cannot, and where a
     module has no `model` and `network` was not given.
@@ -50,21 +52,21 @@ class CapabilityCallback(Callback):
 
     def __init__(
         self,
-        rule: MarginalReturn | None = None,
+        rule: MarginalReturn | Mapping[str, Any] | None = None,
         gamma: str | Mapping[str, float] = "seconds",
         *,
         metric: str = "val_loss",
         guard: float = 0.5,
-        meter: ResourceMeter | None = None,
+        meter: ResourceMeter | Mapping[str, Any] | None = None,
         client: Client | None = None,
         report: Mapping[str, Any] | None = None,
         network: Callable[[LightningModule], nn.Module] = _model_of,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
-        self.run = MeteredRun(meter or ResourceMeter(), rule, gamma)
+        self.run = MeteredRun(meter, rule, gamma)
         self._network = network
         if client is not None or report is not None:
-            self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=rule)
+            self.run.reporter = RunReporter(client, report or {}, metric=metric, rule=self.run.rule)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.run.ended:  # the state is loaded next

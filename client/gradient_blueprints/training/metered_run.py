@@ -47,12 +47,19 @@ class DecayGuard:
 
 
 class MeteredRun:
-    """Meter, rule and curve of one training. Γ is one resource, or a price for each of several."""
+    """Meter, rule and curve of one training. Γ is one resource, or a price for each of several.
+
+    Meter and rule are given, or their arguments as a mapping.
+    """
 
     def __init__(
-        self, meter: ResourceMeter, rule: MarginalReturn | None, gamma: str | Mapping[str, float] = "seconds"
+        self,
+        meter: ResourceMeter | Mapping[str, Any] | None,
+        rule: MarginalReturn | Mapping[str, Any] | None,
+        gamma: str | Mapping[str, float] = "seconds",
     ) -> None:
-        self.meter, self.rule = meter, rule
+        self.meter = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**(meter or {}))
+        self.rule = rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule)
         self.begun = self.ended = False
         prices = {gamma: 1.0} if isinstance(gamma, str) else dict(gamma)
         unknown = sorted(name for name in prices if name not in list(Resource))

@@ -37,6 +37,7 @@ from gradient_blueprints.training.sensors import (
     EnergyCounter,
     accelerators_of,
     allocated_bytes,
+    cores_of_machine,
     device_id,
     device_name,
     host_id,
@@ -45,7 +46,6 @@ from gradient_blueprints.training.sensors import (
     processor_seconds,
     rapl_domains,
     resident_bytes,
-    usable_cores,
 )
 
 JOULES_PER_KWH = 3.6e6
@@ -63,8 +63,9 @@ class ResourceMeter:
     by `flop_rate`, which may be a mapping of its fields, or else 6·N·(2/3 + k/3). Without it, call `count`.
     `optimizer`: the memory of its state is told apart.
     `carbon_intensity`: g CO2e per kWh where the power is drawn, data-centre overhead folded in; `region` is its name.
-    `processor_watts`, `memory_watts`: what all processors draw under full load, and the memory always, for machines
-    whose counters (RAPL) cannot be read. The figures are then marked as estimated; without them, as not read.
+    `processor_watts`, `memory_watts`: what all the machine's processors draw under full load, whether or not this
+    process may use them all, and the memory always, for machines whose counters (RAPL) cannot be read. The figures are
+    then marked as estimated; without them, as not read.
     `devices`: accelerators to watch beside the model's own.
     `interval`: mean seconds between two samples.
 
@@ -301,7 +302,7 @@ class ResourceMeter:
             self._sums[counter.sensor, Resource.ENERGY_KWH] += self._read(counter, seconds) / JOULES_PER_KWH
         parts = {counter.part for counter in self._counters}
         if self.processor_watts is not None and "processor" not in parts:
-            joules = self.processor_watts / usable_cores() * worked
+            joules = self.processor_watts / cores_of_machine() * worked
             self._sums[f"{self._process}/processor", Resource.ENERGY_KWH] += joules / JOULES_PER_KWH
         if self.memory_watts is not None and "memory" not in parts:
             self._sums[f"{self._host}/memory", Resource.ENERGY_KWH] += self.memory_watts * seconds / JOULES_PER_KWH

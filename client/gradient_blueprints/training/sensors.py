@@ -162,6 +162,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def cores_of_machine() -> int:
+    """Those that this process may not use among them."""
+    return os.cpu_count() or 1
+
+
 def processor_seconds() -> float:
     """Processor time of this process, and of its children that have ended (a data loader's workers at its end)."""
     times = os.times()

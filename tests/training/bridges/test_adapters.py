@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import Blueprint
+from gradient_blueprints.models import Blueprint, Granularity
 from gradient_blueprints.training.bridges.adapters import SCALE, adapter_parameters, to_peft
-from gradient_blueprints.training.profiling.layers import Granularity, group_parameters
+from gradient_blueprints.training.profiling.layers import group_parameters
 from gradient_blueprints.training.selection import Budget, Unit, select
 from tests.training.profiling.small_models import VOCABULARY, gpt2, llama, mixtral
 

@@ -10,11 +10,10 @@ import transformers as hf
 from torch import nn
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import Blueprint
+from gradient_blueprints.models import Blueprint, Granularity
 from gradient_blueprints.training.bridges import freezing
 from gradient_blueprints.training.bridges.freezing import axolotl_matches, to_axolotl, to_llama_factory
 from gradient_blueprints.training.finetuning import apply_selection
-from gradient_blueprints.training.profiling.layers import Granularity
 from gradient_blueprints.training.selection import Budget, select
 from tests.training.bridges.test_adapters import blueprint_of
 from tests.training.profiling.small_models import gpt2, llama

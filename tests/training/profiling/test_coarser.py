@@ -3,9 +3,8 @@
 import pytest
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import Blueprint
+from gradient_blueprints.models import Blueprint, Granularity
 from gradient_blueprints.training.profiling import GradientProfiler
-from gradient_blueprints.training.profiling.layers import Granularity
 from tests.training.profiling.small_models import batch, build
 
 

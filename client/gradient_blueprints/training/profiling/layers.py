@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import LayerKind
-
-Granularity = Literal["tensor", "submodule", "block"]
+from gradient_blueprints.models import Granularity, LayerKind
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradient_blueprints.errors import ConfigurationError
-from gradient_blueprints.models import Blueprint, CostModel, Provenance, Statistic
+from gradient_blueprints.models import Blueprint, CostModel, Granularity, Provenance, Statistic
 from gradient_blueprints.training.profiling import provenance as provenances
 from gradient_blueprints.training.profiling.coarser import coarser
 from gradient_blueprints.training.profiling.digests import batch_digest, weights_digest
@@ -31,7 +31,7 @@ from gradient_blueprints.training.profiling.document import (
     general_domain,
     precise_enough,
 )
-from gradient_blueprints.training.profiling.layers import Granularity, Group, group_parameters
+from gradient_blueprints.training.profiling.layers import Group, group_parameters
 from gradient_blueprints.training.profiling.losses import (
     Batch,
     LossFunction,
