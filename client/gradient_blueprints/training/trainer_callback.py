@@ -66,8 +66,7 @@ class CapabilityCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         report: Mapping[str, Any] | None = None,
     ) -> None:
         self.metric, self.guard = metric, DecayGuard(guard)
-        made = meter if isinstance(meter, ResourceMeter) else ResourceMeter(**(meter or {}))
-        self.run = MeteredRun(made, rule if isinstance(rule, MarginalReturn | None) else MarginalReturn(**rule), gamma)
+        self.run = MeteredRun(meter, rule, gamma)
         self._other_metrics: set[str] = set()
         self._settled = False
         """Whether the metric came, or its absence was told."""
