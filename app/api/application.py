@@ -153,6 +153,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
+    engine_of_streams = aggregation.create_engine_of_streams(settings)
+    app.state.streaming_sessions = create_sessions(engine_of_streams)
     queries = (NEWEST_OF_OWNER, ALIASED, YANKS, LIVE_KEYS)
     engine_of_queries = create_engine(settings, connections=len(queries))  # whoever is late must not hold these up
     patience = min(2.0, settings.request_seconds / 4)  # what is left is for the longer way
@@ -173,5 +175,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)  # they give their connections back
-        await engine_of_queries.dispose()
-        await engine.dispose()
+        for one in (engine_of_queries, engine_of_streams, engine):
+            await one.dispose()
