@@ -267,7 +267,7 @@ class IdempotentRequest(Base):
     request_digest: Mapped[bytes]
     status: Mapped[int] = mapped_column(Integer)
     answer: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
 
 
 class Job(Base):
