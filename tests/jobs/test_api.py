@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+import app.api.jobs
 from app.registry import idempotency, jobs
 from app.settings import Settings
 from gradient_blueprints import Client
@@ -208,6 +209,23 @@ def test_the_stream_resumes_after_the_last_event_seen(lab: Client, worker: Clien
     assert [line for line in rest.splitlines() if line.startswith("id: ")] == [f"id: {ids[2]}"]
     assert publisher.get(f"/v1/jobs/{job.id}/events", headers={"Last-Event-ID": ids[2]}).text == ""
     assert publisher.get(f"/v1/jobs/{job.id}/events", headers={"Last-Event-ID": "x"}).status_code == 422
+
+
+def test_many_events_are_read_some_at_a_time_and_the_page_is_rendered_once(
+    lab: Client, worker: Client, publisher: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(lab)
+    token = worker.claim_job(job.id).lease_token
+    for done in range(3):
+        worker.heartbeat_job(job.id, token, Progress(phase="profiling", done=done, total=8))
+    worker.finish_job(job.id, token, blueprint())
+    monkeypatch.setattr(app.api.jobs, "EVENTS_AT_ONCE", 2)
+    told, shown = (
+        [line for line in publisher.get(path).text.splitlines() if line.startswith("id: ")]
+        for path in (f"/v1/jobs/{job.id}/events", f"/jobs/{job.id}/events")
+    )
+    assert len(told) == 6
+    assert shown == told[-1:]
 
 
 def test_a_quiet_stream_is_kept_alive_by_comments(
