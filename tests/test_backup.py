@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +169,18 @@ def test_a_backup_that_broke_off_is_finished_by_the_next_and_never_restored(
     back_up(kept.settings, folder, keep=2)
     restore(elsewhere, folder)
     assert faults(elsewhere) == []
+
+
+def test_of_two_backups_at_once_the_second_is_refused(kept: Kept, tmp_path: Path) -> None:
+    folder = tmp_path / "backup"
+    back_up(kept.settings, folder, keep=1)
+    before = files(folder)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BackupFailed, match="another backup is being added"):
+            back_up(kept.settings, folder, keep=1)
+        assert files(folder) == before
+    back_up(kept.settings, folder, keep=1)
 
 
 def test_a_database_that_is_in_use_is_left_alone(kept: Kept, tmp_path: Path) -> None:
@@ -345,6 +359,25 @@ def test_the_command_verify_fails_when_there_is_a_fault(kept: Kept) -> None:
     found = run_command(kept.settings, "verify")
     assert found.returncode == 1
     assert found.stdout.startswith(f"FAULT document {kept.digests[0]}: its bytes have the digest sha256:")
+
+
+# --- deploy/backup.sh, with an `echo` for docker compose
+
+
+def test_each_run_of_the_script_writes_a_dump_of_its_own_and_leaves_no_half_of_one(tmp_path: Path) -> None:
+    (tmp_path / "checkout" / "deploy").mkdir(parents=True)
+    (tmp_path / "checkout" / "secrets").mkdir()
+    for name in ("database_password", "secret", "admin_key", "worker_key"):
+        write(tmp_path / "checkout" / "secrets" / name, b"a secret")
+    script = shutil.copy(REPOSITORY / "deploy" / "backup.sh", tmp_path / "checkout" / "deploy")
+    command = ["sh", script, tmp_path / "backup"]
+    told = [
+        subprocess.run(command, env=os.environ | {"COMPOSE": "echo"}, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    dumps = {re.search(r"--dump /backup/database/(\S+)", text)[1] for text in told}  # type: ignore[index]
+    assert len(dumps) == 2
+    assert files(tmp_path / "backup" / "database") == []
 
 
 # --- deploy/restore.sh, with an `echo` for docker compose: what it does before that
