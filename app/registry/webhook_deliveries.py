@@ -55,7 +55,7 @@ async def begin_attempt(session: AsyncSession) -> Attempt | None:
     """Hold the webhook that has rested longest of those with a due message, and begin an attempt; None if none is."""
     waiting = tables.WebhookDelivery
     is_due = (waiting.state == DeliveryState.WAITING) & (waiting.due_at <= func.now())
-    webhook = await session.scalar(
+    longest_rested = (
         select(tables.Webhook)
         .join(tables.Key, tables.Key.id == tables.Webhook.key_id)
         .where(
@@ -68,13 +68,18 @@ async def begin_attempt(session: AsyncSession) -> Attempt | None:
         .limit(1)
         .with_for_update(of=tables.Webhook, skip_locked=True, key_share=True)
     )
-    if webhook is None:
-        return None
-    delivery = await session.scalar(
-        select(waiting).where(waiting.webhook_id == webhook.id, is_due).order_by(waiting.due_at, waiting.id).limit(1)
-    )
-    if delivery is None:  # it was sent between the two looks
-        return None
+    while True:
+        webhook = await session.scalar(longest_rested)
+        if webhook is None:
+            return None
+        delivery = await session.scalar(
+            select(waiting)
+            .where(waiting.webhook_id == webhook.id, is_due)
+            .order_by(waiting.due_at, waiting.id)
+            .limit(1)
+        )
+        if delivery is not None:  # else it was sent between the two looks
+            break
     delivery.attempts += 1
     webhook.held_until = func.now() + timedelta(seconds=HOLD_SECONDS)
     await session.execute(

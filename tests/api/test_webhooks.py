@@ -16,6 +16,7 @@ import asyncpg
 import httpcore2
 import httpx2
 import pytest
+from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import create_engine, create_sessions
@@ -240,6 +241,27 @@ def test_a_message_is_tried_again_under_the_same_id_until_it_arrives(
     assert {message.body for message in receiver.received} == {receiver.received[0].body}
     for message in receiver.received:
         message.verified(webhook.secret)
+
+
+def test_a_message_that_another_relay_sent_meanwhile_holds_up_no_other_webhook(
+    settings: Settings, lab: Client, receiver: Receiver, database_url: str
+) -> None:
+    first, second = (lab.create_webhook(receiver.url, ["blueprint.published"]) for _ in range(2))
+    for webhook in (first, second):
+        lab.test_webhook(webhook.id)
+    sent = f"UPDATE webhook_deliveries SET state = 'delivered', finished_at = now() WHERE webhook_id = '{first.id}'"
+
+    def send_first(*call: object) -> None:
+        if "ORDER BY webhook_deliveries.due_at" in str(call[2]):  # the second look
+            execute(database_url, sent)
+
+    event.listen(Engine, "before_cursor_execute", send_first)
+    try:
+        attempt = in_session(settings, begin_attempt)
+    finally:
+        event.remove(Engine, "before_cursor_execute", send_first)
+    assert attempt is not None
+    assert attempt.webhook_id == second.id
 
 
 def test_a_message_that_never_arrives_is_given_up_and_the_next_one_is_sent(
