@@ -14,11 +14,14 @@ the backup fails and older dumps stay. Files stay in the backup after a lab has 
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import importlib.util
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,9 +50,14 @@ def back_up(
     """Add a backup to `folder` and answer its dump: a new one, or `dump`, which pg_dump has written elsewhere."""
     for secret in secrets:
         _refuse_another_secret(secret, folder / "secrets")
-    target = folder / "database" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.dump"
-    for place in (folder, target.parent):
+    for place in (folder, folder / "database"):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _held(folder):
+        return _back_up(settings, folder, keep, dump, secrets)
+
+
+def _back_up(settings: Settings, folder: Path, keep: int, dump: Path | None, secrets: Sequence[Path]) -> Path:
+    target = folder / "database" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.dump"
     unfinished = dump or target.with_name(target.name + UNFINISHED)
     try:
         if dump is None:
@@ -66,6 +74,22 @@ def back_up(
     for old in _dumps(folder)[:-keep]:
         old.unlink()
     return target
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process alone. The lock is the kernel's and goes with the process, however that ends."""
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BackupFailed(
+                f"another backup is being added to {folder}; nothing was changed. Run this one when that has ended."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no locks
+                raise
+        yield
 
 
 def restore(settings: Settings, folder: Path, dump: Path | None = None) -> None:

@@ -22,21 +22,28 @@ def asyncpg_url(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
 
 
-def create_engine(settings: Settings, *, connections: int | None = None) -> AsyncEngine:
-    """With as many connections as the settings say, or with `connections` and no more."""
-    milliseconds = str(int(settings.statement_seconds * 1000))
+def create_engine(
+    settings: Settings, *, connections: int | None = None, wait_seconds: float = 30, idle_seconds: float | None = None
+) -> AsyncEngine:
+    """With as many connections as the settings say, or with `connections` and no more.
+
+    Who finds none free waits for `wait_seconds`. A transaction may rest for `idle_seconds` between two statements, or
+    for as long as a statement may take.
+    """
+    idle_seconds = idle_seconds or settings.statement_seconds
     return create_async_engine(
         asyncpg_url(settings.database_url),
         pool_size=connections or settings.pool_size,
         max_overflow=0 if connections else settings.pool_overflow,
+        pool_timeout=wait_seconds,
         hide_parameters=True,  # an error in the log must not tell what was stored
         pool_pre_ping=True,  # a restarted database costs one retry here instead of one failed request per connection
         connect_args={
             "timeout": 10,
             "server_settings": {
                 "application_name": "gradient-blueprints",
-                "statement_timeout": milliseconds,
-                "idle_in_transaction_session_timeout": milliseconds,
+                "statement_timeout": str(int(settings.statement_seconds * 1000)),
+                "idle_in_transaction_session_timeout": str(int(idle_seconds * 1000)),
                 "timezone": "UTC",
             },
         },

@@ -192,10 +192,16 @@ class Relay:
         async with sessions.begin() as session:
             again = await job_parts.announce_again(session, reannounce_seconds=self._settings.reannounce_seconds)
         async with sessions.begin() as session:
-            await idempotency.forget_old(session)
-            await webhook_deliveries.forget_old(session)
+            answers = await idempotency.forget_old(session)
+        async with sessions.begin() as session:
+            given_up = await webhook_deliveries.give_up_ended(session)
+            messages = await webhook_deliveries.forget_old(session)
         relay_metrics.LEASE_LOSSES.inc(lost)
         relay_metrics.ANNOUNCED_AGAIN.inc(again)
         if lost or again:
             logger.info("sweeper: ended %d lost attempts, announced %d parts again", lost, again)
-        return max(lost, again) == job_parts.SWEEP_BATCH
+        return (
+            max(lost, again) == job_parts.SWEEP_BATCH
+            or answers == idempotency.FORGET_BATCH
+            or max(given_up, messages) == webhook_deliveries.FORGET_BATCH
+        )

@@ -73,9 +73,20 @@ class Settings(BaseSettings):
     )
     document_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="memory for blueprint bodies, per process")
 
-    pool_size: int = Field(10, gt=0, description="database connections kept, per process; an API has three more")
+    aggregations: int = Field(
+        4, gt=0, description="aggregations under way at a time, per process, each with a database connection of its own"
+    )
+    aggregation_seconds: float = Field(
+        900, gt=0, description="time in which a client must have taken the whole of an aggregation"
+    )
+
+    pool_size: int = Field(
+        10, gt=0, description="database connections kept, per process; an API has 5 more and those of aggregations"
+    )
     pool_overflow: int = Field(10, ge=0, description="further connections under load, per process")
-    statement_seconds: float = Field(30, gt=0, description="time limit of one SQL statement")
+    statement_seconds: float = Field(
+        30, gt=0, description="time limit of one SQL statement, and of a transaction's rest before the next"
+    )
 
     session_seconds: float = Field(
         12 * 3_600, ge=1, description="time after which a browser must log in to the pages again"

@@ -14,9 +14,12 @@ if [ -f "$folder/secrets/secret" ] && [ "$(cat "$folder/secrets/secret")" != "$(
     exit 1
 fi
 
+incoming=$(mktemp "$folder/database/incoming.XXXXXX")  # its own, should another backup run
+trap 'rm -f "$incoming"' EXIT
+trap 'exit 1' HUP INT TERM
 # By the program of the server's own version. The store's files come after it: what the dump names is there by then.
 $compose exec -T postgres pg_dump --username=blueprints --format=custom --no-owner --no-privileges --no-comments \
-    blueprints >"$folder/database/incoming"
+    blueprints >"$incoming"
 $compose run --rm --no-deps -T --user "$(id -u):$(id -g)" --volume "$folder:/backup" api \
-    python -m app backup /backup --dump /backup/database/incoming --keep "${2:-30}"
+    python -m app backup /backup --dump "/backup/database/${incoming##*/}" --keep "${2:-30}"
 cp -Rp secrets "$folder/"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +169,18 @@ def test_a_backup_that_broke_off_is_finished_by_the_next_and_never_restored(
     back_up(kept.settings, folder, keep=2)
     restore(elsewhere, folder)
     assert faults(elsewhere) == []
+
+
+def test_of_two_backups_at_once_the_second_is_refused(kept: Kept, tmp_path: Path) -> None:
+    folder = tmp_path / "backup"
+    back_up(kept.settings, folder, keep=1)
+    before = files(folder)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BackupFailed, match="another backup is being added"):
+            back_up(kept.settings, folder, keep=1)
+        assert files(folder) == before
+    back_up(kept.settings, folder, keep=1)
 
 
 def test_a_database_that_is_in_use_is_left_alone(kept: Kept, tmp_path: Path) -> None:
@@ -409,3 +423,12 @@ def test_the_script_backs_no_other_registry_up_over_the_only_copy_of_a_secret(ch
     write(secret.with_name("admin_key"), b"of now")
     assert run_script("backup.sh", checkout).returncode == 0
     assert (backup / "secrets" / "admin_key").read_bytes() == b"of now"
+
+
+def test_each_run_of_the_script_writes_a_dump_of_its_own_and_leaves_no_half_of_one(checkout: Path) -> None:
+    (checkout / "secrets").mkdir()
+    write(checkout / "secrets" / "secret", b"the backup's")
+    told = [run_script("backup.sh", checkout).stdout for _ in range(2)]
+    dumps = {re.search(r"--dump /backup/database/(\S+)", text)[1] for text in told}  # type: ignore[index]
+    assert len(dumps) == 2
+    assert [path.name for path in (checkout.parent / "backup" / "database").iterdir()] == ["2026-11-22T09-31-05Z.dump"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.api.application import CURRENT
 from app.settings import Settings
 from worker.settings import WorkerSettings
 
@@ -46,6 +47,23 @@ def test_a_gateway_that_is_stopped_has_time_to_finish_what_is_under_way() -> Non
     assert "\nSTOPSIGNAL SIGUSR1\n" in gateway.partition("\nFROM ")[0]
     assert SERVICES["gateway"]["stop_grace_period"] == "30s"
     assert SERVICES["gateway"]["init"] is True  # which passes the signal on
+
+
+def test_the_database_takes_the_connections_of_as_many_apis_as_the_gateway_finds() -> None:
+    settings = Settings.model_construct()
+    pool = settings.pool_size + settings.pool_overflow
+    further = len(CURRENT) + 1  # and one that listens
+    assert f"{further} more" in (Settings.model_fields["pool_size"].description or "")
+    api, relay, others = pool + settings.aggregations + further, pool + 2, 10  # others: migrate, backup, verify, psql
+    found = re.search(r"server-template api 1-(\d+) ", (REPOSITORY / "deploy" / "haproxy.cfg").read_text())
+    assert found is not None
+    apis = int(found[1])
+    *_, limit = SERVICES["postgres"]["command"]
+    assert apis * api + relay + others <= int(limit.removeprefix("max_connections="))
+    told = " ".join((REPOSITORY / "docs" / "operating.md").read_text().split())
+    assert f"up to {apis} APIs" in told
+    assert f"an API holds up to {api} connections" in told
+    assert f"and a relay {relay};" in told
 
 
 def test_only_settings_that_exist_are_set() -> None:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from starlette.requests import ClientDisconnect
 
-from app.api.dependencies import Reader
+from app.api.dependencies import CurrentSettings, Reader
 from app.api.problems import documented
 from app.api.representations import CSV, JSON, preferred
+from app.database import create_engine
 from app.registry import aggregation, selection
+from app.settings import Settings
 from gradient_blueprints.csv_tables import layer_cells, layer_columns
-from gradient_blueprints.errors import NotAcceptable
+from gradient_blueprints.errors import NotAcceptable, ServiceUnavailable
 from gradient_blueprints.models import format_checkpoint
 from gradient_blueprints.statistics_models import AggregateResult, Aggregation, Consensus, Course, TableRow
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["aggregation"])
 
@@ -31,17 +39,46 @@ _MEMBERS = {
     AggregateResult.COURSE: "courses",
 }
 _CHUNK = 1 << 16  # characters gathered before they are sent
+_WAIT_SECONDS = 5.0  # for another aggregation to end
 _KEYS = ("model_id", "training_checkpoint", "version", "lab", "digest", "collision", "yanked")
 
 
+def create_engine_of_streams(settings: Settings) -> AsyncEngine:
+    """Its connections are held for as long as clients take to read: others must not wait for theirs behind them."""
+    return create_engine(
+        settings,
+        connections=settings.aggregations,
+        wait_seconds=_WAIT_SECONDS,
+        idle_seconds=settings.aggregation_seconds + settings.body_seconds,  # never before `_in_time` says so
+    )
+
+
+async def _begin_snapshot(session: AsyncSession) -> None:
+    """One state of the registry is what the session sees throughout."""
+    await session.connection(execution_options={"isolation_level": "REPEATABLE READ", "postgresql_readonly": True})
+
+
 async def _snapshot(request: Request) -> AsyncIterator[AsyncSession]:
-    """A session that lives until the answer has been sent, and sees one state of the registry throughout."""
     async with request.app.state.sessions() as session:
-        await session.connection(execution_options={"isolation_level": "REPEATABLE READ", "postgresql_readonly": True})
+        await _begin_snapshot(session)
         yield session
 
 
-Snapshot = Annotated[AsyncSession, Depends(_snapshot, scope="request")]
+async def _streamed_snapshot(request: Request) -> AsyncIterator[AsyncSession]:
+    async with request.app.state.streaming_sessions() as session:
+        try:
+            await _begin_snapshot(session)
+        except PoolTimeout:
+            raise ServiceUnavailable(
+                "As many aggregations are under way as this registry makes at a time; try again.",
+                retry_after=_WAIT_SECONDS,
+            ) from None
+        yield session
+
+
+Snapshot = Annotated[AsyncSession, Depends(_snapshot, scope="function")]
+# It lives until the answer has been sent.
+StreamedSnapshot = Annotated[AsyncSession, Depends(_streamed_snapshot, scope="request")]
 
 
 class _Table(BaseModel):
@@ -66,7 +103,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/aggregate", response_class=StreamingResponse, responses=_RESPONSES | documented(404, 406))
 async def aggregate_blueprints(
-    request: Request, reader: Reader, session: Snapshot, wanted: Aggregation
+    request: Request, reader: Reader, settings: CurrentSettings, session: StreamedSnapshot, wanted: Aggregation
 ) -> StreamingResponse:
     """Combine blueprints: every row, one consensus per checkpoint, or one course per model."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
@@ -80,7 +117,8 @@ async def aggregate_blueprints(
         lines = _lines(session, wanted)
         parts = lines_as_json(lines, _MEMBERS[wanted.result]) if media_type == JSON else _terminated(lines)
     shown = f"{CSV}; charset=utf-8" if media_type == CSV else media_type
-    return StreamingResponse(_in_chunks(parts), media_type=shown, headers={"Vary": "Accept"})
+    chunks = _in_time(_in_chunks(parts), settings.aggregation_seconds)
+    return StreamingResponse(chunks, media_type=shown, headers={"Vary": "Accept"})
 
 
 def _lines(session: AsyncSession, wanted: Aggregation) -> AsyncIterator[str]:
@@ -123,6 +161,16 @@ async def _in_chunks(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
             yield "".join(held).encode()
             held, size = [], 0
     yield "".join(held).encode()
+
+
+async def _in_time(chunks: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """Broken off when they were not taken in time. How long each may take is app.api.gate's business."""
+    taken_by = time.monotonic() + seconds
+    async for chunk in chunks:
+        if time.monotonic() > taken_by:
+            logger.warning("a client did not take an aggregation within %g seconds", seconds)
+            raise ClientDisconnect
+        yield chunk
 
 
 # --- CSV

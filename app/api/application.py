@@ -87,6 +87,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     run_pages.router,
     reference.router,
 )
+CURRENT = (NEWEST_OF_OWNER, ALIASED, YANKS, LIVE_KEYS)
+"""The queries that are asked for all requests together, each on a connection of its own."""
 
 
 def application() -> FastAPI:
@@ -153,10 +155,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine = engine
     app.state.sessions = create_sessions(engine)
     app.state.autocommit_sessions = create_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
-    queries = (NEWEST_OF_OWNER, ALIASED, YANKS, LIVE_KEYS)
-    engine_of_queries = create_engine(settings, connections=len(queries))  # whoever is late must not hold these up
+    engine_of_streams = aggregation.create_engine_of_streams(settings)
+    app.state.streaming_sessions = create_sessions(engine_of_streams)
+    engine_of_queries = create_engine(settings, connections=len(CURRENT))  # whoever is late must not hold these up
     patience = min(2.0, settings.request_seconds / 4)  # what is left is for the longer way
-    current = [CurrentRows(engine_of_queries, query, patience) for query in queries]
+    current = [CurrentRows(engine_of_queries, query, patience) for query in CURRENT]
     app.state.newest_of_owner, app.state.aliased, app.state.yanks, app.state.live_keys = current
     running = [asyncio.create_task(work()) for work in (app.state.patience.watch, *(rows.run for rows in current))]
     try:
@@ -173,5 +176,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)  # they give their connections back
-        await engine_of_queries.dispose()
-        await engine.dispose()
+        for one in (engine_of_queries, engine_of_streams, engine):
+            await one.dispose()

@@ -35,6 +35,7 @@ from gradient_blueprints import models
 from gradient_blueprints.canonical import MAX_SAFE_INTEGER
 from gradient_blueprints.models import Scope
 
+EVENTS_AT_ONCE = 1_000
 POLL_SECONDS = 5.0  # how late a stream learns of an event whose notification got lost
 
 
@@ -187,12 +188,14 @@ async def follow_job(state: State, caller: Caller, job_id: UUID, after: int) -> 
             changed.clear()  # before reading, so that what happens while reading is read next
             async with state.sessions() as session:
                 ended = await jobs.has_ended(session, job_id)  # before reading: no event comes after it
-                events = await jobs.list_events(session, job_id, after=after)
+                events = await jobs.list_events(session, job_id, after=after, limit=EVENTS_AT_ONCE)
                 if not await keys.is_valid(session, caller):
                     return
             if events:
                 after = events[-1].id
                 yield events
+            if len(events) == EVENTS_AT_ONCE:  # there may be more
+                continue
             if ended or (events and events[-1].state.terminal):
                 return
             with suppress(TimeoutError):

@@ -6,7 +6,7 @@ import hashlib
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, func, insert, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.registry import tables
@@ -14,6 +14,7 @@ from app.registry.callers import Caller
 from gradient_blueprints.errors import IdempotencyConflict
 
 KEPT_DAYS = 7
+FORGET_BATCH = 1_000
 
 
 class IdempotentRequest:
@@ -56,7 +57,18 @@ class IdempotentRequest:
             )
 
 
-async def forget_old(session: AsyncSession) -> None:
-    """Answers are kept for KEPT_DAYS; a request that is repeated later is a new one."""
-    age = func.now() - tables.IdempotentRequest.created_at
-    await session.execute(delete(tables.IdempotentRequest).where(age > timedelta(days=KEPT_DAYS)))
+async def forget_old(session: AsyncSession) -> int:
+    """Remove answers older than KEPT_DAYS, so many of them; a request that is repeated later is a new one."""
+    name = tuple_(tables.IdempotentRequest.key_id, tables.IdempotentRequest.token)
+    old = (
+        select(tables.IdempotentRequest.key_id, tables.IdempotentRequest.token)
+        .where(tables.IdempotentRequest.created_at < func.now() - timedelta(days=KEPT_DAYS))
+        .order_by(tables.IdempotentRequest.created_at)
+        .limit(FORGET_BATCH)
+        .with_for_update(skip_locked=True)
+        .cte()
+    )
+    forgotten = await session.scalars(
+        delete(tables.IdempotentRequest).where(name.in_(select(old))).returning(tables.IdempotentRequest.created_at)
+    )
+    return len(forgotten.all())

@@ -212,7 +212,7 @@ async def end_lost_attempts(session: AsyncSession) -> int:
         await session.scalars(
             select(tables.Job)
             .where(tables.Job.id.in_(lost.order_by(tables.JobPart.lease_expires_at).limit(SWEEP_BATCH)))
-            .with_for_update(skip_locked=True)
+            .with_for_update(skip_locked=True, key_share=True)
             .execution_options(populate_existing=True)
         )
     ).all()

@@ -57,7 +57,10 @@ def shards_of(job: tables.Job) -> int:
 
 async def lock(session: AsyncSession, job_id: UUID) -> LockedJob:
     job = await session.scalar(
-        select(tables.Job).where(tables.Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+        select(tables.Job)
+        .where(tables.Job.id == job_id)
+        .with_for_update(key_share=True)  # messages of the outbox may refer to it meanwhile; its id never changes
+        .execution_options(populate_existing=True)
     )
     if job is None:
         raise not_found(job_id)

@@ -115,12 +115,13 @@ async def cancel_job(session: AsyncSession, caller: Caller, job_id: UUID) -> Job
     return job
 
 
-async def list_events(session: AsyncSession, job_id: UUID, *, after: int) -> list[JobEvent]:
-    """The events of a job with ids above `after`, in their order."""
+async def list_events(session: AsyncSession, job_id: UUID, *, after: int, limit: int) -> list[JobEvent]:
+    """The events of a job with ids above `after`, in their order, the first `limit` of them."""
     rows = await session.scalars(
         select(tables.JobEvent)
         .where(tables.JobEvent.job_id == job_id, tables.JobEvent.id > after)
         .order_by(tables.JobEvent.id)
+        .limit(limit)
     )
     return [_event(row) for row in rows]
 

@@ -60,13 +60,17 @@ async def send_waiting(
         await session.execute(
             delete(tables.OutboxMessage).where(tables.OutboxMessage.id.in_([message.id for message in sent]))
         )
-        announced = tuple_(tables.JobPart.job_id, tables.JobPart.number)
+        part = tuple_(tables.JobPart.job_id, tables.JobPart.number)
+        announced = part.in_([(message.job_id, message.part) for message in sent])
+        await session.execute(  # in the order in which the others that change several parts take them
+            select(tables.JobPart.number)
+            .where(announced)
+            .order_by(tables.JobPart.job_id, tables.JobPart.number)
+            .with_for_update(key_share=True)
+        )
         await session.execute(
             update(tables.JobPart)
-            .where(
-                announced.in_([(message.job_id, message.part) for message in sent]),
-                tables.JobPart.state == JobState.QUEUED,
-            )
+            .where(announced, tables.JobPart.state == JobState.QUEUED)
             .values(announced_at=func.clock_timestamp(), announcements=tables.JobPart.announcements + 1)
             .execution_options(synchronize_session=False)
         )

@@ -267,7 +267,7 @@ class IdempotentRequest(Base):
     request_digest: Mapped[bytes]
     status: Mapped[int] = mapped_column(Integer)
     answer: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = _now()
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
 
 
 class Job(Base):
@@ -442,7 +442,9 @@ class Run(Base):
     tally: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     stopped: Mapped[str | None]
     outcome: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # final pair, ratio, marks
-    curves: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # envelope by resource
+    curves: Mapped[dict[str, Any] | None] = mapped_column(  # envelope by resource; up to 80 kB, for the leaderboard
+        JSONB(none_as_null=True), deferred=True, deferred_raiseload=True
+    )
     created_at: Mapped[datetime] = _now()
     finished_at: Mapped[datetime | None]
 

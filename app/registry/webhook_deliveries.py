@@ -23,6 +23,7 @@ HOLD_SECONDS = 60.0  # longer than any attempt takes
 LONGEST_REST = 300.0  # seconds that a failing webhook rests before another message of its is tried
 JITTER = 0.2
 KEPT_DAYS = 30
+FORGET_BATCH = 1_000
 GONE = 410
 
 
@@ -54,7 +55,7 @@ async def begin_attempt(session: AsyncSession) -> Attempt | None:
     """Hold the webhook that has rested longest of those with a due message, and begin an attempt; None if none is."""
     waiting = tables.WebhookDelivery
     is_due = (waiting.state == DeliveryState.WAITING) & (waiting.due_at <= func.now())
-    webhook = await session.scalar(
+    longest_rested = (
         select(tables.Webhook)
         .join(tables.Key, tables.Key.id == tables.Webhook.key_id)
         .where(
@@ -67,13 +68,18 @@ async def begin_attempt(session: AsyncSession) -> Attempt | None:
         .limit(1)
         .with_for_update(of=tables.Webhook, skip_locked=True, key_share=True)
     )
-    if webhook is None:
-        return None
-    delivery = await session.scalar(
-        select(waiting).where(waiting.webhook_id == webhook.id, is_due).order_by(waiting.due_at, waiting.id).limit(1)
-    )
-    if delivery is None:  # it was sent between the two looks
-        return None
+    while True:
+        webhook = await session.scalar(longest_rested)
+        if webhook is None:
+            return None
+        delivery = await session.scalar(
+            select(waiting)
+            .where(waiting.webhook_id == webhook.id, is_due)
+            .order_by(waiting.due_at, waiting.id)
+            .limit(1)
+        )
+        if delivery is not None:  # else it was sent between the two looks
+            break
     delivery.attempts += 1
     webhook.held_until = func.now() + timedelta(seconds=HOLD_SECONDS)
     await session.execute(
@@ -131,7 +137,44 @@ async def end_attempt(
     return again
 
 
-async def forget_old(session: AsyncSession) -> None:
-    """Remove what was delivered or given up long ago."""
-    longest_kept = func.now() - timedelta(days=KEPT_DAYS)
-    await session.execute(delete(tables.WebhookDelivery).where(tables.WebhookDelivery.finished_at < longest_kept))
+async def give_up_ended(session: AsyncSession) -> int:
+    """Give up messages that wait for a webhook that has ended, so many of them: nobody sends them any more.
+
+    Not while the webhook is held: the message under way may still arrive.
+    """
+    waiting = tables.WebhookDelivery
+    ended = (
+        select(tables.Webhook.id)
+        .join(tables.Key, tables.Key.id == tables.Webhook.key_id)
+        .where(tables.Webhook.gone_at.is_not(None) | ~KEY_IS_LIVE, tables.Webhook.held_until <= func.now())
+    )
+    some = (
+        select(waiting.id)
+        .where(waiting.state == DeliveryState.WAITING, waiting.webhook_id.in_(ended))
+        .limit(FORGET_BATCH)
+        .with_for_update(skip_locked=True)
+        .cte()
+    )
+    given_up = await session.scalars(
+        update(waiting)
+        .where(waiting.id.in_(select(some)))
+        .values(state=DeliveryState.GIVEN_UP, finished_at=func.now())
+        .returning(waiting.id)
+        .execution_options(synchronize_session=False)
+    )
+    return len(given_up.all())
+
+
+async def forget_old(session: AsyncSession) -> int:
+    """Remove what was delivered or given up long ago, so many messages."""
+    finished = tables.WebhookDelivery
+    old = (
+        select(finished.id)
+        .where(finished.finished_at < func.now() - timedelta(days=KEPT_DAYS))
+        .order_by(finished.finished_at)
+        .limit(FORGET_BATCH)
+        .with_for_update(skip_locked=True)
+        .cte()
+    )
+    forgotten = await session.scalars(delete(finished).where(finished.id.in_(select(old))).returning(finished.id))
+    return len(forgotten.all())

@@ -74,7 +74,10 @@ async def watch_job(
     last_event_id: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=MAX_SAFE_INTEGER)] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """The part of the page that changes, rendered anew whenever something happened, as long as the session is open."""
-    async with aclosing(follow_job(request.app.state, caller, visible, max(after, last_event_id))) as told:
+    async with request.app.state.sessions() as session:
+        (newest,) = await jobs.list_latest_events(session, visible, limit=1)
+    seen = max(after, last_event_id, newest.id - 1)  # however much was missed, it is rendered once
+    async with aclosing(follow_job(request.app.state, caller, visible, seen)) as told:
         async for events in told:
             if not await is_open(request, settings, visitor):
                 return

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import httpx2
 import psutil
+import pytest
 
-from tests.conftest import Server, execute
+from app.api import aggregation
+from app.settings import Settings
+from tests.conftest import Server, execute, serving
 
 # Straight into the tables: publishing 1,000 documents over HTTP would take longer than what is tested.
 _FILL = """
@@ -90,3 +97,51 @@ def test_a_thousand_blueprints_aggregate_in_flat_memory(server: Server, http: ht
     assert len(consensus["sources"]) == 1_000
     assert consensus["complete_layers"] == len(consensus["layers"]) == 300
     assert 0.9 < consensus["kendall_w"] <= 1
+
+
+@contextmanager
+def slow_reader(server: Server) -> Iterator[socket.socket]:
+    """A client that has asked for the table of `big`, 6 MB, and takes no more of it than its head."""
+    body = b'{"models":["big"]}'
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", urlsplit(server.url).port))
+        connection.sendall(
+            b"POST /v1/aggregate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: application/x-ndjson\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        yield connection
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 20), b""))
+
+
+def test_a_reader_that_pauses_gets_the_whole_and_holds_up_other_aggregations_alone(
+    settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregation, "_WAIT_SECONDS", 0.2)
+    execute(database_url, _FILL.format(labs=100, model="big"))
+    few = {"pool_size": 1, "pool_overflow": 0, "aggregations": 1, "statement_seconds": 2.0}
+    with serving(settings.model_copy(update=few)) as server, httpx2.Client(base_url=server.url, timeout=20) as http:
+        with slow_reader(server) as connection:
+            assert http.get("/v1/models").status_code == 200
+            assert http.get("/models/big/checkpoints/0.8/consensus").status_code == 200
+            refused = http.post("/v1/aggregate", json={"models": ["big"]})
+            assert (refused.status_code, refused.json()["code"]) == (503, "service_unavailable")
+            assert int(refused.headers["retry-after"]) >= 1
+            time.sleep(2.5)  # longer than a transaction of another kind may rest
+            whole = rest_of(connection)
+        assert whole.endswith(b"0\r\n\r\n")
+        assert whole.count(b'"collision"') == 30_000
+        assert http.post("/v1/aggregate", json={"models": ["big"], "labs": ["lab-0001"]}).status_code == 200
+
+
+def test_an_aggregation_that_is_not_taken_in_time_is_broken_off(settings: Settings, database_url: str) -> None:
+    execute(database_url, _FILL.format(labs=100, model="big"))
+    hasty = settings.model_copy(update={"aggregation_seconds": 0.5})
+    with serving(hasty) as server, slow_reader(server) as connection:
+        time.sleep(0.6)
+        assert not rest_of(connection).endswith(b"0\r\n\r\n")

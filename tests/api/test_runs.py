@@ -12,6 +12,7 @@ import pytest
 from app.registry.plausibility import accelerator_of, marks_of
 from gradient_blueprints.record_models import MAX_POINTS, Implausible, NewRun, ReportedPoint
 from gradient_blueprints.run_models import Basis, Instrument, Method, Resource, Tally
+from tests.api.test_ready_answers import statements_by_the_orm
 from tests.conftest import Server, execute
 
 GIVEN = {"basis": "measured", "instruments": ["given"]}
@@ -98,6 +99,17 @@ def test_a_long_run_comes_to_the_same_as_a_short_one(publisher: httpx2.Client) -
     assert finished["marks"] == []
     board = publisher.get("/v1/leaderboard", params={"task": "code/loss", "resource": "seconds", "at": "psi:7"}).json()
     assert board["groups"][0]["entries"][0]["value"] == pytest.approx(1000.0)
+
+
+def test_only_the_leaderboard_reads_curves(publisher: httpx2.Client) -> None:
+    path = begin(publisher)
+    publisher.post(f"{path}/points", json=points(*CURVE)).raise_for_status()
+    publisher.post(f"{path}/finish", json={"tally": tally(seconds=4.0)}).raise_for_status()
+    with statements_by_the_orm() as statements:
+        for read in ("/v1/runs", path, f"{path}/points", f"{path}/model-card"):
+            publisher.get(read).raise_for_status()
+        assert len(statements) >= 4
+        assert not any("curves" in statement for statement in statements)
 
 
 def test_neither_spans_nor_names_of_sensors_are_kept(publisher: httpx2.Client) -> None:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ import asyncpg
 import httpcore2
 import httpx2
 import pytest
+from sqlalchemy import Engine, event
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import create_engine, create_sessions
+from app.registry import webhook_deliveries
 from app.registry.webhook_deliveries import begin_attempt
 from app.registry.webhooks import MOST_OF_A_LAB
+from app.relay import Relay
 from app.settings import Settings
 from app.webhook_sender import PublicBackend, WebhookSender
 from gradient_blueprints import Client, ConfigurationError, Conflict, Scope, WebhookNotFound
@@ -151,17 +155,67 @@ def test_a_webhook_ends_with_the_key_that_made_it(
     (shown,) = lab.list_webhooks()
     assert "has ended" in (shown.ended or "")
     assert [delivery.state for delivery in lab.list_webhook_deliveries(webhook.id)] == [DeliveryState.WAITING]
-    assert not asyncio.run(begins(settings))
+    assert not in_session(settings, begin_attempt)
 
 
-async def begins(settings: Settings) -> bool:
-    """Whether a relay finds something to send."""
-    engine = create_engine(settings)
-    try:
-        async with create_sessions(engine).begin() as session:
-            return await begin_attempt(session) is not None
-    finally:
-        await engine.dispose()
+def in_session(settings: Settings, function: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
+    """What the function answers in a transaction of its own."""
+
+    async def run() -> Any:
+        engine = create_engine(settings)
+        try:
+            async with create_sessions(engine).begin() as session:
+                return await function(session)
+        finally:
+            await engine.dispose()
+
+    return asyncio.run(run())
+
+
+def sweep(settings: Settings) -> bool:
+    """What the relay does now and then; whether it goes on at once."""
+
+    async def run() -> bool:
+        engine = create_engine(settings)
+        try:
+            return await Relay(settings, "redis://127.0.0.1:9/0")._sweep(create_sessions(engine))
+        finally:
+            await engine.dispose()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "gone"])
+def test_what_waits_for_an_ended_webhook_is_given_up_and_then_forgotten(
+    settings: Settings, lab: Client, receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    ended, held, live = (lab.create_webhook(receiver.url, ["blueprint.published"]) for _ in range(3))
+    monkeypatch.setattr(webhook_deliveries, "FORGET_BATCH", 2)
+    for webhook in (ended, ended, ended, held, live):
+        lab.test_webhook(webhook.id)
+    both = f"id IN ('{ended.id}', '{held.id}')"
+    other_key = "INSERT INTO keys (lab_id, name, prefix, hash, scopes) SELECT lab_id, 'x', 'x', 'x', '{}' FROM webhooks"
+    end = {
+        "gone": f"UPDATE webhooks SET gone_at = now() WHERE {both}",
+        "revoked": "UPDATE keys SET revoked_at = now() WHERE name = 'x'",
+        "expired": "UPDATE keys SET expires_at = now() WHERE name = 'x'",
+    }
+    execute(
+        database_url,
+        f"{other_key} LIMIT 1",
+        f"UPDATE webhooks SET key_id = (SELECT id FROM keys WHERE name = 'x') WHERE {both}",
+        f"UPDATE webhooks SET held_until = now() + interval '1 minute' WHERE id = '{held.id}'",
+        end[how],
+    )
+    assert [sweep(settings) for _ in range(2)] == [True, False]  # True: there is more
+    (given_up,) = {one.state for one in lab.list_webhook_deliveries(ended.id)}
+    assert given_up is DeliveryState.GIVEN_UP
+    for webhook in (held, live):
+        assert [one.state for one in lab.list_webhook_deliveries(webhook.id)] == [DeliveryState.WAITING]
+    long_ago = "UPDATE webhook_deliveries SET finished_at = now() - interval '31 days'"
+    execute(database_url, f"{long_ago} WHERE state <> 'waiting'")
+    assert [sweep(settings) for _ in range(2)] == [True, False]
+    assert [len(list(lab.list_webhook_deliveries(webhook.id))) for webhook in (ended, held, live)] == [0, 1, 1]
 
 
 # --- attempts
@@ -187,6 +241,27 @@ def test_a_message_is_tried_again_under_the_same_id_until_it_arrives(
     assert {message.body for message in receiver.received} == {receiver.received[0].body}
     for message in receiver.received:
         message.verified(webhook.secret)
+
+
+def test_a_message_that_another_relay_sent_meanwhile_holds_up_no_other_webhook(
+    settings: Settings, lab: Client, receiver: Receiver, database_url: str
+) -> None:
+    first, second = (lab.create_webhook(receiver.url, ["blueprint.published"]) for _ in range(2))
+    for webhook in (first, second):
+        lab.test_webhook(webhook.id)
+    sent = f"UPDATE webhook_deliveries SET state = 'delivered', finished_at = now() WHERE webhook_id = '{first.id}'"
+
+    def send_first(*call: object) -> None:
+        if "ORDER BY webhook_deliveries.due_at" in str(call[2]):  # the second look
+            execute(database_url, sent)
+
+    event.listen(Engine, "before_cursor_execute", send_first)
+    try:
+        attempt = in_session(settings, begin_attempt)
+    finally:
+        event.remove(Engine, "before_cursor_execute", send_first)
+    assert attempt is not None
+    assert attempt.webhook_id == second.id
 
 
 def test_a_message_that_never_arrives_is_given_up_and_the_next_one_is_sent(

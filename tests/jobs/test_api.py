@@ -12,8 +12,11 @@ import asyncpg
 import fastapi.routing
 import httpx2
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.registry import jobs
+import app.api.jobs
+from app.registry import idempotency, jobs
 from app.settings import Settings
 from gradient_blueprints import Client
 from gradient_blueprints.errors import IdempotencyConflict, JobNotFound, PermissionDenied
@@ -45,6 +48,24 @@ def test_a_submit_repeated_under_its_idempotency_key_makes_one_job(lab: Client) 
     assert len(list(lab.list_jobs())) == 1
     with pytest.raises(IdempotencyConflict):
         submit(lab, model_id="other", idempotency_key="release-7")
+
+
+def test_answers_of_idempotency_keys_are_forgotten_by_age_some_at_a_time(
+    lab: Client, sql: Sql, in_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        submit(lab, idempotency_key=f"key-{number}")
+    sql("UPDATE idempotent_requests SET created_at = now() - interval '8 days' WHERE token < 'key-3'")
+    monkeypatch.setattr(idempotency, "FORGET_BATCH", 2)
+
+    async def forget(session: AsyncSession) -> tuple[int, int]:
+        await session.execute(text("SET LOCAL enable_seqscan = off"))  # the table is small here
+        forgotten = await idempotency.forget_old(session)
+        looks = text("SELECT pg_stat_get_xact_numscans('ix_idempotent_requests_created_at'::regclass)")
+        return forgotten, (await session.execute(looks)).scalar_one()
+
+    assert [in_session(forget) for _ in range(3)] == [(2, 1), (1, 1), (0, 1)]
+    assert [row["token"] for row in sql("SELECT token FROM idempotent_requests")] == ["key-3"]
 
 
 def test_a_refused_submit_leaves_nothing_behind(publisher: httpx2.Client, sql: Sql) -> None:
@@ -188,6 +209,23 @@ def test_the_stream_resumes_after_the_last_event_seen(lab: Client, worker: Clien
     assert [line for line in rest.splitlines() if line.startswith("id: ")] == [f"id: {ids[2]}"]
     assert publisher.get(f"/v1/jobs/{job.id}/events", headers={"Last-Event-ID": ids[2]}).text == ""
     assert publisher.get(f"/v1/jobs/{job.id}/events", headers={"Last-Event-ID": "x"}).status_code == 422
+
+
+def test_many_events_are_read_some_at_a_time_and_the_page_is_rendered_once(
+    lab: Client, worker: Client, publisher: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(lab)
+    token = worker.claim_job(job.id).lease_token
+    for done in range(3):
+        worker.heartbeat_job(job.id, token, Progress(phase="profiling", done=done, total=8))
+    worker.finish_job(job.id, token, blueprint())
+    monkeypatch.setattr(app.api.jobs, "EVENTS_AT_ONCE", 2)
+    told, shown = (
+        [line for line in publisher.get(path).text.splitlines() if line.startswith("id: ")]
+        for path in (f"/v1/jobs/{job.id}/events", f"/jobs/{job.id}/events")
+    )
+    assert len(told) == 6
+    assert shown == told[-1:]
 
 
 def test_a_quiet_stream_is_kept_alive_by_comments(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import asyncpg
+import httpx2
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.registry import job_parts, outbox
 from gradient_blueprints import Client
 from gradient_blueprints.errors import BlueprintsError, Conflict, InvalidRequest, JobFinished, LeaseLost
 from gradient_blueprints.models import Job, JobOutcome, JobState, Progress, Scope
 from tests.api.test_metrics import scrape, value
 from tests.conftest import Server
 from tests.jobs.conftest import blueprint, states, submit
+from tests.worker.conftest import wait_until
 
 Sql = Callable[..., list[asyncpg.Record]]
+InSession = Callable[[Callable[[AsyncSession], Awaitable[Any]]], Any]
 
 
 def outcome(token: int, state: str, reason: str = "because") -> JobOutcome:
@@ -328,3 +335,52 @@ def test_the_worker_of_one_lab_serves_another_without_owning_its_models(
         worker.finish_job(job.id, worker.claim_job(job.id).lease_token, blueprint(norm=norm))
     assert first.fetch_blueprint("tiny", 0.8).lab == "lab-a"
     assert {version.lab for version in first.list_versions("tiny", 0.8)} == {"lab-a", "lab-b"}
+
+
+# --- beside each other
+
+
+def waits_for_locks(sql: Sql, connections: int) -> None:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    wait_until(lambda: sql(query)[0][0] == connections)
+
+
+async def begin(database_url: str, statement: str) -> asyncpg.Connection:
+    """A connection whose transaction has executed the statement and goes on."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(f"BEGIN; {statement}")
+    return connection
+
+
+def test_a_job_can_be_cancelled_while_it_is_announced_again(
+    lab: Client, publisher: httpx2.Client, sql: Sql, in_session: InSession, database_url: str
+) -> None:
+    job = submit(lab)
+    sql("DELETE FROM outbox")
+    sql("UPDATE job_parts SET announced_at = now() - interval '1 hour', announcements = 1")
+    with asyncio.Runner() as runner, ThreadPoolExecutor(2) as threads:
+        holder = runner.run(begin(database_url, "LOCK TABLE outbox IN SHARE MODE"))
+        announced = threads.submit(in_session, lambda session: job_parts.announce_again(session, reannounce_seconds=60))
+        waits_for_locks(sql, 1)  # it has locked the part, and the message is to be written
+        cancelled = threads.submit(publisher.post, f"/v1/jobs/{job.id}/cancel")
+        waits_for_locks(sql, 2)
+        runner.run(holder.close())
+        assert (announced.result(), cancelled.result().status_code) == (1, 200)
+
+
+def test_the_relay_takes_parts_in_the_order_in_which_a_cancel_takes_them(
+    lab: Client, sql: Sql, in_session: InSession, database_url: str
+) -> None:
+    submit(lab, shards=2)
+    sql("UPDATE job_parts SET announced_at = now() WHERE number = 0")  # its row comes last in the table now,
+    sql("ANALYZE job_parts")  # which is small enough to be read in its own order
+
+    async def take(_: outbox.Announcement) -> None: ...
+
+    with asyncio.Runner() as runner, ThreadPoolExecutor(1) as threads:
+        other = runner.run(begin(database_url, "UPDATE job_parts SET reason = 'x' WHERE number = 0"))
+        sent = threads.submit(in_session, lambda session: outbox.send_waiting(session, take))
+        waits_for_locks(sql, 1)
+        runner.run(other.execute("UPDATE job_parts SET reason = 'x' WHERE number = 1; COMMIT"))
+        runner.run(other.close())
+        assert sent.result() == (2, None)
