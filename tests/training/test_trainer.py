@@ -114,7 +114,7 @@ def test_the_trainer_trains_clips_accumulates_saves_and_resumes_a_selection(
 
 def test_with_all_selected_a_training_is_the_trainers_own(base: PreTrainedModel, tmp_path: Path) -> None:
     """Rate, warm-up, betas, epsilon, decay and clipping are those of its AdamW, and the epsilon tells."""
-    options = {
+    options: dict[str, Any] = {
         "learning_rate": 3e-3,
         "warmup_steps": 1,
         "weight_decay": 0.7,
