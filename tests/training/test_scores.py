@@ -518,7 +518,7 @@ def test_a_function_of_name_and_shape_is_a_score() -> None:
         return np.arange(np.prod(shape), dtype=np.float32)
 
     selection = select(BLUEPRINT, budget=0.2, score=last, model=Scorer())
-    assert seen == [("head.bias", (7,)), ("head.weight", (7, 4))]
+    assert seen == [("head.weight", (7, 4)), ("head.bias", (7,))]  # the largest first
     assert selection.parts["head.weight"].tolist() == [23, 24, 25, 26, 27]
     assert selection.score == "last"
     with pytest.raises(ConfigurationError, match="1 values for the shape"):

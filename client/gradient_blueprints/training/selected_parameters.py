@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.selection import Selection, Units
-from gradient_blueprints.training.selection.indices import Indices, narrow
+from gradient_blueprints.training.selection.indices import INT32_ENTRIES, Indices
 from gradient_blueprints.training.selection.listed_tensors import freeze, kept_fixed, listing, some, tied_names
 
 
@@ -168,10 +168,11 @@ def _on_this_process(model: nn.Module, name: str, parameter: nn.Parameter, units
 
 
 def _on_device(indices: Indices, held: torch.Tensor) -> torch.Tensor:
-    """The indices beside the weights: on the processor the selection's own, which nobody writes to."""
+    """The indices beside the weights: on the processor those of a ranked tensor are the selection's own, not a copy."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of memory that is not to be written to
-        shared = torch.from_numpy(narrow(indices))
-    return shared.to(held.device)
+        found = torch.from_numpy(indices)
+    fits = indices.dtype == np.int32 or held.numel() <= INT32_ENTRIES
+    return found.to(held.device, torch.int32 if fits else torch.int64)
 
 
 def _shard_group(name: str, parameter: DTensor) -> ProcessGroup | None:
