@@ -8,11 +8,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import asyncpg
 import httpx2
@@ -20,16 +21,19 @@ import pytest
 import uvicorn
 from pydantic import SecretStr
 from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.application import create_app
 from app.api.head_limit import HeadTimeLimit
-from app.database import migrate
+from app.database import create_engine, create_sessions, migrate
 from app.embedded import postgres, valkey
 from app.registry.keys import generate_secret
 from app.settings import Settings
 from gradient_blueprints import Client
 from gradient_blueprints.models import Scope
 from tests.object_storage import ObjectStorage, object_storage
+
+T = TypeVar("T")
 
 NO_BROWSER = "NO BROWSER"
 """How the reason of a test begins that was left out for want of a browser (tests/web/browser.py)."""
@@ -146,6 +150,24 @@ def empty_database_url(postgres_url: str) -> Iterator[str]:
 @pytest.fixture
 def settings(database_url: str, tmp_path: Path) -> Settings:
     return make_settings(database_url, tmp_path)
+
+
+@pytest.fixture
+def in_session(settings: Settings) -> Callable[[Callable[[AsyncSession], Awaitable[T]]], T]:
+    """Calls a domain function in a transaction of its own."""
+
+    def run(function: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        async def call() -> T:
+            engine = create_engine(settings)
+            try:
+                async with create_sessions(engine).begin() as session:
+                    return await function(session)
+            finally:
+                await engine.dispose()
+
+        return asyncio.run(call())
+
+    return run
 
 
 def make_settings(database_url: str, folder: Path) -> Settings:

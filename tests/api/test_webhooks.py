@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import httpcore2
 import httpx2
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.database import create_engine, create_sessions
 from app.registry import webhook_deliveries
@@ -144,7 +143,7 @@ def test_a_lab_hears_of_its_own_models_and_of_those_it_names_but_never_of_anothe
 
 
 def test_a_webhook_ends_with_the_key_that_made_it(
-    server: Server, settings: Settings, lab: Client, admin: Client, receiver: Receiver
+    server: Server, in_session: Callable[..., Any], lab: Client, admin: Client, receiver: Receiver
 ) -> None:
     key = admin.create_key("lab-a", [Scope.PUBLISH])
     with Client(server.url, api_key=key.secret, cache=False) as ending:
@@ -155,21 +154,7 @@ def test_a_webhook_ends_with_the_key_that_made_it(
     (shown,) = lab.list_webhooks()
     assert "has ended" in (shown.ended or "")
     assert [delivery.state for delivery in lab.list_webhook_deliveries(webhook.id)] == [DeliveryState.WAITING]
-    assert not in_session(settings, begin_attempt)
-
-
-def in_session(settings: Settings, function: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
-    """What the function answers in a transaction of its own."""
-
-    async def run() -> Any:
-        engine = create_engine(settings)
-        try:
-            async with create_sessions(engine).begin() as session:
-                return await function(session)
-        finally:
-            await engine.dispose()
-
-    return asyncio.run(run())
+    assert not in_session(begin_attempt)
 
 
 def sweep(settings: Settings) -> bool:
@@ -244,7 +229,7 @@ def test_a_message_is_tried_again_under_the_same_id_until_it_arrives(
 
 
 def test_a_message_that_another_relay_sent_meanwhile_holds_up_no_other_webhook(
-    settings: Settings, lab: Client, receiver: Receiver, database_url: str
+    in_session: Callable[..., Any], lab: Client, receiver: Receiver, database_url: str
 ) -> None:
     first, second = (lab.create_webhook(receiver.url, ["blueprint.published"]) for _ in range(2))
     for webhook in (first, second):
@@ -257,7 +242,7 @@ def test_a_message_that_another_relay_sent_meanwhile_holds_up_no_other_webhook(
 
     event.listen(Engine, "before_cursor_execute", send_first)
     try:
-        attempt = in_session(settings, begin_attempt)
+        attempt = in_session(begin_attempt)
     finally:
         event.remove(Engine, "before_cursor_execute", send_first)
     assert attempt is not None

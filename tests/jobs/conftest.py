@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.database import create_engine, create_sessions
 from app.registry import job_parts
 from app.settings import Settings
 from gradient_blueprints import Blueprint, Client
 from gradient_blueprints.models import Job, Scope
-
-T = TypeVar("T")
 
 
 @pytest.fixture
@@ -42,24 +39,6 @@ def sql(settings: Settings) -> Callable[..., list[asyncpg.Record]]:
                 await connection.close()
 
         return asyncio.run(fetch())
-
-    return run
-
-
-@pytest.fixture
-def in_session(settings: Settings) -> Callable[[Callable[[AsyncSession], Awaitable[T]]], T]:
-    """Calls a domain function in a transaction of its own."""
-
-    def run(function: Callable[[AsyncSession], Awaitable[T]]) -> T:
-        async def call() -> T:
-            engine = create_engine(settings)
-            try:
-                async with create_sessions(engine).begin() as session:
-                    return await function(session)
-            finally:
-                await engine.dispose()
-
-        return asyncio.run(call())
 
     return run
 
