@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "command", nargs="?", choices=["explore", "run", "report", "status", "stop", "all"], default="all"
     )
-    parser.add_argument("--model", choices=["gpt", "smollm2"], help="only this model's runs")
+    parser.add_argument("--model", choices=["gpt", "gpt-series", "smollm2"], help="only this model's runs")
     given = parser.parse_args(arguments)
     store = Store(WORK)
     stop = WORK / queue.STOP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,12 @@ from evidence.gradients import (
 )
 from evidence.models import Subject
 from evidence.runs import Choice, Run
+from evidence.staleness import check_staleness
 from gradient_blueprints.training.bridges.adapters import to_peft
 from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParameter, apply_selection
 from gradient_blueprints.training.selection import Budget, LocalStatistics, Selection, select
 
-PUBLISHED_SEQUENCES = {"gpt": 512, "smollm2": 64, "tiny": 16}
+PUBLISHED_SEQUENCES = {"gpt": 512, "gpt-series": 512, "smollm2": 64, "tiny": 16}
 ADAPTERS = ("lora", "dora", "pissa", "shira")
 
 
@@ -39,6 +40,8 @@ class Arm:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     trained: int
+    verdict: str = ""
+    """Of the staleness check that the selection was told of."""
 
 
 def build(subject: Subject, run: Run, autocast: bool) -> Arm:
@@ -52,8 +55,8 @@ def build(subject: Subject, run: Run, autocast: bool) -> Arm:
     if choice.arm == "bridged":
         return _bridged(model, subject, run)
     if choice.arm == "library":
-        selected = apply_selection(model, _of_the_library(model, subject, run))
-        return _partial(model, selected, run.rate)
+        selection, verdict = _of_the_library(model, subject, run)
+        return replace(_partial(model, apply_selection(model, selection), run.rate), verdict=verdict)
     published = _published(subject, run)
     if choice.arm == "layers":
         selected = _layers(model, layers.choose(model, choice.score, choice.share, published, run.seed))
@@ -67,17 +70,18 @@ def _partial(model: PreTrainedModel, selected: list[SelectedParameter], rate: fl
     return Arm(model, SelectedAdamW(selected, lr=rate, weight_decay=0.0), sum(entry.selected for entry in selected))
 
 
-def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> Selection:
+def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple[Selection, str]:
     """`select` with its defaults, on what an adapter has: a published document and its factors, and a local sample.
 
     With nothing published the document is the sample's own. With the rule `linear` the embedding is frozen first, with
-    `bf16` the sample's mean gradient is kept in bfloat16.
+    `bf16` the sample's mean gradient is kept in bfloat16, with `checked` the published document is held against the
+    sample as the registry does, and the selection told; the verdict is answered too.
     """
     choice = run.choice
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
     local, _ = profile(subject, batches, run.domain)
     blueprint, factors = (
-        published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+        published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length, run.seed)
         if choice.published
         else (local, {})
     )
@@ -88,7 +92,9 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> Selec
         model.get_input_embeddings().requires_grad_(False)
     dtype = torch.bfloat16 if "bf16" in rules else torch.float32
     statistics = LocalStatistics.gather(model, batches, dtype=dtype)
-    return select(blueprint, local, budget, factors=factors, statistics=statistics, model=model)
+    checked = check_staleness(subject, blueprint, batches, run.domain) if "checked" in rules else None
+    selection = select(blueprint, local, budget, factors=factors, statistics=statistics, staleness=checked, model=model)
+    return selection, "" if checked is None else checked.verdict.value
 
 
 def coordinates(model: nn.Module, choice: Choice, known: scores.Knowledge) -> list[SelectedParameter]:
@@ -133,7 +139,7 @@ def _local(subject: Subject, run: Run, autocast: bool) -> Moments | None:
 def _published(subject: Subject, run: Run) -> Factors | None:
     if not run.choice.published:
         return None
-    return published_factors(subject, run.choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+    return published_factors(subject, run.choice.published, PUBLISHED_SEQUENCES[subject.name], run.length, run.seed)
 
 
 def _adapter(model: PreTrainedModel, run: Run) -> Arm:
@@ -158,7 +164,7 @@ def _adapter(model: PreTrainedModel, run: Run) -> Arm:
 def _bridged(model: PreTrainedModel, subject: Subject, run: Run) -> Arm:
     """LoRA with the ranks that `to_peft` deals out, of as many parameters as LoRA with one rank has."""
     choice = run.choice
-    blueprint, _ = published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length)
+    blueprint, _ = published_profile(subject, choice.published, PUBLISHED_SEQUENCES[subject.name], run.length, run.seed)
     by: Literal["k_star", "share"] = "k_star" if choice.score == "k_star" else "share"
     parameters = _rank(model, choice) * sum(each.in_features + each.out_features for each in _linear(model))
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evidence.plan import FULL, SEEDS, Cell, cells_of, ours
-from evidence.runs import Choice, Data, Result, Store
+from evidence.runs import Choice, Data, Published, Result, Store
 from evidence.statistics import Difference, difference, holm, interval
 
 
@@ -198,7 +198,11 @@ def name_of(choice: Choice) -> str:
         }
         return rules[choice.score]
     if choice.arm == "library":
-        rules = {"linear": ", the embedding frozen", "bf16": ", the sample in bfloat16"}
+        rules = {
+            "linear": ", the embedding frozen",
+            "bf16": ", the sample in bfloat16",
+            "checked": ", told by a staleness check",
+        }
         how = "".join(rules[rule] for rule in choice.score.split("+")[:-1])
         published = f"{variant(choice.published)}, " if choice.published else ""
         return f"`select` of the library ({published}{local}{how})"
@@ -224,9 +228,14 @@ def name_of(choice: Choice) -> str:
 
 
 def variant(published: str) -> str:
-    domain, _, percent_left = published.rstrip("*>").partition("~")
-    text = f"published {domain}" + (f", {percent_left} % of it, the rest English" if percent_left else "")
-    return text + (", permuted" if published.endswith("*") else "") + (", movement" if published.endswith(">") else "")
+    """What is published, in words."""
+    parsed = Published.parse(published)
+    text = f"published {parsed.domain}" + (
+        f", {parsed.percent} % of it, the rest English" if parsed.percent < 100 else ""
+    )
+    text += f", after {parsed.fraction:.0%} of the pre-training" if parsed.fraction < 1 else ""
+    text += (", permuted" if parsed.permuted else "") + (", movement" if parsed.moved else "")
+    return text + (", anew for each seed" if parsed.by_seed else "")
 
 
 def percent(value: float) -> str:

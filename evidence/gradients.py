@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from demo.models import random_batches
 from evidence.models import Batch, Subject
+from evidence.runs import Published
 from gradient_blueprints import Blueprint
 from gradient_blueprints.training.profiling import GradientProfiler
 
@@ -23,6 +25,8 @@ Array = npt.NDArray[np.float32]
 PUBLISHED_BATCH = 8
 LOCAL_SEED = 7_000
 """Added to a run's seed, so that no local sample is drawn like its training batches."""
+PUBLISHED_SEED = 8_000
+"""The same of a published sample that is drawn anew for each seed."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +90,20 @@ def moments(subject: Subject, batches: list[Batch], autocast: bool) -> Moments:
     )
 
 
-def published_factors(subject: Subject, published: str, count: int, length: int) -> Factors:
-    """What a lab publishes of a domain: the profiler's factors over `count` sequences in batches of 8.
-
-    `domain*` is the same with rows and columns permuted within each tensor; `domain~25` is profiled on text of which
-    a quarter of the sequences is of the domain and the rest English: a blueprint gone stale. `domain>` holds the
-    factors of the squared movement of the weights when the lab fine-tunes on the published sample for one pass.
-    """
-    name = f"{published}-{count}x{length}"
-    path = subject.work / "factors" / subject.name / f"{name}.safetensors"
-    domain = published.rstrip("*>").split("~")[0]
-    if not path.is_file() and published.endswith(">"):
-        _save(_movement(subject, domain, count, length), path)
+def published_factors(subject: Subject, name: str, count: int, length: int, seed: int) -> Factors:
+    """What a lab publishes (`Published`): the profiler's factors over `count` sequences in batches of 8."""
+    published = Published.parse(name)
+    domain = name.rstrip("*#") + (f"#{seed}" if published.by_seed and not published.permuted else "")
+    path = subject.work / "factors" / subject.name / f"{domain}-{count}x{length}.safetensors"
+    if not path.is_file() and published.moved:
+        _save(_movement(subject, published, count, length, seed), path)
     if not path.is_file():
-        batches = _published_batches(subject, published.rstrip("*"), count, length)
-        _, factors_of_domain = profile(subject, batches, domain)
-        found = {key.removeprefix(f"{domain}/"): each.numpy() for key, each in factors_of_domain.items()}
+        batches = _published_batches(subject, published, count, length, seed)
+        _, factors_of_domain = profile(subject.at(published.fraction), batches, published.domain)
+        found = {key.removeprefix(f"{published.domain}/"): each.numpy() for key, each in factors_of_domain.items()}
         _save(found, path)
     factors = _read_factors(path)
-    return _permuted(factors) if published.endswith("*") else factors
+    return _permuted(factors, _order(published, seed)) if published.permuted else factors
 
 
 def profile(subject: Subject, batches: list[Batch], domain: str) -> tuple[Blueprint, dict[str, Tensor]]:
@@ -115,39 +114,47 @@ def profile(subject: Subject, batches: list[Batch], domain: str) -> tuple[Bluepr
         return profiler.blueprint(subject.name, 1.0), profiler.factors()
 
 
-def published_profile(subject: Subject, domain: str, count: int, length: int) -> tuple[Blueprint, dict[str, Tensor]]:
+def published_profile(
+    subject: Subject, name: str, count: int, length: int, seed: int
+) -> tuple[Blueprint, dict[str, Tensor]]:
     """What a lab publishes, from the sequences of `published_factors`; of `domain*` the factors are permuted."""
-    key = (subject.name, domain, count, length)
+    published = Published.parse(name)
+    key = (subject.name, name, count, length, seed if published.by_seed else 0)
     if key not in _PROFILES:
-        batches = _published_batches(subject, domain.rstrip("*"), count, length)
-        document, factors = profile(subject, batches, domain.rstrip("*").split("~")[0])
-        if domain.endswith("*"):
-            factors = {name: torch.from_numpy(_shuffled(name, each.numpy())) for name, each in factors.items()}
+        batches = _published_batches(subject, published, count, length, seed)
+        document, factors = profile(subject.at(published.fraction), batches, published.domain)
+        if published.permuted:
+            order = _order(published, seed)
+            factors = {
+                tensor: torch.from_numpy(_shuffled(order + tensor, each.numpy())) for tensor, each in factors.items()
+            }
         _PROFILES[key] = document, factors
+        while len(_PROFILES) > _KEPT_PROFILES:
+            _PROFILES.popitem(last=False)
     return _PROFILES[key]
 
 
-_PROFILES: dict[tuple[str, str, int, int], tuple[Blueprint, dict[str, Tensor]]] = {}
+_PROFILES: OrderedDict[tuple[str, str, int, int, int], tuple[Blueprint, dict[str, Tensor]]] = OrderedDict()
+_KEPT_PROFILES = 8
 
 
-def _published_batches(subject: Subject, published: str, count: int, length: int) -> list[Batch]:
-    domain, _, percent = published.partition("~")
-    batches = list(
-        random_batches(subject.tokens(domain, "published"), count // PUBLISHED_BATCH, PUBLISHED_BATCH, length, 1)
-    )
-    if percent:
+def _published_batches(subject: Subject, published: Published, count: int, length: int, seed: int) -> list[Batch]:
+    tokens, batches_of = subject.tokens(published.domain, "published"), count // PUBLISHED_BATCH
+    drawn = PUBLISHED_SEED + seed if published.by_seed and not published.permuted else 1
+    batches = list(random_batches(tokens, batches_of, PUBLISHED_BATCH, length, drawn))
+    if published.percent < 100:
         english = random_batches(subject.tokens("english", "published"), len(batches), PUBLISHED_BATCH, length, 2)
-        kept = round(PUBLISHED_BATCH * int(percent) / 100)
+        kept = round(PUBLISHED_BATCH * published.percent / 100)
         for batch, other in zip(batches, english, strict=True):
             batch["input_ids"] = batch["labels"] = torch.cat([batch["input_ids"][:kept], other["input_ids"][kept:]])
     return batches
 
 
-def _movement(subject: Subject, domain: str, count: int, length: int) -> dict[str, Array]:
+def _movement(subject: Subject, published: Published, count: int, length: int, seed: int) -> dict[str, Array]:
     model = subject.fresh().train()
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for batch in _published_batches(subject, domain, count, length):
+    for batch in _published_batches(subject, published, count, length, seed):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,10 +183,15 @@ def _read_factors(path: Path) -> Factors:
     return Factors(row, column)
 
 
-def _permuted(factors: Factors) -> Factors:
+def _order(published: Published, seed: int) -> str:
+    """What makes one permutation differ from another; nothing for the one that all seeds share."""
+    return f"{seed}:" if published.by_seed else ""
+
+
+def _permuted(factors: Factors, order: str) -> Factors:
     return Factors(
-        {name: _shuffled(f"{name}/row", values) for name, values in factors.row.items()},
-        {name: _shuffled(f"{name}/column", values) for name, values in factors.column.items()},
+        {name: _shuffled(f"{order}{name}/row", values) for name, values in factors.row.items()},
+        {name: _shuffled(f"{order}{name}/column", values) for name, values in factors.column.items()},
     )
 
 

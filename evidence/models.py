@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -20,12 +20,15 @@ from demo import models
 from evidence import texts
 from evidence.texts import Part
 
-ModelName = Literal["gpt", "smollm2", "tiny"]
+ModelName = Literal["gpt", "gpt-series", "smollm2", "tiny"]
 WORK = Path(__file__).parent / "work"
 SIZES = {
     "gpt": models.GptSize(layers=8, steps=1500),
+    "gpt-series": models.GptSize(layers=8, steps=1500),
     "tiny": models.GptSize(layers=2, width=32, vocabulary=300, steps=12, batch=4, length=32),  # the tests'
 }
+CHECKPOINTS = {"gpt": (1.0,), "gpt-series": (0.1, 0.5, 1.0), "tiny": (0.5, 1.0)}
+"""Fractions of the pre-training at which its weights are kept."""
 Batch = dict[str, torch.Tensor]
 
 
@@ -41,6 +44,10 @@ class Subject:
     def fresh(self) -> PreTrainedModel:
         """A copy of the model with its pre-trained weights."""
         return copy.deepcopy(self.model)
+
+    def at(self, fraction: float) -> Subject:
+        """The same model after a part of its pre-training, one of `CHECKPOINTS`."""
+        return self if fraction == 1 else replace(self, model=_pretrained(self.name, self.work, fraction)[0])
 
     @cache  # noqa: B019 - a process has one subject
     def tokens(self, domain: str, part: Part) -> torch.Tensor:
@@ -59,11 +66,16 @@ def load(name: ModelName, work: Path = WORK, report: Callable[[int, float], None
         models.convert_smollm2(folder)
     elif not (folder / f"{name}-1").is_dir():
         english = corpus("english", work)["training"]
-        for _ in models.pretrain_gpt(name, english, folder, SIZES[name], [1.0], report):
+        for _ in models.pretrain_gpt(name, english, folder, SIZES[name], CHECKPOINTS[name], report):
             pass
-    model, tokenizer = models.load(folder if name == "smollm2" else folder / f"{name}-1")
+    return Subject(name, *_pretrained(name, work), work)
+
+
+def _pretrained(name: ModelName, work: Path, fraction: float = 1.0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = work / "models" / name
+    model, tokenizer = models.load(folder if name == "smollm2" else folder / f"{name}-{fraction:g}")
     model.set_attn_implementation("eager")  # of so short sequences the fused kernel takes nearly twice as long here
-    return Subject(name, model, tokenizer, work)
+    return model, tokenizer
 
 
 def corpus(domain: str, work: Path = WORK) -> dict[Part, str]:

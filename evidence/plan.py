@@ -12,11 +12,12 @@ from evidence.tuning import Tuning
 TUNING_SEEDS = (900,)
 EXPLORING_SEEDS = (901,)
 METERED_SEED = 0
-SEEDS = {"gpt": range(5), "smollm2": range(3), "tiny": range(2)}
-DRAWS = {"gpt": range(10), "smollm2": range(10), "tiny": range(2)}
+SEEDS = {"gpt": range(5), "gpt-series": range(10), "smollm2": range(3), "tiny": range(2)}
+DRAWS = {"gpt": range(10), "gpt-series": range(10), "smollm2": range(10), "tiny": range(2)}
 """Of full fine-tuning, of what is drawn at random, of the small model's main tables and of `JUDGED` arms."""
 SIZES = {  # steps, sequences a step, tokens a sequence
     "gpt": (60, 8, 64),
+    "gpt-series": (60, 8, 64),
     "smollm2": (30, 4, 64),
     "tiny": (6, 4, 32),
 }
@@ -28,6 +29,8 @@ DEFAULT = "bayes"
 """Our selection since the second hypothesis (evidence/hypothesis.md)."""
 FITTED = "fitted"
 """What `select` does since the third hypothesis; its runs before that have no score's name."""
+CHECKED = f"checked+{FITTED}"
+"""The same, told of the verdict of a staleness check."""
 EQUAL_MEMORY = 0.075
 """Of the coordinates: with their indices they take the training memory of 10 % of the parameters in adapters."""
 
@@ -180,7 +183,9 @@ FULL = Choice("full")
 JUDGED: tuple[Choice, ...] = (
     *(ours(share) for share in (0.01, EQUAL_MEMORY, 0.1, 0.25)),
     by_factors(0.1),
+    by_factors(0.01),
     by_local(0.1),
+    by_local(0.01),
     Choice("lora", share=0.1),
     of_layers("norm", 0.1),
 )
@@ -201,7 +206,9 @@ def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> li
 def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]:
     drawn = choice == FULL or choice.score in ("random", "linear+random")
     judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
-    judged = judged or (model == "smollm2" and choice in ADVISED)
+    judged = judged or (model == "smollm2" and (choice in ADVISED or choice.arm == "shira"))
+    if model == "smollm2" and domain == "code" and choice.score == FITTED and stage != "schedule":
+        return DRAWS[model]
     return (DRAWS if judged and stage in MAIN_STAGES else SEEDS)[model]
 
 
@@ -265,6 +272,25 @@ def ablation_of_library(share: float) -> list[Choice]:
     """What `select` makes of little, of nothing published and of what misleads."""
     few = [library(share, "", 8), library(share, "code", 8), library(share, "", LOCAL)]
     return few + [library(share, published) for published in MISLEADING]
+
+
+OLDER = ("code@0.1", "code@0.5")
+"""Factors of the checkpoints after a tenth and half of the pre-training."""
+DRAWN_ANEW = ("code#", "code*#")
+"""A published sample, and a permutation, of its own for each seed."""
+
+
+def checked(share: float, published: str = "code") -> Choice:
+    """`library`, told of the verdict of a staleness check."""
+    return replace(library(share, published), score=CHECKED)
+
+
+def series(share: float) -> list[Choice]:
+    """The seventh hypothesis: factors of older checkpoints, and what is published drawn anew for each seed."""
+    arms = [FULL, at_random(share), by_local(share)]
+    for published in ("code", *OLDER, *DRAWN_ANEW):
+        arms += [each(share, published) for each in (by_factors, ours, library, checked)]
+    return arms
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -389,6 +415,8 @@ def _plan() -> list[Cell]:
     cells += _likely("smollm2", "legal", 0.05)
     for share in (0.01, 0.25, 0.05):
         cells += _cells(STAGES[share], "smollm2", "legal", rivals(share))
+    for share in (0.1, 0.01):
+        cells += _cells(STAGES[share], "gpt-series", "code", series(share))
     return cells
 
 

@@ -18,6 +18,35 @@ Data = Literal["random", "predicted", "influence", "similar"]
 
 
 @dataclass(frozen=True)
+class Published:
+    """What a lab publishes of a domain, as a choice names it.
+
+    `domain*` has rows and columns permuted within each tensor; `domain~25` is profiled on text of which a quarter of
+    the sequences is of the domain and the rest English: a blueprint gone stale. `domain>` has the squared movement of
+    the weights when the lab fine-tunes on the published sample for one pass. `domain@0.5` is of the checkpoint half
+    way through pre-training. With `#` at the end every seed has its own: `domain#` a sample, `domain*#` a permutation.
+
+    >>> Published.parse("code~25")
+    Published(domain='code', percent=25, fraction=1.0, permuted=False, moved=False, by_seed=False)
+    >>> Published.parse("code@0.5").fraction, Published.parse("code*#").permuted, Published.parse("code#").by_seed
+    (0.5, True, True)
+    """
+
+    domain: str
+    percent: int = 100
+    fraction: float = 1.0
+    permuted: bool = False
+    moved: bool = False
+    by_seed: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Published:
+        text, _, fraction = name.rstrip("*>#").partition("@")
+        domain, _, percent = text.partition("~")
+        return cls(domain, int(percent or 100), float(fraction or 1), "*" in name, ">" in name, name.endswith("#"))
+
+
+@dataclass(frozen=True)
 class Choice:
     """What is trained, and what it is chosen from."""
 
@@ -30,11 +59,7 @@ class Choice:
     local: int = 0
     """Sequences in the local sample."""
     published: str = ""
-    """The domain whose factors are published, or a variant of it (evidence.gradients.published_factors)."""
-
-    @property
-    def published_domain(self) -> str:
-        return self.published.rstrip("*>").split("~")[0]
+    """The domain whose factors are published, or a variant of it (`Published`)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,8 @@ class Result:
     """Of the texts that the published factors are of; runs before it was kept have none."""
     when: str = ""
     machine: str = ""
+    verdict: str = ""
+    """Of the staleness check that the selection was told of."""
     spent: dict[str, float] | None = None
     """Of a run with the purpose `meter`: what the meter of resources could read, by resource."""
 

@@ -17,14 +17,14 @@ from evidence import models
 from evidence.arms import Arm, build
 from evidence.data import training_batches
 from evidence.models import Batch, Subject
-from evidence.runs import Result, Run
+from evidence.runs import Published, Result, Run
 from evidence.texts import Part
 from gradient_blueprints.run_models import Resource
 from gradient_blueprints.training.finetuning import SelectedAdamW, optimizer_bytes
 from gradient_blueprints.training.resources import ResourceMeter
 
 WARMUP = 0.1
-JUDGED, ENGLISH = {"gpt": 12, "smollm2": 8, "tiny": 4}, 4
+JUDGED, ENGLISH = {"gpt": 12, "gpt-series": 12, "smollm2": 8, "tiny": 4}, 4
 """Batches of 8 sequences."""
 AUTOCAST = True
 """float32 weights and optimizer, bfloat16 matrix products, for every arm alike."""
@@ -59,9 +59,12 @@ def train(subject: Subject, run: Run) -> Result:
         seconds=round(seconds, 3),
         cpu_seconds=round(cpu_seconds, 3),
         selection_cpu_seconds=round(selection_cpu, 3),
+        verdict=arm.verdict,
         spent=None if meter is None else _spent(meter),
         texts=models.digest(run.domain, subject.work),
-        published_texts=models.digest(run.choice.published_domain, subject.work) if run.choice.published else "",
+        published_texts=models.digest(Published.parse(run.choice.published).domain, subject.work)
+        if run.choice.published
+        else "",
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=_machine(),
     )
