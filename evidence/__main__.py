@@ -1,7 +1,8 @@
-"""The command: `python -m evidence [explore | run | report | status | stop]`; without one: run, then report.
+"""The command: `python -m evidence [explore | run | report | status | stop | repeat]`; without one: run, then report.
 
-Several processes may run at once; each run is made once, kept in evidence/runs, and never repeated. `stop` lets every
-process end after the run that it is at.
+Several processes may run at once; each run is made once and kept in evidence/runs. `stop` lets every process end after
+the run that it is at. `repeat` makes a few of the kept runs once more, keeps nothing, and tells how far they come out
+from what was kept: nothing on an equal processor.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from evidence.runs import Store
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
     parser.add_argument(
-        "command", nargs="?", choices=["explore", "run", "report", "status", "stop", "all"], default="all"
+        "command", nargs="?", choices=["explore", "run", "report", "status", "stop", "repeat", "all"], default="all"
     )
     parser.add_argument("--model", choices=["gpt", "gpt-series", "smollm2"], help="only this model's runs")
+    parser.add_argument("--count", type=int, default=5, help="runs to repeat, of each model")
     given = parser.parse_args(arguments)
     store = Store(WORK)
     stop = WORK / queue.STOP
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drawn = plots.draw(PLAN, store, report.DOCUMENT.parent / "evidence")
         report.DOCUMENT.write_text(report.render(store, drawn))
         print(report.DOCUMENT)
+    if given.command == "repeat":
+        for line in queue.repeat(_of(given.model, PLAN), store, given.count):
+            print(line, flush=True)
     if given.command == "status":
         print(status(_of(given.model, [*EXPLORED, *PLAN]), store))
 

@@ -7,6 +7,10 @@ from typing import get_args
 
 from evidence.findings import DATA, Finding, pick, product
 from evidence.plan import (
+    DRAWN_ANEW,
+    OLDER,
+    SERIES,
+    SERIES_SHARES,
     STAGES,
     Cell,
     Ranks,
@@ -14,6 +18,7 @@ from evidence.plan import (
     bridged,
     by_factors,
     by_local,
+    checked,
     drawn,
     library,
     linear_only,
@@ -22,7 +27,17 @@ from evidence.plan import (
 )
 from evidence.runs import Choice, Data, Store
 from evidence.statistics import Difference, difference
-from evidence.verdicts import INFINITY, Verdict, also_alone, at_least, at_most, between, on_its_side, within
+from evidence.verdicts import (
+    INFINITY,
+    Verdict,
+    also_alone,
+    at_least,
+    at_most,
+    between,
+    never_worse,
+    on_its_side,
+    within,
+)
 
 _Pick = Callable[[Choice], Finding | None]
 
@@ -33,6 +48,8 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
     def of(choice: Choice) -> Finding | None:
         return pick(choice, model, plan, store)
 
+    if model == SERIES:
+        return list(_seventh(model, of))
     return [
         *_first(model, of),
         *_second(model, of),
@@ -147,6 +164,29 @@ def _sixth(model: str, of: _Pick) -> Iterator[Verdict]:
         goal = f"6.3 legal text: ours in linear layers alone, at {STAGES[share]}, {words}"
         yield within(goal, model, in_linear[share], mine[share])
     yield within("6.4 legal text: LoRA, at 1 %, ahead of ours", model, of(Choice("lora", share=0.01)), mine[0.01])
+
+
+def _seventh(model: str, of: _Pick) -> Iterator[Verdict]:
+    """Older checkpoints, and what is published drawn anew."""
+    newest, (youngest, half) = of(by_factors(0.1)), (of(by_factors(0.1, each)) for each in OLDER)
+    goal = "7.1 factors of the checkpoint after 50 %, alone, at 10 %: within a point of those of the last"
+    yield within(goal, model, half, newest, -0.01, 0.01)
+    goal = "7.1 of that after 10 %: more than a point behind them"
+    yield within(goal, model, youngest, newest, -INFINITY, -0.01)
+    published = ("code", *OLDER, *DRAWN_ANEW)
+    for share in SERIES_SHARES:
+        goal = f"7.2 `select`, whatever is published, at {STAGES[share]}: at most a point behind the local sample alone"
+        cases = [(of(library(share, each)), of(by_local(share))) for each in published]
+        yield never_worse(goal, model, cases, 0.01)
+        goal = (
+            f"7.3 `select` told of the staleness check, at {STAGES[share]}: at most a point behind `select` that is not"
+        )
+        cases = [(of(checked(share, each)), of(library(share, each))) for each in published]
+        yield never_worse(goal, model, cases, 0.01)
+    goal = "7.4 factors of a sample of each seed's own, alone, at 10 %: within half a point of those of one sample"
+    yield within(goal, model, of(by_factors(0.1, "code#")), newest, -0.005, 0.005)
+    goal = "7.5 factors permuted anew for each seed, alone, at 1 %: more than 3 points behind chance"
+    yield within(goal, model, of(by_factors(0.01, "code*#")), of(at_random(0.01)), -INFINITY, -0.03)
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

@@ -21,6 +21,9 @@ SIZES = {  # steps, sequences a step, tokens a sequence
     "smollm2": (30, 4, 64),
     "tiny": (6, 4, 32),
 }
+SERIES = "gpt-series"
+"""The GPT whose older checkpoints are kept."""
+SERIES_SHARES = (0.1, 0.01)
 LOCAL = 32
 LOCAL_SIZES = (2, 8, 32, 128, 512)
 DRAWN = "sampled2:bayes"
@@ -415,8 +418,8 @@ def _plan() -> list[Cell]:
     cells += _likely("smollm2", "legal", 0.05)
     for share in (0.01, 0.25, 0.05):
         cells += _cells(STAGES[share], "smollm2", "legal", rivals(share))
-    for share in (0.1, 0.01):
-        cells += _cells(STAGES[share], "gpt-series", "code", series(share))
+    for share in SERIES_SHARES:
+        cells += _cells(STAGES[share], SERIES, "code", series(share))
     return cells
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,40 @@ def work_off(cells: Sequence[Cell], store: Store, work: Path = WORK, *, report: 
     return done
 
 
+def repeat(cells: Sequence[Cell], store: Store, count: int, work: Path = WORK) -> Iterator[str]:
+    """Make kept runs again, `count` of each model spread over what confirms; tells both losses of each, in nats."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    confirmed = [cell for cell in cells if cell.purpose == "confirm"]
+    for model in dict.fromkeys(cell.model for cell in confirmed):
+        kept = [
+            (run, cell.results(store)[run.seed])
+            for cell in confirmed
+            if cell.model == model
+            for run in cell.runs(store) or []
+            if store.get(run) is not None
+        ]
+        subject = models.load(model, work)  # type: ignore[arg-type]  # a name of the plan
+        for run, before in kept[:: max(1, len(kept) // count)][:count]:
+            try:
+                refuse_others(subject, run, store)
+            except NotComparableError as error:
+                yield str(error)
+                continue
+            again = train(subject, run)
+            yield (
+                f"{_words(run)}: {before.loss:.6f} ({before.machine}), again {again.loss:.6f} ({again.machine}), "
+                f"{again.loss - before.loss:+.6f}, {100 * (again.gain - before.gain) / before.gain:+.2f} % of its gain"
+            )
+
+
+def _words(run: Run) -> str:
+    choice = run.choice
+    return (
+        f"{run.model} {run.domain} {run.purpose} {choice.arm} {choice.score} {choice.share:g} "
+        f"local {choice.local} published {choice.published or '–'} rate {run.rate:g} seed {run.seed}"
+    )
+
+
 def refuse_others(subject: Subject, run: Run, store: Store) -> None:
     """Raise `NotComparableError` when the run begins elsewhere than the stored ones of its model and domain."""
     texts, (base, english) = digest(run.domain, subject.work), losses_before(subject, run)
@@ -89,10 +123,5 @@ def _first_free(waiting: Sequence[Run], store: Store, subjects: dict[str, Subjec
                 refuse_others(subjects[name], run, store)
                 result = train(subjects[name], run)
                 store.add(run, result)
-                choice = run.choice
-                return (
-                    f"{run.model} {run.domain} {run.purpose} {choice.arm} {choice.score} {choice.share:g} "
-                    f"local {choice.local} published {choice.published or '–'} rate {run.rate:g} seed {run.seed}: "
-                    f"{result.base:.3f} → {result.loss:.4f} in {result.cpu_seconds:.1f} s"
-                )
+                return f"{_words(run)}: {result.base:.3f} → {result.loss:.4f} in {result.cpu_seconds:.1f} s"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product as product_of
 from pathlib import Path
@@ -36,14 +37,19 @@ from evidence.plan import (
     LOCAL,
     PLAN,
     SEEDS,
+    SERIES,
+    SERIES_SHARES,
     SIZES,
     STAGES,
     TUNING_SEEDS,
     Cell,
+    at_random,
+    by_local,
     cells_of,
     ours,
 )
 from evidence.runs import Choice, Data, Store
+from evidence.staleness import BATCH as STALENESS_BATCH
 from evidence.statistics import difference, interval
 from evidence.training import JUDGED
 from evidence.verdicts import Verdict, judge, judge_claims
@@ -125,6 +131,11 @@ pass or over the best of it by a strategy; {LOCAL} local sequences are the sampl
 similarity. Each cell has its own rate. Shares of what full fine-tuning gains with the whole pass. `scoring` is the
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
+SERIES_WORDS = f"""On `{SERIES}`, code: the recipe of the first GPT run once more, with the checkpoints after 10 and
+50 % of its pre-training kept. Published factors are of the last checkpoint's gradients, of an older one's (same text),
+of a sample of each seed's own, or permuted anew for each seed. `select` is told, or not, what the registry's staleness
+check answers to the gradient norms of the {LOCAL} local sequences in batches of {STALENESS_BATCH}: `verdicts` counts
+the answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
 linear layers alone; head and last layers below 25 %, where the head does not fit; `select` of the library at 5 and
 25 %, at equal memory and on legal text; the factors of an older checkpoint, and what the verdict of a staleness check
@@ -143,7 +154,7 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         "## Verdicts",
         _verdicts("Goal", judge, plan, store),
         "Of what was predicted (numbers: hypothesis, line):",
-        _verdicts("Prediction", judge_hypotheses, plan, store),
+        _verdicts("Prediction", judge_hypotheses, plan, store, (*MODELS, SERIES)),
         _images([name for name in plots if name.startswith(("arms", "budgets"))]),
         "## Setting",
         _setting(),
@@ -154,6 +165,9 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         "## What the published side adds",
         *_ablations(plan, store),
         _images([name for name in plots if name.startswith("local")]),
+        "## Older checkpoints, and what is published drawn anew",
+        SERIES_WORDS,
+        *_series(plan, store),
         "## Parameters × data",
         PRODUCT_WORDS,
         *_products(plan, store),
@@ -188,17 +202,19 @@ def _setting() -> str:
     return "\n".join([*lines, SETTING])
 
 
-def _verdicts(of: str, judged: Judge, plan: Sequence[Cell], store: Store) -> str:
+def _verdicts(of: str, judged: Judge, plan: Sequence[Cell], store: Store, models: Iterable[str] = tuple(MODELS)) -> str:
     rows = [
         [verdict.goal, f"`{model}`", verdict.verdict, verdict.why]
-        for model in MODELS
+        for model in models
         for verdict in judged(model, plan, store)
     ]
     return table([of, "Model", "Verdict", "Measured"], rows)
 
 
 def _stages(plan: Sequence[Cell], store: Store) -> Iterable[str]:
-    places = {(cell.stage, cell.model, cell.domain) for cell in plan if cell.stage in STAGES.values()}
+    places = {
+        (cell.stage, cell.model, cell.domain) for cell in plan if cell.stage in STAGES.values() and cell.model in MODELS
+    }
     for stage, model, domain in sorted(
         places, key=lambda place: (list(MODELS).index(place[1]), place[2], list(STAGES.values()).index(place[0]))
     ):
@@ -341,6 +357,35 @@ def _ablation(model: str, share: float, plan: Sequence[Cell], store: Store) -> s
             ]
         )
     return table(["Chosen by", "rate", "seeds", "gain", f"ours (right factors, {LOCAL} local) ahead by, points"], rows)
+
+
+def _series(plan: Sequence[Cell], store: Store) -> Iterable[str]:
+    for share in SERIES_SHARES:
+        found = find_all(cells_of(STAGES[share], SERIES, "code", plan), plan, store)
+        sides = [
+            {} if each is None else each.shares
+            for each in (pick(choice, SERIES, plan, store) for choice in (at_random(share), by_local(share)))
+        ]
+        rows = [
+            [
+                name_of(each.cell.choice),
+                f"{each.rate:g}",
+                str(len(each.shares)),
+                _gain(each),
+                *(_between(each.shares, side) if each.shares != side else "" for side in sides),
+                _verdicts_of(each),
+            ]
+            for each in sorted(found, key=lambda each: _by_source(each.cell.choice))
+            if each.cell.choice != FULL
+        ]
+        yield f"{share:.0%} of the coordinates:"
+        head = ["Chosen by", "rate", "seeds", "gain", "ahead of chance", "of the local sample alone", "verdicts"]
+        yield table(head, rows)
+
+
+def _verdicts_of(each: Finding) -> str:
+    counts = Counter(result.verdict for result in each.results.values() if result.verdict)
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
 
 
 def _by_source(choice: Choice) -> tuple[str, str, str, int]:

@@ -26,7 +26,7 @@ def check_staleness(subject: Subject, published: Blueprint, sample: Sequence[Bat
 
     `sample` holds sequences one by one, at least 4 times `BATCH` of them for intervals over batches.
     """
-    local = local_sample(_norms(subject, sample, domain), "gradient_norm")
+    local = local_sample(norms_by_batch(subject, sample, domain), "gradient_norm")
     other = digest_of(canonical_bytes(plain(local)))
     document = digest_of(canonical_bytes(plain(published)))
     found = Found(0, 0, bytes.fromhex(document.removeprefix("sha256:")), 0, 1, "lab", subject.name, Decimal(1), None)
@@ -42,7 +42,7 @@ def check_staleness(subject: Subject, published: Blueprint, sample: Sequence[Bat
     )
 
 
-def _norms(subject: Subject, sample: Sequence[Batch], domain: str) -> dict[str, list[float]]:
+def norms_by_batch(subject: Subject, sample: Sequence[Batch], domain: str) -> dict[str, list[float]]:
     """Of every layer the norm of each batch's gradient."""
     ids = torch.cat([each["input_ids"] for each in sample])
     with GradientProfiler(subject.fresh(), verify=False) as profiler:

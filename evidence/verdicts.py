@@ -246,8 +246,10 @@ def better_than_all(goal: str, model: str, mine: Finding | None, rivals: Sequenc
     return Verdict(goal, model, verdict, "; ".join(parts))
 
 
-def never_worse(goal: str, model: str, cases: Sequence[tuple[Finding | None, Finding | None]]) -> Verdict:
-    """Refuted by one case that is worse for certain; holds when all have been run and none may be worse."""
+def never_worse(
+    goal: str, model: str, cases: Sequence[tuple[Finding | None, Finding | None]], margin: float = 0.0
+) -> Verdict:
+    """Refuted by one case worse than by the margin for certain; holds when all have been run and none may be worse."""
     known = [
         (found, mine, rival)
         for mine, rival in cases
@@ -256,12 +258,13 @@ def never_worse(goal: str, model: str, cases: Sequence[tuple[Finding | None, Fin
     if not known:
         return Verdict(goal, model, "not run yet", "")
     known.sort(key=lambda case: case[0].mean)
-    worse = [case for case in known if case[0].high < 0]
-    holds = len(known) == len(cases) and all(found.low >= 0 for found, _, _ in known)
+    worse = [case for case in known if case[0].high < -margin]
+    holds = len(known) == len(cases) and all(found.low >= -margin for found, _, _ in known)
     told = "; ".join(
         f"{name_of(mine.cell.choice)}: {within('', model, mine, rival).why}" for _, mine, rival in (worse or known)[:2]
     )
-    why = f"worse in {len(worse)} of {len(known)} cases" + _missing(len(known), len(cases))
+    by = f" by more than {100 * margin:g} points" if margin else ""
+    why = f"worse{by} in {len(worse)} of {len(known)} cases" + _missing(len(known), len(cases))
     return Verdict(goal, model, "does not hold" if worse else "holds" if holds else "undecided", f"{why}; {told}")
 
 

@@ -11,15 +11,31 @@ import numpy as np
 import pytest
 import torch
 
+from demo.models import random_batches
 from demo.texts import code_modules
-from evidence import models, plots, queue, report, runs, texts
+from evidence import gradients, models, plots, queue, report, runs, staleness, texts
 from evidence.data import training_batches
 from evidence.findings import Finding, Product, find
 from evidence.hypotheses import judge_hypotheses
-from evidence.plan import FULL, PLAN, Cell, at_random, bridged, library, linear_only, of_layers, ours
+from evidence.plan import (
+    FULL,
+    PLAN,
+    SERIES,
+    Cell,
+    at_random,
+    bridged,
+    by_factors,
+    checked,
+    library,
+    linear_only,
+    of_layers,
+    ours,
+)
 from evidence.runs import Choice, Data, Result, Run, Store
 from evidence.training import train
 from evidence.verdicts import better_than_all, judge, memory, never_worse, within
+from gradient_blueprints import Client
+from gradient_blueprints.statistics_models import Verdict
 from gradient_blueprints.training.data_selection import exact_influences
 
 RUN = Run("tiny", "code", "tune", ours(0.1), 8e-3, 0, 6, 4, 32)
@@ -53,6 +69,9 @@ def finished(work: Path) -> tuple[Store, list[Cell]]:
         library(0.1, local=4),
         library(0.1, "code*", local=4),
         library(0.1, "", local=4),
+        by_factors(0.1, "code@0.5"),
+        library(0.1, "code*#", local=4),
+        checked(0.1),
         linear_only(library(0.1, local=4)),
         bridged("k_star", 0.1),
     )
@@ -101,6 +120,59 @@ def test_runs_learn_and_equal_runs_are_equal(finished: tuple[Store, list[Cell]],
     assert known.loss < known.base - 0.1
     again = train(models.load("tiny", work), run)
     assert again.loss == pytest.approx(known.loss, abs=1e-6)
+
+
+def test_a_run_tells_the_verdict_of_its_staleness_check(finished: tuple[Store, list[Cell]]) -> None:
+    store, plan = finished
+    for cell in plan:
+        verdicts = {result.verdict for result in cell.results(store).values()}
+        assert verdicts <= set(Verdict) if cell.choice == checked(0.1) else verdicts == {""}
+
+
+def test_a_staleness_check_is_the_registry_s(work: Path, admin: Client) -> None:
+    subject = models.load("tiny", work)
+    published, _ = gradients.published_profile(subject, "code@0.5", 16, 32, 0)
+    sample = gradients.local_sample(subject, "code", 32, 32, 0)
+    admin.publish_blueprint(published)
+    there = admin.check_staleness("tiny", 1.0, staleness.norms_by_batch(subject, sample, "code"))
+    assert staleness.check_staleness(subject, published, sample, "code").levels == there.levels
+    assert there.agreement.interval_method == "bootstrap_over_batches"
+
+
+def test_what_is_drawn_anew_differs_between_seeds_and_nothing_else_does(work: Path) -> None:
+    subject = models.load("tiny", work)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def rows(published: str, seed: int) -> list[float]:
+        found = gradients.published_factors(subject, published, 16, 32, seed)
+        profiled = gradients.published_profile(subject, published, 16, 32, seed)[1][f"code/{name}/row"]
+        if "*" not in published:  # the two permute by names of their own
+            assert np.allclose(found.row[name], profiled.numpy(), rtol=1e-4)
+        return [float(value) for value in found.row[name]]
+
+    assert rows("code", 0) == rows("code", 1) != rows("code@0.5", 0) == rows("code@0.5", 1)
+    assert rows("code#", 0) == rows("code#", 0) != rows("code#", 1) != rows("code", 0)
+    permuted = [rows("code*#", seed) for seed in range(2)] + [rows("code*", seed) for seed in range(2)]
+    assert permuted[0] != permuted[1] != permuted[2] == permuted[3]
+    assert all(sorted(each) == sorted(rows("code", 0)) for each in permuted)
+
+
+def test_older_factors_are_of_the_older_weights(work: Path) -> None:
+    subject = models.load("tiny", work)
+    older = models.Subject("tiny", subject.at(0.5).model, subject.tokenizer, work)
+    _, of_older = gradients.published_profile(subject, "code@0.5", 16, 32, 0)
+    batches = list(random_batches(subject.tokens("code", "published"), 2, 8, 32, 1))
+    _, profiled = gradients.profile(older, batches, "code")
+    assert all(torch.equal(profiled[key], each) for key, each in of_older.items())
+
+
+def test_repeated_runs_come_out_as_they_were_kept(finished: tuple[Store, list[Cell]], work: Path) -> None:
+    store, plan = finished
+    known = len(list(store))
+    told = list(queue.repeat(plan, store, 3, work))
+    assert [" +0.000000, +0.00 % of its gain" in line for line in told] == [True] * 3
+    assert len({line.split(" rate ")[0] for line in told}) == 3
+    assert len(list(store)) == known
 
 
 def test_a_finding_is_a_share_of_what_full_fine_tuning_gained(finished: tuple[Store, list[Cell]]) -> None:
@@ -171,6 +243,8 @@ def test_never_worse_is_refuted_by_one_case_and_held_by_all() -> None:
     assert never_worse("", "tiny", [(high, rival)]).verdict == "holds"
     assert never_worse("", "tiny", [(high, rival), (None, rival)]).verdict == "undecided"
     assert never_worse("", "tiny", [(None, rival)]).verdict == "not run yet"
+    assert never_worse("", "tiny", [(even, rival)], 0.5).verdict == "holds"
+    assert never_worse("", "tiny", [(low, rival)], 0.1).why.startswith("worse by more than 10 points in 1 of 1 cases; ")
 
 
 def test_a_rival_that_is_ahead_refutes_and_one_that_is_not_run_leaves_it_open() -> None:
@@ -266,6 +340,7 @@ def test_a_goal_of_which_nothing_was_run_is_not_judged(tmp_path: Path) -> None:
     empty = Store(tmp_path, kept=tmp_path / "kept")
     for judged in (judge, judge_hypotheses):
         assert {verdict.verdict for verdict in judged("gpt", PLAN, empty)} == {"not run yet"}
+    assert {verdict.verdict for verdict in judge_hypotheses(SERIES, PLAN, empty)} == {"not run yet"}
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
