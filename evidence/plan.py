@@ -191,8 +191,12 @@ JUDGED: tuple[Choice, ...] = (
     by_local(0.01),
     Choice("lora", share=0.1),
     of_layers("norm", 0.1),
+    library(0.1),
+    library(0.01),
 )
 """What the goals and claims are judged by."""
+MISLED = library(0.01, "code*")
+"""`select` with what misleads most."""
 LINEAR_ONLY = ("linear+bayes", "linear+random")
 """Scores of arms that leave embeddings alone."""
 ADVISED = tuple(linear_only(ours(share, "legal")) for share in (0.01, 0.1))
@@ -210,9 +214,9 @@ def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]
     drawn = choice == FULL or choice.score in ("random", "linear+random")
     judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
     judged = judged or (model == "smollm2" and (choice in ADVISED or choice.arm == "shira"))
-    if model == "smollm2" and domain == "code" and choice.score == FITTED and stage != "schedule":
-        return DRAWS[model]
-    return (DRAWS if judged and stage in MAIN_STAGES else SEEDS)[model]
+    judged = judged and stage in MAIN_STAGES
+    judged = judged or (model == "smollm2" and stage == "ablation" and choice == MISLED)
+    return (DRAWS if judged else SEEDS)[model]
 
 
 def main_arms(share: float, domain: str = "code") -> list[Choice]:

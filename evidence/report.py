@@ -64,8 +64,8 @@ MODELS = {
 }
 OFTEN = {
     "gpt": "the arms at 1, 5, 7.5, 10 and 25 % on code, of full fine-tuning and what is drawn at random on legal text",
-    "smollm2": "full fine-tuning, what is drawn at random, most arms that are judged on code and, on legal text,\n"
-    "  ours in linear layers alone at 1 and 10 %",
+    "smollm2": "full fine-tuning, what is drawn at random, SHiRA, on code `select` and most arms that are judged\n"
+    "  and, on legal text, ours in linear layers alone at 1 and 10 %",
 }
 DOMAINS = {"code": "code", "legal": "legal text"}
 OPENING = """# Evidence: what a selection is worth
@@ -79,11 +79,14 @@ SETTING = f"""- Domains: code (the standard library) and legal text (licences of
   the versions of constraints.txt. The GPT's, and the READMEs and licences of factors on code (of SmolLM2 all but those
   of `select`), were of all packages that were installed then, of which no list was kept: those runs cannot be repeated
   to the digit. SmolLM2's runs on legal text were computed with AMX, all others without, which rounds otherwise: runs of
-  one model and domain are always of one kind, and others are refused.
+  one model and domain begin with the same losses, and others are refused. They need not end alike to the digit: of
+  SmolLM2's on code some were made on a processor with AMX that was kept from using it, and `python -m evidence repeat`
+  made XXX there again.
 - Published factors are of {PUBLISHED_SEQUENCES["gpt"]} sequences for the GPT and of
   {PUBLISHED_SEQUENCES["smollm2"]} for SmolLM2: a local sample of 128 or 512 knows more than what is published for it.
   Those of "25 % of it" stand for a blueprint gone stale: profiled at the same weights, on text of which three
-  quarters are English. Of permutations of factors there is one, and one published sample: no interval tells of others.
+  quarters are English. Of permutations of factors there is one, and one published sample, for all seeds; older
+  checkpoints, and samples and permutations of each seed's own, are on `{SERIES}`, in a section below.
 - AdamW without decay or clipping, float32 weights under bfloat16 autocast, warmup over a tenth, then linearly to zero,
   for every arm alike. Each arm's rate is tuned on the development text (seed {TUNING_SEEDS[0]}) over powers of two,
   extended until the best is inside the grid.
@@ -138,12 +141,11 @@ check answers to the gradient norms of the {LOCAL} local sequences in batches of
 the answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
 linear layers alone; head and last layers below 25 %, where the head does not fit; `select` of the library at 5 and
-25 %, at equal memory and on legal text; the factors of an older checkpoint, and what the verdict of a staleness check
-brings; more than one permutation of factors and one published sample; on SmolLM2 more than 3 seeds of DoRA, PiSSA,
-SHiRA, of `to_peft` and of what was drawn by the posterior (more runs of SHiRA at 10 % are stored, not counted), on the
-GPT more than 5 of SHiRA, the adapters and what was drawn by the posterior on legal text, and of most of the ablation;
-the ablation, parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and
-misleading factors with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
+25 %, at equal memory and on legal text; on SmolLM2 older checkpoints and more than one permutation of factors and one
+published sample, and more than 3 seeds of DoRA, PiSSA, of `to_peft` and of what was drawn by the posterior; on the GPT
+more than 5 of SHiRA, the adapters and what was drawn by the posterior on legal text, and of most of the ablation; the
+ablation, parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading
+factors with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
