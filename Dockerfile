@@ -46,7 +46,7 @@ COPY app app
 COPY migrations migrations
 ENV BLUEPRINTS_STORE=/data/store
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
 CMD ["python", "-m", "app", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
@@ -55,7 +55,7 @@ COPY --from=worker-packages /opt/venv /opt/venv
 COPY client client
 COPY worker worker
 ENV BLUEPRINTS_ALLOWED_ROOTS=/data/sources BLUEPRINTS_CACHE=/data/cache
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
   CMD find "$BLUEPRINTS_HEARTBEAT" -newermt '1 minute ago' | grep -q .
 # Jobs' folders lie in the cache's volume, so that cached files get a second name there instead of a copy. All workers make
 # theirs in the same place, where each start removes what killed ones left (worker/folders.py).
@@ -69,6 +69,6 @@ EXPOSE 8080
 # Finishes the answers and uploads under way; SIGTERM cuts them.
 STOPSIGNAL SIGUSR1
 # Through the gateway to an API and its database.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
   CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
 CMD ["haproxy", "-W", "-db", "-f", "/etc/haproxy/haproxy.cfg"]
