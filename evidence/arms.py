@@ -30,6 +30,7 @@ from gradient_blueprints.training.finetuning import SelectedAdamW, SelectedParam
 from gradient_blueprints.training.selection import Budget, LocalStatistics, Selection, select
 
 PUBLISHED_SEQUENCES = {"gpt": 512, "gpt-series": 512, "smollm2": 64, "tiny": 16}
+TEMPERATURE = 2.0
 ADAPTERS = ("lora", "dora", "pissa", "shira")
 
 
@@ -75,7 +76,8 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
 
     With nothing published the document is the sample's own. With the rule `linear` the embedding is frozen first, with
     `bf16` the sample's mean gradient is kept in bfloat16, with `checked` the published document is held against the
-    sample as the registry does, and the selection told; the verdict is answered too.
+    sample as the registry does, and the selection told; the verdict is answered too. With `spread` coordinates are
+    drawn at the temperature that docs/adapting.md advises.
     """
     choice = run.choice
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
@@ -93,7 +95,17 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
     dtype = torch.bfloat16 if "bf16" in rules else torch.float32
     statistics = LocalStatistics.gather(model, batches, dtype=dtype)
     checked = check_staleness(subject, blueprint, batches, run.domain) if "checked" in rules else None
-    selection = select(blueprint, local, budget, factors=factors, statistics=statistics, staleness=checked, model=model)
+    selection = select(
+        blueprint,
+        local,
+        budget,
+        factors=factors,
+        statistics=statistics,
+        staleness=checked,
+        model=model,
+        temperature=TEMPERATURE if "spread" in rules else 0.0,
+        seed=run.seed,
+    )
     return selection, "" if checked is None else checked.verdict.value
 
 

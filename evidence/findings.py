@@ -202,6 +202,7 @@ def name_of(choice: Choice) -> str:
             "linear": ", the embedding frozen",
             "bf16": ", the sample in bfloat16",
             "checked": ", told by a staleness check",
+            "spread": ", drawn at temperature 2",
         }
         how = "".join(rules[rule] for rule in choice.score.split("+")[:-1])
         published = f"{variant(choice.published)}, " if choice.published else ""

@@ -24,6 +24,7 @@ from evidence.plan import (
     linear_only,
     of_layers,
     ours,
+    spread,
 )
 from evidence.runs import Choice, Data, Store
 from evidence.statistics import Difference, difference
@@ -183,6 +184,10 @@ def _seventh(model: str, of: _Pick) -> Iterator[Verdict]:
         )
         cases = [(of(checked(share, each)), of(library(share, each))) for each in published]
         yield never_worse(goal, model, cases, 0.01)
+        goal = f"7.6 `select` at temperature 2, at {STAGES[share]}: within a point of chance"
+        yield within(goal, model, of(spread(share)), of(at_random(share)), -0.01, 0.01)
+        goal = f"7.6 and ahead of `select`, at {STAGES[share]}"
+        yield within(goal, model, of(spread(share)), of(library(share)))
     goal = "7.4 factors of a sample of each seed's own, alone, at 10 %: within half a point of those of one sample"
     yield within(goal, model, of(by_factors(0.1, "code#")), newest, -0.005, 0.005)
     goal = "7.5 factors permuted anew for each seed, alone, at 1 %: more than 3 points behind chance"

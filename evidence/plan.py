@@ -292,12 +292,17 @@ def checked(share: float, published: str = "code") -> Choice:
     return replace(library(share, published), score=CHECKED)
 
 
+def spread(share: float) -> Choice:
+    """`library` that draws coordinates in place of the largest."""
+    return replace(library(share), score=f"spread+{FITTED}")
+
+
 def series(share: float) -> list[Choice]:
     """The seventh hypothesis: factors of older checkpoints, and what is published drawn anew for each seed."""
     arms = [FULL, at_random(share), by_local(share)]
     for published in ("code", *OLDER, *DRAWN_ANEW):
         arms += [each(share, published) for each in (by_factors, ours, library, checked)]
-    return arms
+    return [*arms, spread(share)]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:

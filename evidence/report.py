@@ -137,7 +137,8 @@ similarity. Each cell has its own rate. Shares of what full fine-tuning gains wi
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
 SERIES_WORDS = f"""On `{SERIES}`, code: the recipe of the first GPT run once more, with the checkpoints after 10 and
-50 % of its pre-training kept. Published factors are of the last checkpoint's gradients, of an older one's (same text),
+50 % of its pre-training kept; steps, rates and texts as there, ten paired seeds of every arm, each difference within a
+seed. Published factors are of the last checkpoint's gradients, of an older one's (same text),
 of a sample of each seed's own, or permuted anew for each seed. `select` is told, or not, what the registry's staleness
 check answers to the gradient norms of the {LOCAL} local sequences in batches of {STALENESS_BATCH}: `verdicts` counts
 the answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
