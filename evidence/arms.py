@@ -94,6 +94,7 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
         model.get_input_embeddings().requires_grad_(False)
     dtype = torch.bfloat16 if "bf16" in rules else torch.float32
     statistics = LocalStatistics.gather(model, batches, dtype=dtype)
+    spread = "spread" in rules
     checked = check_staleness(subject, blueprint, batches, run.domain) if "checked" in rules else None
     selection = select(
         blueprint,
@@ -103,8 +104,8 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
         statistics=statistics,
         staleness=checked,
         model=model,
-        temperature=TEMPERATURE if "spread" in rules else 0.0,
-        seed=run.seed,
+        temperature=TEMPERATURE if spread else 0.0,
+        seed=run.seed if spread else 0,
     )
     return selection, "" if checked is None else checked.verdict.value
 
