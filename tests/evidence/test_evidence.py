@@ -166,13 +166,20 @@ def test_older_factors_are_of_the_older_weights(work: Path) -> None:
     assert all(torch.equal(profiled[key], each) for key, each in of_older.items())
 
 
-def test_repeated_runs_come_out_as_they_were_kept(finished: tuple[Store, list[Cell]], work: Path) -> None:
-    store, plan = finished
-    known = len(list(store))
-    told = list(queue.repeat(plan, store, 3, work))
-    assert [" +0.000000, +0.00 % of its gain" in line for line in told] == [True] * 3
-    assert len({line.split(" rate ")[0] for line in told}) == 3
-    assert len(list(store)) == known
+def test_repeated_runs_are_held_against_what_was_kept(
+    finished: tuple[Store, list[Cell]], work: Path, tmp_path: Path
+) -> None:
+    _, plan = finished
+    lines = [json.loads(line) for line in (work / "runs" / "tiny.jsonl").read_text().splitlines()]
+    for line in lines:
+        if (line["run"]["purpose"], line["run"]["seed"]) == ("confirm", 1):
+            line["result"]["loss"] += 0.5
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = list(queue.repeat(plan, Store(kept=tmp_path), 5, work))
+    off = {line.split(": ")[0]: float(line.split(", ")[-2]) for line in told}
+    assert {round(each, 5) for name, each in off.items() if name.endswith(" seed 1")} == {-0.5}
+    assert {round(each, 5) for name, each in off.items() if name.endswith(" seed 0")} == {0.0}
+    assert len(off) == 5
 
 
 def test_a_finding_is_a_share_of_what_full_fine_tuning_gained(finished: tuple[Store, list[Cell]]) -> None:
