@@ -172,7 +172,7 @@ class FileMethods(Downloading):
                 if isinstance(cut, UnexpectedAnswer) and cut.status not in PASSING_STATUSES:
                     raise
                 wait = (cut.retry_after if isinstance(cut, ApiError) else None) or 0.0
-                if wait > left:
+                if wait > max(0.0, left):  # asked to come back later than there is time for
                     raise
                 failure = cut
                 yield Pause(max(SETTLING, wait))

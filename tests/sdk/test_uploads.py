@@ -24,6 +24,7 @@ from gradient_blueprints import (
     Scope,
     ServiceUnavailable,
     UnexpectedAnswer,
+    file_methods,
 )
 from gradient_blueprints.canonical import digest_of
 from gradient_blueprints.commands import app
@@ -237,6 +238,16 @@ async def test_a_registry_that_keeps_nothing_is_given_up(
         client = connect(network.url, api_key="k", timeout=1)
         with pytest.raises(raised):
             await client.upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
+
+
+async def test_an_upload_whose_time_runs_out_in_a_pause_made_no_progress(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr(file_methods, "jitter", lambda attempt: 1.1)
+    acts = [page(502), answer(204, Upload_Offset="0")] * 5
+    with FaultyNetwork(NO_FILES, *acts) as network, pytest.raises(ConnectionFailed, match="No progress"):
+        await connect(network.url, timeout=1).upload_checkpoint_file(tmp_path / "a.json", "tiny", 0.8)
 
 
 @pytest.mark.parametrize(
