@@ -93,7 +93,7 @@ def moments(subject: Subject, batches: list[Batch], autocast: bool) -> Moments:
 def published_factors(subject: Subject, name: str, count: int, length: int, seed: int) -> Factors:
     """What a lab publishes (`Published`): the profiler's factors over `count` sequences in batches of 8."""
     published = Published.parse(name)
-    domain = name.rstrip("*#") + (f"#{seed}" if published.by_seed and not published.permuted else "")
+    domain = name.rstrip("*#") + (f"#{seed}" if published.own_sample else "")
     path = subject.work / "factors" / subject.name / f"{domain}-{count}x{length}.safetensors"
     if not path.is_file() and published.moved:
         _save(_movement(subject, published, count, length, seed), path)
@@ -140,7 +140,7 @@ _KEPT_PROFILES = 8
 
 def _published_batches(subject: Subject, published: Published, count: int, length: int, seed: int) -> list[Batch]:
     tokens, batches_of = subject.tokens(published.domain, "published"), count // PUBLISHED_BATCH
-    drawn = PUBLISHED_SEED + seed if published.by_seed and not published.permuted else 1
+    drawn = PUBLISHED_SEED + seed if published.own_sample else 1
     batches = list(random_batches(tokens, batches_of, PUBLISHED_BATCH, length, drawn))
     if published.percent < 100:
         english = random_batches(subject.tokens("english", "published"), len(batches), PUBLISHED_BATCH, length, 2)

@@ -32,8 +32,6 @@ DEFAULT = "bayes"
 """Our selection since the second hypothesis (evidence/hypothesis.md)."""
 FITTED = "fitted"
 """What `select` does since the third hypothesis; its runs before that have no score's name."""
-CHECKED = f"checked+{FITTED}"
-"""The same, told of the verdict of a staleness check."""
 EQUAL_MEMORY = 0.075
 """Of the coordinates: with their indices they take the training memory of 10 % of the parameters in adapters."""
 
@@ -289,7 +287,7 @@ DRAWN_ANEW = ("code#", "code*#")
 
 def checked(share: float, published: str = "code") -> Choice:
     """`library`, told of the verdict of a staleness check."""
-    return replace(library(share, published), score=CHECKED)
+    return replace(library(share, published), score=f"checked+{FITTED}")
 
 
 def spread(share: float) -> Choice:

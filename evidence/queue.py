@@ -61,11 +61,11 @@ def repeat(cells: Sequence[Cell], store: Store, count: int, work: Path = WORK) -
     confirmed = [cell for cell in cells if cell.purpose == "confirm"]
     for model in dict.fromkeys(cell.model for cell in confirmed):
         kept = [
-            (run, cell.results(store)[run.seed])
+            (run, result)
             for cell in confirmed
             if cell.model == model
             for run in cell.runs(store) or []
-            if store.get(run) is not None
+            if (result := store.get(run)) is not None
         ]
         subject = models.load(model, work)  # type: ignore[arg-type]  # a name of the plan
         for run, before in kept[:: max(1, len(kept) // count)][:count]:

@@ -26,6 +26,7 @@ from evidence.findings import (
     pick,
     product,
 )
+from evidence.gradients import PUBLISHED_BATCH
 from evidence.hypotheses import judge_hypotheses
 from evidence.plan import (
     DEFAULT,
@@ -49,7 +50,6 @@ from evidence.plan import (
     ours,
 )
 from evidence.runs import Choice, Data, Store
-from evidence.staleness import BATCH as STALENESS_BATCH
 from evidence.statistics import difference, interval
 from evidence.training import JUDGED
 from evidence.verdicts import Verdict, judge, judge_claims
@@ -140,7 +140,7 @@ SERIES_WORDS = f"""On `{SERIES}`, code: the recipe of the first GPT run once mor
 50 % of its pre-training kept; steps, rates and texts as there, ten paired seeds of every arm, each difference within a
 seed. Published factors are of the last checkpoint's gradients, of an older one's (same text),
 of a sample of each seed's own, or permuted anew for each seed. `select` is told, or not, what the registry's staleness
-check answers to the gradient norms of the {LOCAL} local sequences in batches of {STALENESS_BATCH}: `verdicts` counts
+check answers to the gradient norms of the {LOCAL} local sequences in batches of {PUBLISHED_BATCH}: `verdicts` counts
 the answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
 linear layers alone; head and last layers below 25 %, where the head does not fit; `select` of the library at 5 and

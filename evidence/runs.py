@@ -39,6 +39,11 @@ class Published:
     moved: bool = False
     by_seed: bool = False
 
+    @property
+    def own_sample(self) -> bool:
+        """Whether the published sample is another one for each seed."""
+        return self.by_seed and not self.permuted
+
     @classmethod
     def parse(cls, name: str) -> Published:
         text, _, fraction = name.rstrip("*>#").partition("@")

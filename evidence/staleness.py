@@ -10,6 +10,7 @@ import torch
 
 from app.registry.blueprints import Found
 from app.registry.staleness import judge, side_of_rows, side_of_sample
+from evidence.gradients import PUBLISHED_BATCH
 from evidence.models import Batch, Subject
 from gradient_blueprints import Blueprint
 from gradient_blueprints.canonical import canonical_bytes, digest_of
@@ -17,14 +18,12 @@ from gradient_blueprints.statistics_methods import local_sample
 from gradient_blueprints.statistics_models import GENERAL, Staleness, StalenessRequest, plain
 from gradient_blueprints.training.profiling import GradientProfiler
 
-BATCH = 8
-"""Sequences in a batch of the local sample, as many as in one of the published sample."""
-
 
 def check_staleness(subject: Subject, published: Blueprint, sample: Sequence[Batch], domain: str) -> Staleness:
     """What the registry answers to a sample's gradient norms, batch by batch.
 
-    `sample` holds sequences one by one, at least 4 times `BATCH` of them for intervals over batches.
+    `sample` holds sequences one by one; they are put together in batches as large as those of the published sample, of
+    which intervals need four.
     """
     local = local_sample(norms_by_batch(subject, sample, domain), "gradient_norm")
     other = digest_of(canonical_bytes(plain(local)))
@@ -46,7 +45,7 @@ def norms_by_batch(subject: Subject, sample: Sequence[Batch], domain: str) -> di
     """Of every layer the norm of each batch's gradient."""
     ids = torch.cat([each["input_ids"] for each in sample])
     with GradientProfiler(subject.fresh(), verify=False) as profiler:
-        for batch in torch.split(ids, BATCH):
+        for batch in torch.split(ids, PUBLISHED_BATCH):
             profiler.step({"input_ids": batch, "labels": batch}, domain=domain)
         norms = [each.norms for each in profiler.domain(domain).records.values() if each.norms is not None]
         return {layer.id: [float(batch[i]) for batch in norms] for i, layer in enumerate(profiler.layers)}
