@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from demo.models import Batch, mean_loss
 from gradient_blueprints.training.finetuning import SelectedAdamW, apply_selection, optimizer_bytes
+from gradient_blueprints.training.profiling import GradientProfiler
 from gradient_blueprints.training.selection import Selection
 
 Report = Callable[[int], None]
@@ -81,3 +82,9 @@ def fine_tune(
     held = optimizer.optimizer_bytes() if isinstance(optimizer, SelectedAdamW) else optimizer_bytes(optimizer)
     loss = mean_loss(model, heldout)
     return Outcome(name, trained, learning_rate, loss, held, gradient_bytes, largest, seconds)
+
+
+def norms_by_batch(profiler: GradientProfiler, domain: str) -> dict[str, list[float]]:
+    """Of every layer the norm of each batch's gradient, as a staleness check takes them."""
+    batches = [record.norms for record in profiler.domain(domain).records.values() if record.norms is not None]
+    return {group.id: [float(batch[index]) for batch in batches] for index, group in enumerate(profiler.layers)}

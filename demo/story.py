@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from demo import models, report, service, texts
-from demo.adapting import fine_tune
+from demo.adapting import fine_tune, norms_by_batch
 from demo.findings import UNTUNED, Adapted, Findings, agreement_text
 from demo.models import Batch, Checkpoint, GptSize
 from demo.screen import Screen, megabytes
@@ -410,8 +410,7 @@ def _check_staleness(
     """Profile the local sample once, for its own blueprint and for the norms of each batch."""
     profiler = _profile(model, sample, task.domain)
     local = profiler.blueprint(blueprint.model_id, blueprint.training_checkpoint)
-    batches = [record.norms for record in profiler.domain(task.domain).records.values() if record.norms is not None]
-    norms = {group.id: [float(batch[index]) for batch in batches] for index, group in enumerate(profiler.layers)}
+    norms = norms_by_batch(profiler, task.domain)
     screen.call("client.check_staleness(model, checkpoint, local_norms)    # per layer the norm of every local batch")
     checked = client.check_staleness(blueprint.model_id, blueprint.training_checkpoint, norms, domain=task.domain)
     agreement = agreement_text(checked)

@@ -10,6 +10,7 @@ import torch
 
 from app.registry.blueprints import Found
 from app.registry.staleness import judge, side_of_rows, side_of_sample
+from demo import adapting
 from evidence.gradients import PUBLISHED_BATCH
 from evidence.models import Batch, Subject
 from gradient_blueprints import Blueprint
@@ -47,8 +48,7 @@ def norms_by_batch(subject: Subject, sample: Sequence[Batch], domain: str) -> di
     with GradientProfiler(subject.fresh(), verify=False) as profiler:
         for batch in torch.split(ids, PUBLISHED_BATCH):
             profiler.step({"input_ids": batch, "labels": batch}, domain=domain)
-        norms = [each.norms for each in profiler.domain(domain).records.values() if each.norms is not None]
-        return {layer.id: [float(batch[i]) for batch in norms] for i, layer in enumerate(profiler.layers)}
+        return adapting.norms_by_batch(profiler, domain)
 
 
 def _rows(document: Blueprint) -> list[SimpleNamespace]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from demo import models, service, texts
-from demo.adapting import fine_tune
+from demo.adapting import fine_tune, norms_by_batch
 from demo.models import Batch
 from gradient_blueprints import Client
 from gradient_blueprints.models import Blueprint
@@ -49,12 +49,6 @@ def profile(model: torch.nn.Module, batches: Sequence[Batch], domain: str) -> Gr
     return profiler
 
 
-def per_batch(profiler: GradientProfiler, domain: str) -> dict[str, list[float]]:
-    """Batch-gradient norms by layer."""
-    norms = [record.norms for record in profiler.domain(domain).records.values() if record.norms is not None]
-    return {group.id: [float(batch[i]) for batch in norms] for i, group in enumerate(profiler.layers)}
-
-
 def main(seeds: int, steps: int) -> None:
     corpora = {"english": texts.english(), "code": texts.code(), "legal": texts.legal()}
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +65,7 @@ def main(seeds: int, steps: int) -> None:
             return list(models.random_batches(source, BATCHES, EXAMPLES, LENGTH, seed))
 
         local = draw(sample, 1)
-        local_norms = per_batch(profile(model, local, "code"), "code")
+        local_norms = norms_by_batch(profile(model, local, "code"), "code")
         code, other = draw(labs, 2), draw(tokens["english"], 3)
         published = {f"{share:.0%} code, rest English": mixed(code, other, share) for share in SHARES}
         published["legal"] = draw(tokens["legal"], 4)
