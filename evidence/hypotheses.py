@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import get_args
 
 from evidence.findings import DATA, Finding, pick, product
 from evidence.plan import (
     DRAWN_ANEW,
+    EQUAL_MEMORY,
+    OF_LEGAL,
     OLDER,
     SERIES,
     SERIES_SHARES,
@@ -50,7 +53,8 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
         return pick(choice, model, plan, store)
 
     if model == SERIES:
-        return list(_seventh(model, of))
+        in_legal = partial(pick, model=model, plan=plan, store=store, domain="legal")
+        return [*_seventh(model, of), *_eighth(model, of, in_legal)]
     return [
         *_first(model, of),
         *_second(model, of),
@@ -192,6 +196,31 @@ def _seventh(model: str, of: _Pick) -> Iterator[Verdict]:
     yield within(goal, model, of(by_factors(0.1, "code#")), newest, -0.005, 0.005)
     goal = "7.5 factors permuted anew for each seed, alone, at 1 %: more than 3 points behind chance"
     yield within(goal, model, of(by_factors(0.01, "code*#")), of(at_random(0.01)), -INFINITY, -0.03)
+
+
+def _eighth(model: str, of: _Pick, in_legal: _Pick) -> Iterator[Verdict]:
+    """`select` at other budgets, at equal memory and on legal text."""
+    at_most_a_quarter = of(spread(0.25))
+    yield at_least("8.1 `select` at temperature 2, at 25 %: at least 97 %", model, at_most_a_quarter, 0.97)
+    yield at_most("8.1 and less than all", model, at_most_a_quarter, 1.0)
+    for share in (0.05, EQUAL_MEMORY, 0.25):
+        goal = f"8.2 `select` at temperature 2, at {100 * share:g} %: within a point of chance"
+        yield within(goal, model, of(spread(share)), of(at_random(share)), -0.01, 0.01)
+        yield within(f"8.2 and ahead of `select`, at {100 * share:g} %", model, of(spread(share)), of(library(share)))
+    lora, shira = (of(Choice(arm, share=0.1)) for arm in ("lora", "shira"))
+    mine = of(library(EQUAL_MEMORY))
+    for name, rival in (("LoRA", lora), ("layers by plain norm", of(of_layers("norm", 0.1)))):
+        yield within(f"8.3 `select`, at equal training memory, ahead of {name}", model, mine, rival)
+    goal = "8.3 `select` at temperature 2, at equal training memory, not behind SHiRA"
+    yield within(goal, model, of(spread(EQUAL_MEMORY)), shira)
+    for share in SERIES_SHARES:
+        goal = f"8.4 legal text: 7.2 at {STAGES[share]}, with factors of legal text, of its neighbour and of code"
+        cases = [(in_legal(library(share, each)), in_legal(by_local(share))) for each in OF_LEGAL]
+        yield never_worse(goal, model, cases, 0.01)
+    goal = "8.5 legal text: `select` at temperature 2, at 1 %: not behind chance"
+    yield within(goal, model, in_legal(spread(0.01, "legal")), in_legal(at_random(0.01)))
+    goal = "8.5 legal text: `select`, at 10 %: ahead of LoRA by 10 points"
+    yield within(goal, model, in_legal(library(0.1, "legal")), in_legal(Choice("lora", share=0.1)), 0.1)
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

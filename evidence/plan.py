@@ -290,9 +290,9 @@ def checked(share: float, published: str = "code") -> Choice:
     return replace(library(share, published), score=f"checked+{FITTED}")
 
 
-def spread(share: float) -> Choice:
+def spread(share: float, published: str = "code") -> Choice:
     """`library` that draws coordinates in place of the largest."""
-    return replace(library(share), score=f"spread+{FITTED}")
+    return replace(library(share, published), score=f"spread+{FITTED}")
 
 
 def series(share: float) -> list[Choice]:
@@ -301,6 +301,27 @@ def series(share: float) -> list[Choice]:
     for published in ("code", *OLDER, *DRAWN_ANEW):
         arms += [each(share, published) for each in (by_factors, ours, library, checked)]
     return [*arms, spread(share)]
+
+
+def series_at(share: float) -> list[Choice]:
+    """The eighth hypothesis, on code: what is advised beside chance, the local sample and adapters of as many."""
+    return [at_random(share), by_local(share), library(share), spread(share), Choice("lora", share=share)]
+
+
+def series_of_equal_memory() -> list[Choice]:
+    """The eighth hypothesis: coordinates with their indices."""
+    return [at_random(EQUAL_MEMORY), by_local(EQUAL_MEMORY), library(EQUAL_MEMORY), spread(EQUAL_MEMORY)]
+
+
+OF_LEGAL = ("legal", "debian-legal", "code")
+"""Factors of legal text, of its neighbour and of another domain."""
+
+
+def series_on_legal(share: float) -> list[Choice]:
+    """The eighth hypothesis, on legal text: with its own factors, those of its neighbour and those of code."""
+    alone = [at_random(share), by_local(share), by_factors(share, "legal"), Choice("lora", share=share)]
+    informed = [library(share, published) for published in OF_LEGAL]
+    return [FULL, *alone, *informed, spread(share, "legal")]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -427,6 +448,17 @@ def _plan() -> list[Cell]:
         cells += _cells(STAGES[share], "smollm2", "legal", rivals(share))
     for share in SERIES_SHARES:
         cells += _cells(STAGES[share], SERIES, "code", series(share))
+    return cells + _more_of_series()
+
+
+def _more_of_series() -> list[Cell]:
+    rivals_of_layers = [Choice("lora", share=0.1), Choice("shira", share=0.1), of_layers("norm", 0.1)]
+    cells = _cells(STAGES[0.1], SERIES, "code", rivals_of_layers)
+    cells += _cells("equal memory", SERIES, "code", series_of_equal_memory())
+    for share in SERIES_SHARES:
+        cells += _cells(STAGES[share], SERIES, "legal", series_on_legal(share))
+    for share in (0.25, 0.05):
+        cells += _cells(STAGES[share], SERIES, "code", series_at(share))
     return cells
 
 

@@ -39,7 +39,6 @@ from evidence.plan import (
     PLAN,
     SEEDS,
     SERIES,
-    SERIES_SHARES,
     SIZES,
     STAGES,
     TUNING_SEEDS,
@@ -136,19 +135,20 @@ pass or over the best of it by a strategy; {LOCAL} local sequences are the sampl
 similarity. Each cell has its own rate. Shares of what full fine-tuning gains with the whole pass. `scoring` is the
 processor time that a strategy takes for the pass and its sample, the longest of the runs of everything. The pass is of
 one domain; a pool with other text and noise in it is in docs/data-selection.md."""
-SERIES_WORDS = f"""On `{SERIES}`, code: the recipe of the first GPT run once more, with the checkpoints after 10 and
-50 % of its pre-training kept; steps, rates and texts as there, ten paired seeds of every arm, each difference within a
-seed. Published factors are of the last checkpoint's gradients, of an older one's (same text),
-of a sample of each seed's own, or permuted anew for each seed. `select` is told, or not, what the registry's staleness
-check answers to the gradient norms of the {LOCAL} local sequences in batches of {PUBLISHED_BATCH}: `verdicts` counts
-the answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
+SERIES_WORDS = f"""On `{SERIES}`: the recipe of the first GPT run once more, with the checkpoints after 10 and 50 % of
+its pre-training kept; steps and texts as there, legal text as for SmolLM2; ten paired seeds of every arm, each
+difference within a seed. Published factors are of the last checkpoint's gradients, of an older one's (same text), of a
+sample of each seed's own, or permuted anew for each seed. `select` is told, or not, what the registry's staleness check
+answers to the gradient norms of the {LOCAL} local sequences in batches of {PUBLISHED_BATCH}: `verdicts` counts the
+answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
-linear layers alone; head and last layers below 25 %, where the head does not fit; `select` of the library at 5 and
-25 %, at equal memory and on legal text; on SmolLM2 older checkpoints and more than one permutation of factors and one
-published sample, and more than 3 seeds of DoRA, PiSSA, of `to_peft` and of what was drawn by the posterior; on the GPT
-more than 5 of SHiRA, the adapters and what was drawn by the posterior on legal text, and of most of the ablation; the
-ablation, parameters × data, the schedule and the meter on legal text; on SmolLM2 the ablation at 10 %, and misleading
-factors with other than 32 local sequences. Larger models, longer training and a GPU were not at hand."""
+linear layers alone; head and last layers below 25 %, where the head does not fit; on the first GPT and on SmolLM2
+`select` of the library at 5 and 25 %, at equal memory and on legal text; on SmolLM2 older checkpoints, more than one
+permutation of factors and one published sample, and more than 3 seeds of DoRA, PiSSA, of `to_peft` and of what was
+drawn by the posterior; on the GPT more than 5 of SHiRA, the adapters and what was drawn by the posterior on legal text,
+and of most of the ablation; the ablation, parameters × data, the schedule and the meter on legal text; on SmolLM2 the
+ablation at 10 %, and misleading factors with other than 32 local sequences. Larger models, longer training and a GPU
+were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
@@ -170,7 +170,7 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         "## What the published side adds",
         *_ablations(plan, store),
         _images([name for name in plots if name.startswith("local")]),
-        "## Older checkpoints, and what is published drawn anew",
+        "## A second GPT: older checkpoints, samples drawn anew, more budgets",
         SERIES_WORDS,
         *_series(plan, store),
         "## Parameters × data",
@@ -365,11 +365,13 @@ def _ablation(model: str, share: float, plan: Sequence[Cell], store: Store) -> s
 
 
 def _series(plan: Sequence[Cell], store: Store) -> Iterable[str]:
-    for share in SERIES_SHARES:
-        found = find_all(cells_of(STAGES[share], SERIES, "code", plan), plan, store)
+    for stage, domain in dict.fromkeys((cell.stage, cell.domain) for cell in plan if cell.model == SERIES):
+        cells = equal_memory(SERIES, plan, domain) if stage == "equal memory" else cells_of(stage, SERIES, domain, plan)
+        found, full = find_all(cells, plan, store), pick(FULL, SERIES, plan, store, domain)
+        share = next((each.cell.choice.share for each in found if each.cell.choice.arm == "coordinates"), 0.0)
         sides = [
             {} if each is None else each.shares
-            for each in (pick(choice, SERIES, plan, store) for choice in (at_random(share), by_local(share)))
+            for each in (pick(choice, SERIES, plan, store, domain) for choice in (at_random(share), by_local(share)))
         ]
         rows = [
             [
@@ -378,13 +380,16 @@ def _series(plan: Sequence[Cell], store: Store) -> Iterable[str]:
                 str(len(each.shares)),
                 _gain(each),
                 *(_between(each.shares, side) if each.shares != side else "" for side in sides),
+                _memory(each, full),
                 _verdicts_of(each),
             ]
             for each in sorted(found, key=lambda each: _by_source(each.cell.choice))
             if each.cell.choice != FULL
         ]
-        yield f"{share:.0%} of the coordinates:"
-        head = ["Chosen by", "rate", "seeds", "gain", "ahead of chance", "of the local sample alone", "verdicts"]
+        beside = " and, at equal training memory, 10 % of the parameters" if stage == "equal memory" else ""
+        yield f"{100 * share:g} % of the coordinates{beside}, {DOMAINS[domain]}:"
+        compared = ["gain, % of full's", "ahead of chance", "of the local sample alone"]
+        head = ["Trained", "rate", "seeds", *compared, "memory", "verdicts"]
         yield table(head, rows)
 
 
