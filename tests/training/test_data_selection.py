@@ -441,11 +441,14 @@ def test_the_predictor_ranks_examples_that_it_has_not_seen(model: nn.Module, sam
     truth = exact_influences(model, unseen)
     correlation = np.corrcoef(np.argsort(np.argsort(predictor(model, iter(unseen)))), np.argsort(np.argsort(truth)))
     assert correlation[0, 1] > 0.7
-    low, high = predictor.calibration.interval
-    assert low < predictor.calibration.predicted < high
-    assert low - 0.1 < correlation[0, 1] < high + 0.1
+    predicted, by_length = predictor.calibration.predicted, predictor.calibration.by_length
+    assert predicted.low < predicted.value < predicted.high
+    assert predicted.low - 0.1 < correlation[0, 1] < predicted.high + 0.1
+    assert by_length is not None
+    assert by_length.low < by_length.value < by_length.high < predicted.low
     assert predictor.calibration.examples == 96
-    assert "held-out" in str(predictor.calibration)
+    assert f"{predicted} on 96 held-out examples; by loss alone" in str(predictor.calibration)
+    assert str(predictor.calibration).endswith(f"by length alone {by_length}")
 
 
 def test_without_the_loss_only_the_first_blocks_run(model: nn.Module, sample: list[Batch]) -> None:
@@ -467,9 +470,9 @@ def test_noise_is_predicted_by_nothing_and_intervals_say_so() -> None:
         rng = np.random.default_rng(seed)
         x, noise = rng.standard_normal((24, 6)), rng.standard_normal(24)
         found.append(held_out_correlation(x, noise, np.ones(6), noise, seed))
-    assert abs(np.mean([correlation for correlation, _ in found])) < 0.06  # of pooled predictions -0.24
-    assert sum(high < 0 for _, (_, high) in found) <= 5
-    assert sum(low > 0 for _, (low, _) in found) <= 5
+    assert abs(np.mean([each.value for each in found])) < 0.06  # of pooled predictions -0.24
+    assert sum(each.high < 0 for each in found) <= 5
+    assert sum(each.low > 0 for each in found) <= 5
 
 
 @pytest.mark.parametrize("strength", [0.6, 3.0])
@@ -480,11 +483,11 @@ def test_the_correlation_out_of_fold_is_that_with_fresh_examples(strength: float
         x = rng.standard_normal((64, 34))
         y = strength * x[:, 0] + rng.standard_normal(64)
         importance = np.append(1, np.full(33, 33**-0.5))
-        correlation, (low, high) = held_out_correlation(x, y, importance, y, seed)
+        held_out = held_out_correlation(x, y, importance, y, seed)
         unseen = rng.standard_normal((2000, 34))
         truth = strength * unseen[:, 0] + rng.standard_normal(2000)
         expected = stats.spearmanr(Ridge.fit(x, y, importance).predict(unseen), truth).statistic
-        found.append((correlation, expected, low <= expected <= high))
+        found.append((held_out.value, expected, held_out.low <= expected <= held_out.high))
     correlation, expected, covered = np.mean(found, axis=0)
     assert correlation == pytest.approx(expected, abs=0.05)
     assert covered >= 0.9

@@ -172,31 +172,39 @@ def _influences(
 
 
 @dataclass(frozen=True)
+class Correlation:
+    """Spearman's, with a 95 % interval by bootstrap over examples."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How far f_φ can be believed: rank correlations with the true J on examples that it was not fitted to."""
 
     examples: int
-    predicted: float
+    predicted: Correlation
     """`held_out_correlation` of f_φ with true J; 0 on average where nothing can be predicted."""
-    interval: tuple[float, float]
-    """95 %, bootstrap over examples; wider than need be where the correlation is strong."""
-    by_loss: float | None
-    """Spearman correlation that the loss alone reaches on the same examples; None where it was not read.
+    by_loss: Correlation | None
+    """What the loss alone reaches on the same examples; None where it was not read, or is the same for all.
 
     No fold changes how a loss or a length ranks them, so these compare with `predicted`.
     """
-    by_length: float | None
+    by_length: Correlation | None
     """What the number of target tokens alone reaches; None where all are as long."""
 
     def __str__(self) -> str:
         alone = ", ".join(
-            f"by {name} alone {'–' if value is None else f'{value:.2f}'}"
-            for name, value in (("loss", self.by_loss), ("length", self.by_length))
+            f"by {name} alone {'–' if found is None else found}"
+            for name, found in (("loss", self.by_loss), ("length", self.by_length))
         )
-        low, high = self.interval
         return (
-            f"rank correlation with the true influence {self.predicted:.2f} "
-            f"[{low:.2f}, {high:.2f}] on {self.examples} held-out examples; {alone}"
+            f"rank correlation with the true influence {self.predicted} on {self.examples} held-out examples; {alone}"
         )
 
 
@@ -252,37 +260,43 @@ def fit_influence(
     width = x.shape[1] - scalars
     importance = np.append(np.full(width, width**-0.5), np.ones(scalars))
     clipped = np.clip(targets, *np.quantile(targets, [winsorise, 1 - winsorise]))
-    predicted, interval = held_out_correlation(x, clipped, importance, targets, seed)
     calibration = Calibration(
         examples=len(known),
-        predicted=predicted,
-        interval=interval,
-        by_loss=spearman(x[:, -1].tolist(), targets.tolist()) if with_loss else None,
-        by_length=spearman(x[:, -scalars].tolist(), targets.tolist()),
+        predicted=held_out_correlation(x, clipped, importance, targets, seed),
+        by_loss=_correlation(x[:, -1], targets, seed) if with_loss else None,
+        by_length=_correlation(x[:, -scalars], targets, seed),
     )
     return InfluencePredictor(Ridge.fit(x, clipped, importance), block, with_loss, calibration, influences)
 
 
 def held_out_correlation(
     features: Scores, targets: Scores, importance: Scores, truth: Scores, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
-    """Spearman correlation of the truth with the places out of five folds, 0 for one constant side, and 95 % interval.
+) -> Correlation:
+    """Of the truth with the places out of five folds; 0 for one constant side.
 
-    Features (n, p), targets to fit to (n,), importance (p,), truth (n,). The interval is a bootstrap over examples, the
-    fits as they are, with n/2 draws: two examples of different folds judge the fits to each other by the same product,
-    so without signal the estimate varies as that of half as many independent examples (of 64 without signal 0.16 as
-    standard deviation; n draws leave 0 outside of 14 to 18 % of the intervals, n/2 of 3 to 5 %).
+    Features (n, p), targets to fit to (n,), importance (p,), truth (n,). The interval takes the fits as they are, with
+    n/2 draws: two examples of different folds judge the fits to each other by the same product, so without signal the
+    estimate varies as that of half as many independent examples (of 64 without signal 0.16 as standard deviation; n
+    draws leave 0 outside of 14 to 18 % of the intervals, n/2 of 3 to 5 %). It is wider than need be where the
+    correlation is strong.
     """
-    rng = np.random.default_rng(seed)
-    folds = rng.permutation(np.arange(len(targets)) % _FOLDS)
+    folds = np.random.default_rng(seed).permutation(np.arange(len(targets)) % _FOLDS)
     places = places_out_of_fold(features, targets, importance, folds)
+    return _correlation(places, truth, seed, draws=len(truth) // 2) or Correlation(0.0, 0.0, 0.0)
+
+
+def _correlation(scores: Scores, truth: Scores, seed: int, draws: int | None = None) -> Correlation | None:
+    """Of independent examples, (n,) each; `draws` of them a resample, n unless said. None for one constant side."""
+    found = spearman(scores.tolist(), truth.tolist())
+    if found is None:
+        return None
     resampled = [
         correlation
-        for draw in rng.integers(0, len(targets), (_RESAMPLES, len(targets) // 2))
-        if (correlation := spearman(places[draw].tolist(), truth[draw].tolist())) is not None
+        for draw in np.random.default_rng(seed).integers(0, len(truth), (_RESAMPLES, draws or len(truth)))
+        if (correlation := spearman(scores[draw].tolist(), truth[draw].tolist())) is not None
     ]
-    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled else (0.0, 0.0)
-    return spearman(places.tolist(), truth.tolist()) or 0.0, (float(low), float(high))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Correlation(found, float(low), float(high))
 
 
 def _features(model: nn.Module, batches: Iterable[Batch], block: str, *, with_loss: bool) -> Iterator[Scores]:
