@@ -28,6 +28,7 @@ from evidence.findings import (
 )
 from evidence.gradients import PUBLISHED_BATCH
 from evidence.hypotheses import judge_hypotheses
+from evidence.overview import overview
 from evidence.plan import (
     DEFAULT,
     DRAWN,
@@ -49,7 +50,8 @@ from evidence.plan import (
     ours,
 )
 from evidence.runs import Choice, Data, Store
-from evidence.statistics import difference, interval
+from evidence.statistics import difference
+from evidence.tables import table, with_interval
 from evidence.training import JUDGED
 from evidence.verdicts import Verdict, judge, judge_claims
 
@@ -71,6 +73,10 @@ OPENING = """# Evidence: what a selection is worth
 
 Written by `python -m evidence report` from `evidence/runs/*.jsonl`; do not edit. `make evidence` runs what is missing,
 and can be stopped and continued at any time."""
+IN_SHORT = f"""What the main arms have of full fine-tuning's gain on held-out text, with 95 % intervals, by domain and
+share of the parameters that is trained; `{SERIES}` is a second GPT of the same recipe. Every arm has its own tuned
+rate, and 3 to 10 paired seeds, as the tables below tell. What to make of it stands in docs/adapting.md, "Whether to use it";
+how to read it below, under "Setting"."""
 SETTING = f"""- Domains: code (the standard library) and legal text (licences of packages) to adapt to;
   READMEs of packages and Debian's licences as their neighbours. Documents are dealt to training, local sample,
   published sample, development and held-out text, which share none. Every loss below is on held-out text unless said.
@@ -155,6 +161,9 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
     """The whole document."""
     parts = [
         OPENING,
+        "## In short",
+        IN_SHORT,
+        *overview(tuple(MODELS), plan, store),
         HYPOTHESIS.read_text().strip(),
         "## Verdicts",
         _verdicts("Goal", judge, plan, store),
@@ -321,15 +330,7 @@ def _schedules(plan: Sequence[Cell], store: Store) -> Iterable[str]:
 
 
 def _gain(each: Finding) -> str:
-    return _with_interval(list(each.shares.values()))
-
-
-def _with_interval(shares: Sequence[float]) -> str:
-    mean = percent(sum(shares) / len(shares))
-    if len(shares) < 2:
-        return mean
-    low, high = interval(shares)
-    return f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
+    return with_interval(list(each.shares.values()))
 
 
 def _ablations(plan: Sequence[Cell], store: Store) -> Iterable[str]:
@@ -540,11 +541,3 @@ def _missing(plan: Sequence[Cell], store: Store) -> str:
 
 def _images(names: Sequence[str]) -> str:
     return "\n".join(f"![{name.removesuffix('.svg')}](evidence/{name})" for name in names)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    if not rows:
-        return "Not run yet."
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

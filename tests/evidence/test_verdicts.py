@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evidence.findings import at_constant_rate
+from evidence.overview import overview
 from evidence.plan import FULL, PLAN, at_random, by_factors, by_local, library, of_layers, ours, pending
 from evidence.runs import Data, Result, Run, Store
 from evidence.tuning import rate
@@ -71,13 +72,19 @@ def make(run: Run) -> Result:
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The verdict of the one row that begins so."""
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Every run of the cells."""
     folder: Path = tmp_path_factory.mktemp("store")
     store = Store(folder, kept=folder / "kept")
     while runs := list(pending(CELLS, store)):
         for run in runs:
             store.add(run, make(run))
+    return store
+
+
+@pytest.fixture(scope="module")
+def verdicts(store: Store) -> Callable[[str], str]:
+    """The verdict of the one row that begins so."""
     constant = at_constant_rate(MODEL, CELLS, store)
     assert constant[ours(0.1)].share == pytest.approx(0.90, abs=0.01)
     found = [*judge(MODEL, CELLS, store), *judge_claims(MODEL, CELLS, store)]
@@ -116,3 +123,17 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 )
 def test_each_row_is_of_the_arms_that_it_names(beginning: str, verdict: str, verdicts: Callable[[str], str]) -> None:
     assert verdicts(beginning) == verdict
+
+
+def test_the_overview_has_each_arm_in_its_column_and_counts_every_verdict(store: Store) -> None:
+    rows = [line.split(" | ") for part in overview((MODEL,), CELLS, store) for line in part.splitlines()]
+    (head,) = (row for row in rows if row[0] == "| Trained")
+    (mine,) = (row for row in rows if row[0] == "| ours: largest by factors and local sample")
+    (random_layers,) = (row for row in rows if row[0] == "| whole layers at random")
+    assert [each.strip(" |") for each in head[1:]] == ["code, 1 %", "code, 10 %", "code, 25 %"]
+    assert [float(each.split(" %")[0]) for each in mine[1:]] == pytest.approx([70, 98, 50], abs=0.2)
+    assert float(random_layers[2].split(" %")[0]) == pytest.approx(60, abs=0.2)
+    (goals,) = (row for row in rows if row[0] == "| goals")
+    judged = [each.verdict for each in judge(MODEL, CELLS, store)]
+    assert sum(int(each.strip(" |")) for each in goals[2:]) == len(judged)
+    assert int(goals[2]) == sum(each.startswith("holds") for each in judged)
