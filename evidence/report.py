@@ -75,8 +75,8 @@ Written by `python -m evidence report` from `evidence/runs/*.jsonl`; do not edit
 and can be stopped and continued at any time."""
 IN_SHORT = f"""What the main arms have of full fine-tuning's gain on held-out text, with 95 % intervals, by domain and
 share of the parameters that is trained; `{SERIES}` is a second GPT of the same recipe. Every arm has its own tuned
-rate, and 3 to 10 paired seeds, as the tables below tell. What to make of it stands in docs/adapting.md, "Whether to use it";
-how to read it below, under "Setting"."""
+rate, and 3 to 10 paired seeds, as the tables below tell. What to make of it stands in docs/adapting.md, "Whether to
+use it"; how to read it below, under "Setting"."""
 SETTING = f"""- Domains: code (the standard library) and legal text (licences of packages) to adapt to;
   READMEs of packages and Debian's licences as their neighbours. Documents are dealt to training, local sample,
   published sample, development and held-out text, which share none. Every loss below is on held-out text unless said.
