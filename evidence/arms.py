@@ -77,7 +77,7 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
     With nothing published the document is the sample's own. With the rule `linear` the embedding is frozen first, with
     `bf16` the sample's mean gradient is kept in bfloat16, with `checked` the published document is held against the
     sample as the registry does, and the selection told; the verdict is answered too. With `spread` coordinates are
-    drawn at the temperature that docs/adapting.md advises.
+    drawn at the temperature that docs/adapting.md advises. With `even` every layer gets the same fraction.
     """
     choice = run.choice
     batches = local_sample(subject, run.domain, choice.local, run.length, run.seed)
@@ -104,6 +104,7 @@ def _of_the_library(model: PreTrainedModel, subject: Subject, run: Run) -> tuple
         statistics=statistics,
         staleness=checked,
         model=model,
+        fractions="even" if "even" in rules else "k_star",
         temperature=TEMPERATURE if spread else 0.0,
         seed=run.seed if spread else 0,
     )

@@ -203,6 +203,7 @@ def name_of(choice: Choice) -> str:
             "bf16": ", the sample in bfloat16",
             "checked": ", told by a staleness check",
             "spread": ", drawn at temperature 2",
+            "even": ", every layer alike",
         }
         how = "".join(rules[rule] for rule in choice.score.split("+")[:-1])
         published = f"{variant(choice.published)}, " if choice.published else ""

@@ -295,6 +295,11 @@ def spread(share: float, published: str = "code") -> Choice:
     return replace(library(share, published), score=f"spread+{FITTED}")
 
 
+def evenly(share: float, published: str = "code") -> Choice:
+    """`library` without k*: the same fraction of every layer."""
+    return replace(library(share, published), score=f"even+{FITTED}")
+
+
 def series(share: float) -> list[Choice]:
     """The seventh hypothesis: factors of older checkpoints, and what is published drawn anew for each seed."""
     arms = [FULL, at_random(share), by_local(share)]
@@ -321,7 +326,8 @@ def series_on_legal(share: float) -> list[Choice]:
     """The eighth hypothesis, on legal text: with its own factors, those of its neighbour and those of code."""
     alone = [at_random(share), by_local(share), by_factors(share, "legal"), Choice("lora", share=share)]
     informed = [library(share, published) for published in OF_LEGAL]
-    return [FULL, *alone, *informed, spread(share, "legal")]
+    afterwards = [ours(share, "legal"), posterior_of_local(share), evenly(share, "legal")]  # why `select` is behind
+    return [FULL, *alone, *informed, spread(share, "legal"), *afterwards]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -459,6 +465,7 @@ def _more_of_series() -> list[Cell]:
         cells += _cells(STAGES[share], SERIES, "legal", series_on_legal(share))
     for share in (0.25, 0.05):
         cells += _cells(STAGES[share], SERIES, "code", series_at(share))
+    cells += _cells(STAGES[0.01], SERIES, "code", [evenly(0.01)])
     return cells
 
 

@@ -24,6 +24,8 @@ BYTES_PER_DENSE_PARAMETER = 12
 """The same where whole rows or tensors are trained: no index is kept. Full AdamW holds as much for every parameter."""
 BYTES_PER_COPY = 4
 """More for each trained weight of lower precision: its float32 copy."""
+Fractions = Literal["k_star", "even"]
+"""Of layers that are trained in part: more where k_star is larger, or the same for all."""
 K_STAR_RANGE = (0.5, 2.0)
 """Of a layer's weight over the mean of the layers': every matrix has to take part (pilot: ranking across matrices
 instead of within each loses 6 to 10 points of the gain). Over the even fraction it is less, or more, where the largest
@@ -113,6 +115,7 @@ def allocate(
     validity: float = 1.0,
     groups: Mapping[str, Sequence[str]] | None = None,
     copies: bool = False,
+    fractions: Fractions = "k_star",
     most_work: int = MOST_WORK,
 ) -> Allocation:
     """Blend, rank, pick (Algorithm 1).
@@ -121,8 +124,8 @@ def allocate(
        A layer that the local side lacks keeps its published share. Without a local side G̃ is the layers' sizes: what
        is not known of any layer is spread evenly.
     2. Whole layers: the largest sum of G' that fits, by an exact 0/1 knapsack. Else every layer gets the budget's
-       fraction, more where its k_star (blended too) is larger, within `K_STAR_RANGE`. Of G' nothing counts there but
-       whether it is 0: such a layer gets none, as where `first_order` is negative.
+       fraction, more where its k_star (blended too) is larger, within `K_STAR_RANGE`, unless `fractions` is "even". Of
+       G' nothing counts there but whether it is 0: such a layer gets none, as where `first_order` is negative.
 
     A budget in bytes is spent at one price for every parameter, that of the unit and of the model's lowest precision
     (`copies`), but buys everything where it pays for a full AdamW update.
@@ -151,7 +154,7 @@ def allocate(
     if unit == "layer":
         packing = knapsack(shares, sizes, capacity, most_work)
         return Allocation(trust, shares, [float(taken) for taken in packing.taken], packing.exact)
-    k_weights = _k_weights(published, k_stars, local, trust)
+    k_weights = [1.0] * len(sizes) if fractions == "even" else _k_weights(published, k_stars, local, trust)
     weights = [weight if share > 0 else 0.0 for weight, share in zip(k_weights, shares, strict=True)]
     if _pays_for_all(budget, sizes, weights, copies=copies):
         return Allocation(trust, shares, [float(weight > 0) for weight in weights])

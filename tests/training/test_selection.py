@@ -138,6 +138,17 @@ def test_a_layer_with_larger_k_star_gets_more_within_limits() -> None:
     assert b / a == pytest.approx(2 / 0.5, rel=0.01)
 
 
+def test_fractions_can_be_even_whatever_k_star_says_but_for_layers_without_any_gradient() -> None:
+    norms, sizes = {"a": 1.0, "b": 1.0, "c": 0.0}, {"a": 1000, "b": 3000, "c": 1000}
+    blueprint = make_blueprint(norms, sizes, k_star={"a": 0.001, "b": 0.9, "c": 0.9})
+    local = make_blueprint(norms, sizes, k_star={"a": 0.5, "b": 0.1, "c": 0.9})
+    for beside in (None, local):
+        selection = select(blueprint, beside, budget=0.1, fractions="even")
+        assert [layer.fraction for layer in selection.layers] == pytest.approx([0.125, 0.125, 0])
+    with pytest.raises(ConfigurationError, match="k_star or even, not 'uneven'"):
+        select(blueprint, fractions="uneven")  # type: ignore[arg-type]
+
+
 def test_a_layer_without_any_gradient_gets_nothing() -> None:
     blueprint = make_blueprint({"a": 0.0, "b": 1.0}, {"a": 1000, "b": 1000})
     selection = select(blueprint, budget=0.1)

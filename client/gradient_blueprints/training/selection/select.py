@@ -67,6 +67,7 @@ def select(
     domain: str | None = None,
     model: nn.Module | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    fractions: allocation.Fractions = "k_star",
     random_share: float = 0.0,
     temperature: float = 0.0,
     seed: int = 0,
@@ -103,6 +104,8 @@ def select(
         groups: layer ids by group, the `groups` of a staleness check: the published ranks hold between these groups
             and not within them, so that within a group the published side tells no layer from another. A member stands
             for the layers below it too; layers outside every group make up one more.
+        fractions: of the layers, where they are trained in part: more where `k_star` is larger, or `"even"`, which was
+            better on two small models and not on a third (docs/adapting.md).
         random_share: share of each tensor's budget drawn at random among the others.
         temperature: 0 takes the largest scores, more spreads the choice, towards chance.
         also_train: tensors or modules of the model (`"score"`, `"*.norm"`) that are trained whole, beside the budget: a
@@ -119,6 +122,8 @@ def select(
         raise ConfigurationError(f"there is no score {score!r}: {', '.join(get_args(ScoreName))}, or a function")
     if trust is not None and not 0 <= trust <= 1:
         raise ConfigurationError(f"trust is a weight in [0, 1], got {trust}")
+    if fractions not in get_args(allocation.Fractions):
+        raise ConfigurationError(f"fractions are {' or '.join(get_args(allocation.Fractions))}, not {fractions!r}")
     if not 0 <= temperature < float("inf"):
         raise ConfigurationError(f"a temperature is 0 (the largest scores) or a positive number, got {temperature}")
     if not 0 <= random_share <= 1:
@@ -167,6 +172,7 @@ def select(
             validity=1.0 if groups is not None else validity_of(verdict),
             groups=groups,
             copies=held.copies,
+            fractions=fractions,
         )
 
     spent = spend(budget)
@@ -179,14 +185,14 @@ def select(
             f"the budget of {budget.amount:g} ({budget.measure}) does not pay for one {unit} anywhere, each layer's "
             f"part being rounded down: the least that does is Budget.{least}"
         )
-    fractions = {layer.id: part for layer, part in zip(layers, spent.fractions, strict=True)}
-    partial = {name: tensor for name, tensor in sorted(tensors.items()) if 0 < fractions[tensor.layer] < 1}
+    dealt = {layer.id: part for layer, part in zip(layers, spent.fractions, strict=True)}
+    partial = {name: tensor for name, tensor in sorted(tensors.items()) if 0 < dealt[tensor.layer] < 1}
     chosen: dict[str, _Chosen] = {}
     if unit != "layer":
         rank = score if callable(score) else known.score(score or DEFAULT_SCORE, seed)
         for name, tensor in sorted(partial.items(), key=lambda each: -math.prod(each[1].shape)):
             # the largest first, which takes the most memory, while no others' choices are held beside it
-            found = _choose(name, tensor.shape, fractions[tensor.layer], unit, rank, random_share, temperature, seed)
+            found = _choose(name, tensor.shape, dealt[tensor.layer], unit, rank, random_share, temperature, seed)
             if found is not None:
                 chosen[name] = found
         if callable(score) and not chosen and any(0 < fraction < 1 for fraction in spent.fractions):
