@@ -27,11 +27,11 @@ from evidence.verdicts import Verdict, judge, judge_claims
 Arm = Callable[[float, str], Choice]
 """By share of the parameters and domain."""
 ARMS: dict[str, Arm] = {
-    "ours: largest by factors and local sample": lambda share, domain: ours(share, domain),
+    "ours: largest by factors and local sample": ours,
     "ours, in linear layers alone": lambda share, domain: linear_only(ours(share, domain)),
-    "`select` of the library": lambda share, domain: library(share, domain),
-    "`select` at temperature 2": lambda share, domain: spread(share, domain),
-    "published factors alone": lambda share, domain: by_factors(share, domain),
+    "`select` of the library": library,
+    "`select` at temperature 2": spread,
+    "published factors alone": by_factors,
     "local sample alone": lambda share, domain: by_local(share),
     "coordinates at random": lambda share, domain: at_random(share),
     "the same in linear layers alone": lambda share, domain: linear_only(at_random(share)),

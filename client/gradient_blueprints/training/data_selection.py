@@ -263,8 +263,8 @@ def fit_influence(
     calibration = Calibration(
         examples=len(known),
         predicted=held_out_correlation(x, clipped, importance, targets, seed),
-        by_loss=_correlation(x[:, -1], targets, seed) if with_loss else None,
-        by_length=_correlation(x[:, -scalars], targets, seed),
+        by_loss=_correlation(x[:, -1], targets, np.random.default_rng(seed)) if with_loss else None,
+        by_length=_correlation(x[:, -scalars], targets, np.random.default_rng(seed)),
     )
     return InfluencePredictor(Ridge.fit(x, clipped, importance), block, with_loss, calibration, influences)
 
@@ -280,19 +280,22 @@ def held_out_correlation(
     draws leave 0 outside of 14 to 18 % of the intervals, n/2 of 3 to 5 %). It is wider than need be where the
     correlation is strong.
     """
-    folds = np.random.default_rng(seed).permutation(np.arange(len(targets)) % _FOLDS)
+    rng = np.random.default_rng(seed)
+    folds = rng.permutation(np.arange(len(targets)) % _FOLDS)
     places = places_out_of_fold(features, targets, importance, folds)
-    return _correlation(places, truth, seed, draws=len(truth) // 2) or Correlation(0.0, 0.0, 0.0)
+    return _correlation(places, truth, rng, draws=len(truth) // 2) or Correlation(0.0, 0.0, 0.0)
 
 
-def _correlation(scores: Scores, truth: Scores, seed: int, draws: int | None = None) -> Correlation | None:
+def _correlation(
+    scores: Scores, truth: Scores, rng: np.random.Generator, draws: int | None = None
+) -> Correlation | None:
     """Of independent examples, (n,) each; `draws` of them a resample, n unless said. None for one constant side."""
     found = spearman(scores.tolist(), truth.tolist())
     if found is None:
         return None
     resampled = [
         correlation
-        for draw in np.random.default_rng(seed).integers(0, len(truth), (_RESAMPLES, draws or len(truth)))
+        for draw in rng.integers(0, len(truth), (_RESAMPLES, draws or len(truth)))
         if (correlation := spearman(scores[draw].tolist(), truth[draw].tolist())) is not None
     ]
     low, high = np.percentile(resampled, [2.5, 97.5])
