@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from evidence.findings import Finding, pick
-from evidence.hypotheses import judge_hypotheses
 from evidence.plan import (
-    SERIES,
     STAGES,
     Cell,
     at_random,
@@ -22,7 +20,7 @@ from evidence.plan import (
 )
 from evidence.runs import Choice, Store
 from evidence.tables import table, with_interval
-from evidence.verdicts import Verdict, judge, judge_claims
+from evidence.verdicts import Verdict
 
 Arm = Callable[[float, str], Choice]
 """By share of the parameters and domain."""
@@ -43,9 +41,11 @@ ARMS: dict[str, Arm] = {
 KINDS = ("holds", "does not hold", "undecided", "not run yet")
 
 
-def overview(models: Sequence[str], plan: Sequence[Cell], store: Store) -> Iterator[str]:
-    """A table for each model and for the second GPT, and one of verdicts."""
-    for model in (*models, SERIES):
+def overview(
+    models: Sequence[str], verdicts: Mapping[str, Sequence[Verdict]], plan: Sequence[Cell], store: Store
+) -> Iterator[str]:
+    """A table for each model, and one that counts verdicts by what they are on."""
+    for model in models:
         places = {(cell.domain, cell.choice.share) for cell in plan if cell.model == model}
         columns = sorted((domain, share) for domain, share in places if share in STAGES)
         rows = []
@@ -55,14 +55,14 @@ def overview(models: Sequence[str], plan: Sequence[Cell], store: Store) -> Itera
                 rows.append([name, *(_cell(each) for each in found)])
         yield f"`{model}`:"
         yield table(["Trained", *(f"{domain}, {STAGES[share]}" for domain, share in columns)], rows)
-    rows = []
-    for of, judged, those in (
-        ("goals", judge, models),
-        ("predictions", judge_hypotheses, (*models, SERIES)),
-        ("claims of the paper", judge_claims, models),
-    ):
-        rows += [[of, f"`{model}`", *_counts(judged(model, plan, store))] for model in those]
-    yield table(["Verdicts on", "Model", *KINDS], rows)
+    yield table(
+        ["Verdicts on", "Model", *KINDS],
+        [
+            [of, f"`{model}`", *_counts([each for each in those if each.model == model])]
+            for of, those in verdicts.items()
+            for model in dict.fromkeys(each.model for each in those)
+        ],
+    )
 
 
 def _cell(found: Finding | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product as product_of
 from pathlib import Path
 from typing import get_args
@@ -54,8 +54,6 @@ from evidence.statistics import difference
 from evidence.tables import table, with_interval
 from evidence.training import JUDGED
 from evidence.verdicts import Verdict, judge, judge_claims
-
-Judge = Callable[[str, Sequence[Cell], Store], Sequence[Verdict]]
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "evidence.md"
 HYPOTHESIS = Path(__file__).parent / "hypothesis.md"
@@ -159,16 +157,20 @@ were not at hand."""
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
     """The whole document."""
+    goals = [verdict for model in MODELS for verdict in judge(model, plan, store)]
+    predictions = [verdict for model in (*MODELS, SERIES) for verdict in judge_hypotheses(model, plan, store)]
+    claims = [verdict for model in MODELS for verdict in judge_claims(model, plan, store)]
+    verdicts = {"goals": goals, "predictions": predictions, "claims of the paper": claims}
     parts = [
         OPENING,
         "## In short",
         IN_SHORT,
-        *overview(tuple(MODELS), plan, store),
+        *overview((*MODELS, SERIES), verdicts, plan, store),
         HYPOTHESIS.read_text().strip(),
         "## Verdicts",
-        _verdicts("Goal", judge, plan, store),
+        _verdicts("Goal", goals),
         "Of what was predicted (numbers: hypothesis, line):",
-        _verdicts("Prediction", judge_hypotheses, plan, store, (*MODELS, SERIES)),
+        _verdicts("Prediction", predictions),
         _images([name for name in plots if name.startswith(("arms", "budgets"))]),
         "## Setting",
         _setting(),
@@ -192,7 +194,7 @@ def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, expl
         *_metered(plan, store),
         "## What of the paper held",
         CLAIMS_WORDS,
-        _verdicts("Claim", judge_claims, plan, store),
+        _verdicts("Claim", claims),
         "## Exploration",
         EXPLORED_WORDS,
         _exploration(explored, store),
@@ -216,12 +218,8 @@ def _setting() -> str:
     return "\n".join([*lines, SETTING])
 
 
-def _verdicts(of: str, judged: Judge, plan: Sequence[Cell], store: Store, models: Iterable[str] = tuple(MODELS)) -> str:
-    rows = [
-        [verdict.goal, f"`{model}`", verdict.verdict, verdict.why]
-        for model in models
-        for verdict in judged(model, plan, store)
-    ]
+def _verdicts(of: str, verdicts: Sequence[Verdict]) -> str:
+    rows = [[each.goal, f"`{each.model}`", each.verdict, each.why] for each in verdicts]
     return table([of, "Model", "Verdict", "Measured"], rows)
 
 

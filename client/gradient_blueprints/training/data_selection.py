@@ -298,7 +298,7 @@ def _correlation(
         for draw in rng.integers(0, len(truth), (_RESAMPLES, draws or len(truth)))
         if (correlation := spearman(scores[draw].tolist(), truth[draw].tolist())) is not None
     ]
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    low, high = np.percentile(resampled, [2.5, 97.5]) if resampled else (0.0, 0.0)
     return Correlation(found, float(low), float(high))
 
 
