@@ -199,6 +199,8 @@ LINEAR_ONLY = ("linear+bayes", "linear+random")
 """Scores of arms that leave embeddings alone."""
 ADVISED = tuple(linear_only(ours(share, "legal")) for share in (0.01, 0.1))
 """What docs/adapting.md advises; on legal text the later seeds were added when three of them were known."""
+BY_CHANCE = ("dora", "pissa", "bridged")
+"""Adapters with a random start; on SmolLM2 later seeds were added when three were known."""
 STAGES = {0.01: "1 %", 0.05: "5 %", 0.1: "10 %", 0.25: "25 %"}
 """Of the main tables, by the share of the parameters."""
 MAIN_STAGES = (*STAGES.values(), "equal memory")
@@ -211,10 +213,20 @@ def _cells(stage: str, model: str, domain: str, choices: Sequence[Choice]) -> li
 def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]:
     drawn = choice == FULL or choice.score in ("random", "linear+random")
     judged = drawn or (domain == "code" and (model == "gpt" or choice in JUDGED or choice.score in LINEAR_ONLY))
-    judged = judged or (model == "smollm2" and (choice in ADVISED or choice.arm == "shira"))
+    judged = judged or (model == "smollm2" and _with_later_seeds(domain, choice))
     judged = judged and stage in MAIN_STAGES
     judged = judged or (model == "smollm2" and stage == "ablation" and choice == MISLED)
     return (DRAWS if judged else SEEDS)[model]
+
+
+def _with_later_seeds(domain: str, choice: Choice) -> bool:
+    if choice in ADVISED or choice.arm == "shira":
+        return True
+    if choice.share not in (0.01, 0.1):
+        return False
+    if domain == "legal":
+        return choice.arm == "library" or choice == by_local(choice.share)
+    return choice.arm in BY_CHANCE or choice.score in (DRAWN, f"even+{FITTED}")
 
 
 def main_arms(share: float, domain: str = "code") -> list[Choice]:
@@ -328,6 +340,25 @@ def series_on_legal(share: float) -> list[Choice]:
     informed = [library(share, published) for published in OF_LEGAL]
     afterwards = [ours(share, "legal"), posterior_of_local(share), evenly(share, "legal")]  # why `select` is behind
     return [FULL, *alone, *informed, spread(share, "legal"), *afterwards]
+
+
+BAD_FOR_LEGAL = ("debian-legal", "code", "english", "legal@0.1", "legal@0.5", "legal*")
+"""Factors of its neighbour, of other domains, stale ones and permuted ones."""
+
+
+def ablation_on_legal(share: float) -> list[Choice]:
+    """The ninth hypothesis: what the published side adds on legal text, and what a bad one costs."""
+    few = [size for size in LOCAL_SIZES if size != LOCAL]
+    sizes = [each for local in few for each in (by_local(share, local), ours(share, "legal", local))]
+    bad = [each(share, published) for published in BAD_FOR_LEGAL for each in (by_factors, ours)]
+    in_select = [library(share, published) for published in BAD_FOR_LEGAL if published not in OF_LEGAL]
+    return sizes + bad + [ours(share, published, 8) for published in ("legal*", "code")] + in_select
+
+
+def series_of_equal_memory_on_legal() -> list[Choice]:
+    """The ninth hypothesis: both kinds of fractions, with their indices."""
+    share, published = EQUAL_MEMORY, "legal"
+    return [at_random(share), by_local(share), library(share, published), evenly(share, published)]
 
 
 def ablation_of_drawn(share: float) -> list[Choice]:
@@ -454,7 +485,7 @@ def _plan() -> list[Cell]:
         cells += _cells(STAGES[share], "smollm2", "legal", rivals(share))
     for share in SERIES_SHARES:
         cells += _cells(STAGES[share], SERIES, "code", series(share))
-    return cells + _more_of_series()
+    return cells + _more_of_series() + _ninth()
 
 
 def _more_of_series() -> list[Cell]:
@@ -467,6 +498,18 @@ def _more_of_series() -> list[Cell]:
         cells += _cells(STAGES[share], SERIES, "code", series_at(share))
     cells += _cells(STAGES[0.01], SERIES, "code", [evenly(0.01)])
     return cells
+
+
+def _ninth() -> list[Cell]:
+    """Fractions, and legal text taken apart."""
+    cells = [cell for share in (0.01, 0.1) for cell in _cells(STAGES[share], "smollm2", "code", [evenly(share)])]
+    for share in (0.01, 0.1):
+        both = [library(share, "legal"), evenly(share, "legal")]
+        cells += _cells(STAGES[share], "smollm2", "legal", both)
+    cells += _cells("equal memory", SERIES, "legal", series_of_equal_memory_on_legal())
+    cells += _cells(STAGES[0.1], SERIES, "legal", [Choice("shira", share=0.1), of_layers("norm", 0.1, "legal")])
+    cells += _cells(STAGES[0.01], SERIES, "legal", [Choice("shira", share=0.01)])
+    return cells + _cells("ablation", SERIES, "legal", ablation_on_legal(0.01))
 
 
 def _likely(model: str, domain: str, share: float) -> list[Cell]:
