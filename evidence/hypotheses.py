@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import get_args
 
-from evidence.findings import DATA, Finding, pick, product
+from evidence.findings import DATA, Finding, in_points, pick, product
 from evidence.plan import (
+    BAD_FOR_LEGAL,
     DRAWN_ANEW,
     EQUAL_MEMORY,
     OF_LEGAL,
@@ -23,6 +24,7 @@ from evidence.plan import (
     by_local,
     checked,
     drawn,
+    evenly,
     library,
     linear_only,
     of_layers,
@@ -52,16 +54,17 @@ def judge_hypotheses(model: str, plan: Sequence[Cell], store: Store) -> list[Ver
     def of(choice: Choice) -> Finding | None:
         return pick(choice, model, plan, store)
 
+    in_legal = partial(pick, model=model, plan=plan, store=store, domain="legal")
     if model == SERIES:
-        in_legal = partial(pick, model=model, plan=plan, store=store, domain="legal")
-        return [*_seventh(model, of), *_eighth(model, of, in_legal)]
+        return [*_seventh(model, of), *_eighth(model, of, in_legal), *_ninth_of_series(model, in_legal)]
     return [
         *_first(model, of),
         *_second(model, of),
         *_third(model, of),
         *_fourth(model, of, plan, store),
         *_fifth(model, of),
-        *_sixth(model, lambda choice: pick(choice, model, plan, store, "legal")),
+        *_sixth(model, in_legal),
+        *(_ninth(model, of, in_legal) if model == "smollm2" else ()),
     ]
 
 
@@ -221,6 +224,60 @@ def _eighth(model: str, of: _Pick, in_legal: _Pick) -> Iterator[Verdict]:
     yield within(goal, model, in_legal(spread(0.01, "legal")), in_legal(at_random(0.01)))
     goal = "8.5 legal text: `select`, at 10 %: ahead of LoRA by 10 points"
     yield within(goal, model, in_legal(library(0.1, "legal")), in_legal(Choice("lora", share=0.1)), 0.1)
+
+
+def _ninth(model: str, of: _Pick, in_legal: _Pick) -> Iterator[Verdict]:
+    """Even fractions in `select` against those by k_star."""
+    goal = "9.1 `select` with even fractions, at 1 %: behind `select` by k_star, by less than 3 points"
+    yield within(goal, model, of(evenly(0.01)), of(library(0.01)), -0.03, 0.0)
+    goal = "9.1 at 10 %: within a point of it"
+    yield within(goal, model, of(evenly(0.1)), of(library(0.1)), -0.01, 0.01)
+    for share in (0.01, 0.1):
+        mine = in_legal(library(share, "legal"))
+        goal = (
+            f"9.2 legal text: `select` with even fractions, at {STAGES[share]}: within 2 points of `select` by k_star"
+        )
+        yield within(goal, model, in_legal(evenly(share, "legal")), mine, -0.02, 0.02)
+        goal = f"9.2 legal text: `select` by k_star, at {STAGES[share]}: at most a point behind the local sample alone"
+        yield within(goal, model, mine, in_legal(by_local(share)), -0.01)
+    for domain, pick_in in (("code", of), ("legal", in_legal)):
+        for share in (0.01, 0.1):
+            goal = f"9, what follows, {domain}, {STAGES[share]}: even fractions at most a point behind, by the mean"
+            yield _mean_not_behind(goal, model, pick_in(evenly(share, domain)), pick_in(library(share, domain)))
+
+
+def _ninth_of_series(model: str, in_legal: _Pick) -> Iterator[Verdict]:
+    """Legal text at equal memory, and taken apart."""
+    even = in_legal(evenly(EQUAL_MEMORY, "legal"))
+    rivals = {
+        "`select` by k_star": library(EQUAL_MEMORY, "legal"),
+        "LoRA": Choice("lora", share=0.1),
+        "SHiRA": Choice("shira", share=0.1),
+        "layers by plain norm": of_layers("norm", 0.1, "legal"),
+    }
+    for name, rival in rivals.items():
+        goal = f"9.3 legal text: `select` with even fractions, at equal training memory, ahead of {name}"
+        yield within(goal, model, even, in_legal(rival))
+    for local, words, bounds in (
+        (2, "more than 5 points", (0.05, INFINITY)),
+        (512, "less than one", (-INFINITY, 0.01)),
+    ):
+        goal = f"9.4 legal text, 1 %: what the right factors add to {local} local sequences: {words}"
+        yield within(goal, model, in_legal(ours(0.01, "legal", local)), in_legal(by_local(0.01, local)), *bounds)
+    alone = in_legal(by_local(0.01))
+    goal = "9.5 legal text, 1 %: ours, with any factors, at most 2 points behind the local sample alone"
+    cases = [(in_legal(ours(0.01, published)), alone) for published in ("legal", *BAD_FOR_LEGAL)]
+    yield never_worse(goal, model, cases, 0.02)
+    goal = "9.5 and `select` with permuted factors, too"
+    yield within(goal, model, in_legal(library(0.01, "legal*")), alone, -0.02)
+
+
+def _mean_not_behind(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:
+    """By the mean alone, as it was said that the default would be decided."""
+    found = None if mine is None or rival is None else difference(mine.shares, rival.shares)
+    if found is None:
+        return Verdict(goal, model, "not run yet", "")
+    return Verdict(goal, model, "holds" if found.mean >= -0.01 else "does not hold", in_points(found))
 
 
 def _forgets_less(goal: str, model: str, mine: Finding | None, rival: Finding | None) -> Verdict:

@@ -386,6 +386,7 @@ def _series(plan: Sequence[Cell], store: Store) -> Iterable[str]:
             if each.cell.choice != FULL
         ]
         beside = " and, at equal training memory, 10 % of the parameters" if stage == "equal memory" else ""
+        beside += ", taken apart" if stage == "ablation" else ""
         yield f"{100 * share:g} % of the coordinates{beside}, {DOMAINS[domain]}:"
         compared = ["gain, % of full's", "ahead of chance", "of the local sample alone"]
         head = ["Trained", "rate", "seeds", *compared, "memory", "verdicts"]
