@@ -373,14 +373,21 @@ async def resolve(
         ).limit(1)
         row = (await session.execute(close)).first()
     if row is None:
-        raise await explain_miss(session, model_id, checkpoint, lab=lab, version=version)
+        advise_nearest = version is None and not nearest
+        raise await explain_miss(session, model_id, checkpoint, lab=lab, version=version, advise_nearest=advise_nearest)
     return _found(row, distance=abs(row.fraction - checkpoint))
 
 
 async def explain_miss(
-    session: AsyncSession, model_id: str, checkpoint: Decimal, *, lab: str | None = None, version: int | None = None
+    session: AsyncSession,
+    model_id: str,
+    checkpoint: Decimal,
+    *,
+    lab: str | None = None,
+    version: int | None = None,
+    advise_nearest: bool = False,
 ) -> ModelNotFound | CheckpointNotFound | BlueprintNotFound:
-    """The error that says what does exist."""
+    """The error that says what does exist; `advise_nearest`: the request takes `nearest` and did not ask for it."""
     fractions = (
         await session.scalars(
             select(tables.Checkpoint.fraction)
@@ -396,7 +403,8 @@ async def explain_miss(
     if checkpoint not in fractions:
         spelled = ", ".join(format_checkpoint(fraction) for fraction in fractions)
         return CheckpointNotFound(
-            f"{model_id} has no checkpoint {asked}; it has {spelled}. With nearest=true the nearest answers.",
+            f"{model_id} has no checkpoint {asked}; it has {spelled}."
+            + (" With nearest=true the nearest answers." if advise_nearest else ""),
             checkpoints=known,
         )
     if version is not None:

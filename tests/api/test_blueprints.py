@@ -148,6 +148,18 @@ def test_a_missing_checkpoint_lists_those_that_exist(publisher: httpx2.Client) -
 
 
 @pytest.mark.parametrize(
+    ("path", "advised"), [("blueprint", True), ("blueprint?version=1", False), ("versions", False), ("evidence", False)]
+)
+def test_a_missing_checkpoint_advises_the_nearest_where_the_request_takes_it(
+    publisher: httpx2.Client, path: str, advised: bool
+) -> None:
+    publish(publisher, blueprint_document(checkpoint=1.0))
+    missing = publisher.get(f"/v1/models/tiny/checkpoints/0.8/{path}").json()
+    assert missing["code"] == "checkpoint_not_found"
+    assert ("nearest=true" in missing["detail"]) is advised
+
+
+@pytest.mark.parametrize(
     ("asked", "answered", "distance"),
     [("0.8", "0.9", "0.1"), ("0.6", "0.5", "0.1"), ("0.7", "0.9", "0.2"), ("0.5", "0.5", "0")],
 )

@@ -378,6 +378,32 @@ def test_a_tied_head_is_saved_once_from_models_and_from_mappings(tmp_path: Path,
     assert equal(base, tuned)
 
 
+@pytest.mark.parametrize("names", [("head.weight",), ("head.weight", "embedding.weight")])
+def test_a_delta_may_know_a_tied_tensor_by_another_name_or_by_two(tmp_path: Path, names: tuple[str, ...]) -> None:
+    base = Tied()
+    tuned = tune_by_hand(base)
+    before = copy.deepcopy(base)
+    start, end = ({name: each.state_dict()[name].clone() for name in names} for each in (base, tuned))
+    delta = Delta.load(save_delta(start, end, None, tmp_path / "d"))
+    assert delta.changes.keys() == set(names)
+    stack = DeltaStack(base)
+    stack.apply("task", delta)
+    assert equal(base, tuned)
+    stack.remove("task")
+    assert equal(base, before)
+
+
+def test_a_delta_that_tears_a_tied_tensor_apart_is_refused(tmp_path: Path) -> None:
+    base, before = Tied(), Tied()
+    before.load_state_dict(base.state_dict())
+    start = {name: base.head.weight.detach().clone() for name in ("embedding.weight", "head.weight")}
+    end = {name: weights + i for i, (name, weights) in enumerate(start.items(), 1)}
+    delta = Delta.load(save_delta(start, end, None, tmp_path / "d"))
+    with pytest.raises(ConfigurationError, match=r"head\.weight is the same tensor as embedding\.weight"):
+        DeltaStack(base).apply("task", delta)
+    assert equal(base, before)
+
+
 @pytest.mark.parametrize("layer", ["embedding", "head"])
 @pytest.mark.parametrize("tuned_is", ["model", "file"])
 def test_a_trained_tied_head_is_within_its_selection_by_whichever_name_the_blueprint_has_for_it(

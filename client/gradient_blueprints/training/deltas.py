@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from gradient_blueprints.errors import ConfigurationError
 from gradient_blueprints.training.profiling.layers import check_names
 from gradient_blueprints.training.selection import Selection
 from gradient_blueprints.training.selection.indices import NOT_WHOLE, pack, unpack
-from gradient_blueprints.training.selection.listed_tensors import listing
+from gradient_blueprints.training.selection.listed_tensors import listing, tied_names
 
 DELTA_FORMAT = 1
 _LOAD_MODELS = (
@@ -176,7 +176,7 @@ class DeltaStack:
             raise ConfigurationError(f"{name!r} is applied already: remove it first")
         if not math.isfinite(weight):
             raise ConfigurationError(f"the weight of {name!r} is {weight}: give a finite number")
-        parameters = self._parameters()
+        parameters, delta = self._parameters(), self._by_first_names(name, delta)
         for tensor, change in delta.changes.items():
             if tensor not in parameters:
                 raise ConfigurationError(self._without(name, tensor))
@@ -223,6 +223,19 @@ class DeltaStack:
                     f"delta replaced is no longer its base. {_KEEP_OR_LOAD}"
                 )
         return found
+
+    def _by_first_names(self, name: str, delta: Delta) -> Delta:
+        """A delta of a checkpoint that knows a tied tensor by another of its names, or by two."""
+        first = {other: names[0] for names, _ in tied_names(self._model) for other in names[1:]}
+        changes: dict[str, Change] = {}
+        for tensor, change in delta.changes.items():
+            known = changes.setdefault(first.get(tensor, tensor), change)
+            if not (torch.equal(known.indices, change.indices) and torch.equal(known.values, change.values)):
+                raise ConfigurationError(
+                    f"{name!r} was made for another model: in this {tensor} is the same tensor as "
+                    f"{first.get(tensor, tensor)}, and it changes the two otherwise"
+                )
+        return replace(delta, changes=changes)
 
     def _without(self, name: str, tensor: str) -> str:
         """What to say of a delta that changes a tensor which is no parameter of the model."""

@@ -19,6 +19,8 @@ from gradient_blueprints.training.selection.listed_tensors import release_select
 
 __all__ = ["SelectedAdamW", "SelectedParameter", "apply_selection", "optimizer_bytes", "release_selection"]
 
+_ALL = "all of the shape"
+"""What a state says of a tensor that is trained whole, with the shape."""
 _NOT_OF_A_GROUP = {
     "max_norm",
     "process_group",
@@ -408,17 +410,16 @@ class SelectedAdamW(torch.optim.Optimizer):
                     f"{held.get(name, 'the whole')}: continue in as many processes as saved it, each from its own file"
                 )
         other = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        for name in other:
+            if theirs.get(name, "").startswith(_ALL) and ours.get(name, "").startswith(_ALL):
+                raise ConfigurationError(
+                    f"the state is of a tensor of another shape: {name} was trained, {theirs[name]}, and "
+                    f"here it is {ours[name]}"
+                )
         if other:
             raise ConfigurationError(f"the state belongs to another selection: {other[0]} differs, {len(other)} in all")
         if len(state_dict["param_groups"]) != len(self.param_groups):
             raise ConfigurationError("the state has another number of parameter groups")
-        for name, saved in state_dict["state"].items():
-            for value in saved.values():
-                if isinstance(value, torch.Tensor) and value.numel() != entries[name].selected:
-                    raise ConfigurationError(
-                        f"the state is of a tensor of another size: of {name} it holds {value.numel():,} coordinates, "
-                        f"and {entries[name].selected:,} are trained here"
-                    )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self.state.clear()
@@ -438,9 +439,9 @@ class SelectedAdamW(torch.optim.Optimizer):
         }
 
     def _digests(self) -> dict[str, str]:
-        """SHA-256, by tensor name, of which parts are selected and how wide they are; "all" where all is."""
+        """SHA-256, by tensor name, of which parts are selected and how wide they are; the shape where all is."""
         return {
-            entry.name: "all"
+            entry.name: f"{_ALL} {tuple(entry.parameter.shape)}"
             if entry.indices is None
             else hashlib.sha256(f"{entry.width} ".encode() + entry.indices.cpu().long().numpy().tobytes()).hexdigest()
             for entry in self.selected
