@@ -199,8 +199,6 @@ LINEAR_ONLY = ("linear+bayes", "linear+random")
 """Scores of arms that leave embeddings alone."""
 ADVISED = tuple(linear_only(ours(share, "legal")) for share in (0.01, 0.1))
 """What docs/adapting.md advises; on legal text the later seeds were added when three of them were known."""
-BY_CHANCE = ("dora", "pissa", "bridged")
-"""Adapters with a random start; on SmolLM2 later seeds were added when three were known."""
 STAGES = {0.01: "1 %", 0.05: "5 %", 0.1: "10 %", 0.25: "25 %"}
 """Of the main tables, by the share of the parameters."""
 MAIN_STAGES = (*STAGES.values(), "equal memory")
@@ -220,13 +218,8 @@ def _seeds(stage: str, model: str, domain: str, choice: Choice) -> Sequence[int]
 
 
 def _with_later_seeds(domain: str, choice: Choice) -> bool:
-    if choice in ADVISED or choice.arm == "shira":
-        return True
-    if choice.share not in (0.01, 0.1):
-        return False
-    if domain == "legal":
-        return choice.arm == "library" or choice == by_local(choice.share)
-    return choice.arm in BY_CHANCE or choice.score in (DRAWN, f"even+{FITTED}")
+    of_code = choice.share in (0.01, 0.1) and choice.score in (DRAWN, f"even+{FITTED}")
+    return choice in ADVISED or choice.arm == "shira" or (domain == "code" and of_code)
 
 
 def main_arms(share: float, domain: str = "code") -> list[Choice]:
