@@ -105,7 +105,7 @@ def select(
             and not within them, so that within a group the published side tells no layer from another. A member stands
             for the layers below it too; layers outside every group make up one more.
         fractions: of the layers, where they are trained in part: more where `k_star` is larger, or `"even"`, which was
-            better on two small models and not on a third (docs/adapting.md).
+            better on two small models and worse on SmolLM2 (docs/adapting.md).
         random_share: share of each tensor's budget drawn at random among the others.
         temperature: 0 takes the largest scores, more spreads the choice, towards chance.
         also_train: tensors or modules of the model (`"score"`, `"*.norm"`) that are trained whole, beside the budget: a
