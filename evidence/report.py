@@ -147,12 +147,12 @@ answers to the gradient norms of the {LOCAL} local sequences in batches of {PUBL
 answers over the seeds. Differences are in points of full fine-tuning's gain, paired, uncorrected."""
 BEYOND = """Asked for and not in the plan: equal memory at other budgets than 10 %, and on legal text that of ours in
 linear layers alone; head and last layers below 25 %, where the head does not fit; on the first GPT and on SmolLM2
-`select` of the library at 5 and 25 % and at equal memory, on the first on legal text too; on SmolLM2 older checkpoints,
-more than one permutation of factors and one published sample, and more than 3 seeds of DoRA, PiSSA, of `to_peft` and of
-what is compared on legal text; on the first GPT more than 5 of SHiRA, the adapters and what was drawn by the posterior on
-legal text, and of most of the ablation; the ablation of SmolLM2 on legal text and at 10 %, and misleading factors with
-other than 32 local sequences; parameters × data, the schedule and the meter on legal text. Larger models, longer training
-and a GPU were not at hand."""
+`select` of the library at 5 and 25 % and at equal memory, on the first on legal text too; on SmolLM2 older
+checkpoints, more than one permutation of factors and one published sample, and more than 3 seeds of DoRA, PiSSA, of
+`to_peft` and of what is compared on legal text; on the first GPT more than 5 of SHiRA, the adapters and what was
+drawn by the posterior on legal text, and of most of the ablation; the ablation of SmolLM2 on legal text and at 10 %,
+and misleading factors with other than 32 local sequences; parameters × data, the schedule and the meter on legal
+text. Larger models, longer training and a GPU were not at hand."""
 
 
 def render(store: Store, plots: Sequence[str], plan: Sequence[Cell] = PLAN, explored: Sequence[Cell] = EXPLORED) -> str:
