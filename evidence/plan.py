@@ -495,10 +495,10 @@ def _more_of_series() -> list[Cell]:
 
 def _ninth() -> list[Cell]:
     """Fractions, and legal text taken apart."""
-    cells = [cell for share in (0.01, 0.1) for cell in _cells(STAGES[share], "smollm2", "code", [evenly(share)])]
+    cells = []
     for share in (0.01, 0.1):
-        both = [library(share, "legal"), evenly(share, "legal")]
-        cells += _cells(STAGES[share], "smollm2", "legal", both)
+        cells += _cells(STAGES[share], "smollm2", "code", [evenly(share)])
+        cells += _cells(STAGES[share], "smollm2", "legal", [library(share, "legal"), evenly(share, "legal")])
     cells += _cells("equal memory", SERIES, "legal", series_of_equal_memory_on_legal())
     cells += _cells(STAGES[0.1], SERIES, "legal", [Choice("shira", share=0.1), of_layers("norm", 0.1, "legal")])
     cells += _cells(STAGES[0.01], SERIES, "legal", [Choice("shira", share=0.01)])

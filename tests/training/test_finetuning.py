@@ -611,9 +611,7 @@ def test_the_state_of_tensors_of_another_size_is_refused() -> None:
     smaller = make_model()
     smaller[4] = nn.Linear(16, 2)
     other = SelectedAdamW(apply_selection(smaller, make_selection(1.0)), lr=0.5)
-    with pytest.raises(
-        ConfigurationError, match=r"another shape: 4\.\w+ was .* the shape \(3(, 16)?,?\), and here .* \(2"
-    ):
+    with pytest.raises(ConfigurationError, match=r"another shape: 4\.bias was .* \(3,\), and here .* \(2,\)"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
     assert other.param_groups[0]["lr"] == 0.5

@@ -230,7 +230,10 @@ class DeltaStack:
         changes: dict[str, Change] = {}
         for tensor, change in delta.changes.items():
             known = changes.setdefault(first.get(tensor, tensor), change)
-            if not (torch.equal(known.indices, change.indices) and torch.equal(known.values, change.values)):
+            same = known is change or (
+                torch.equal(known.indices, change.indices) and torch.equal(known.values, change.values)
+            )
+            if not same:
                 raise ConfigurationError(
                     f"{name!r} was made for another model: in this {tensor} is the same tensor as "
                     f"{first.get(tensor, tensor)}, and it changes the two otherwise"
